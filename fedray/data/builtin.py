@@ -1,0 +1,61 @@
+"""The built-in corpus: the source code of the Python standard library that is running.
+
+Every Python ships it, so the demo needs no network and no files. A client is a package (a natural non-iid split:
+each has its own vocabulary and habits), and the shipped base model was pretrained on the *other* packages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+#: Packages that hold the demo's private data: one client each. Never part of the pretraining text.
+CLIENT_PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")
+#: Machine-made tables, vendored wheels and tests: no text worth modelling.
+_SKIPPED_PARTS = frozenset({"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "ensurepip", "__pycache__"})
+_HELD_OUT_ONE_IN = 6
+BASE_MODEL = Path(__file__).parent.parent / "assets" / "builtin-base"
+
+
+def _stdlib() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _sources(paths) -> list[tuple[str, str]]:
+    root = _stdlib()
+    found = []
+    for path in sorted(paths):
+        relative = path.relative_to(root)
+        if _SKIPPED_PARTS.isdisjoint(relative.parts):
+            found.append((relative.as_posix(), path.read_bytes().decode("utf-8", errors="replace")))
+    return found
+
+
+def client_files() -> list[dict[str, str]]:
+    """One row a source file of the client packages: `package`, `path`, `text`, sorted by path.
+
+    Raises FileNotFoundError, naming the package, where a Python was installed without part of its library.
+    """
+    rows = []
+    for package in CLIENT_PACKAGES:
+        files = _sources((_stdlib() / package).rglob("*.py"))
+        if not files:
+            raise FileNotFoundError(
+                f"the built-in demo reads the standard library's own source, but {_stdlib() / package} holds none: "
+                "use a full Python, or give --data.source"
+            )
+        rows += [{"package": package, "path": path, "text": text} for path, text in files]
+    return rows
+
+
+def is_held_out(path: str) -> bool:
+    """Whether a file belongs to the held-out split: a fixed hash of its path, so every worker agrees."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") % _HELD_OUT_ONE_IN == 0
+
+
+def pretraining_text() -> str:
+    """All other packages and top-level modules, joined: what `jobs/pretrain_builtin.py` trains the base on."""
+    root = _stdlib()
+    others = [p for p in root.rglob("*.py") if p.relative_to(root).parts[0] not in CLIENT_PACKAGES]
+    return "\n".join(text for _, text in _sources(others))

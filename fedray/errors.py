@@ -1,0 +1,28 @@
+"""What fedray raises towards a person. Each carries one sentence that names the cause and the fix."""
+
+
+class FedrayError(Exception):
+    """Base of all; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class ConfigError(FedrayError):
+    """The input cannot be run: found before anything is touched."""
+
+    exit_code = 2
+
+
+class ClientError(FedrayError):
+    """A client's local work raised: carries the client's name and the cause."""
+
+    def __init__(self, client: str, cause: str, details: str = ""):
+        super().__init__(f"client '{client}' failed: {cause}")
+        self.client, self.cause, self.details = client, cause, details
+
+    def __reduce__(self):
+        return ClientError, (self.client, self.cause, self.details)
+
+
+class RoundError(FedrayError):
+    """A round could not reach its quorum, or the aggregate is not finite."""

@@ -1,0 +1,130 @@
+"""The algebra everything rests on: matrices kept as thin factors, never formed.
+
+Shapes: `m` rows, `n` columns, `k` the number of factor columns, `r` a target rank.
+`B_mk` and `A_kn` hold the matrix B A. A sum of products is a concatenation of factors, so every federated aggregate
+(a weighted sum of clients' updates) is exact before anything is compressed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The m x n matrix B A, with B (m x k) and A (k x n) of one floating dtype and device.
+
+    Raises ValueError when the factors do not fit each other.
+    """
+
+    B: Tensor
+    A: Tensor
+
+    def __post_init__(self):
+        if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+            raise ValueError(f"factors {tuple(self.B.shape)} and {tuple(self.A.shape)} do not form a product")
+
+    @staticmethod
+    def zeros(m: int, n: int, dtype: torch.dtype = torch.float32) -> LowRank:
+        """The m x n zero matrix, with k = 0."""
+        return LowRank(torch.zeros(m, 0, dtype=dtype), torch.zeros(0, n, dtype=dtype))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the matrix that is meant."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def k(self) -> int:
+        """Number of factor columns: an upper bound on the rank."""
+        return self.B.shape[1]
+
+    def to(self, *args, **kwargs) -> LowRank:
+        """Both factors through `Tensor.to`."""
+        return LowRank(self.B.to(*args, **kwargs), self.A.to(*args, **kwargs))
+
+    def __add__(self, other: LowRank) -> LowRank:
+        if self.shape != other.shape:
+            raise ValueError(f"cannot add {self.shape} and {other.shape}")
+        return LowRank(torch.cat([self.B, other.B], 1), torch.cat([self.A, other.A], 0))
+
+    def __mul__(self, factor: float) -> LowRank:
+        return LowRank(self.B * factor, self.A)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> LowRank:
+        return self * -1.0
+
+    def __sub__(self, other: LowRank) -> LowRank:
+        return self + -other
+
+    @staticmethod
+    def sum(terms: Sequence[LowRank], weights: Iterable[float] | None = None) -> LowRank:
+        """sum_i w_i M_i with one concatenation (m x sum k_i, sum k_i x n). Raises ValueError on an empty list."""
+        if not terms:
+            raise ValueError("a sum of no matrices has no shape")
+        weights = [1.0] * len(terms) if weights is None else list(weights)
+        return LowRank(
+            torch.cat([t.B * w for t, w in zip(terms, weights, strict=True)], 1), torch.cat([t.A for t in terms], 0)
+        )
+
+    def _triangles(self) -> tuple[Tensor, Tensor]:
+        """R of the thin QR of B and of A^T, in fp64: B A = Q_B (R_B R_A^T) Q_A^T."""
+        return torch.linalg.qr(self.B.double(), mode="r").R, torch.linalg.qr(self.A.double().T, mode="r").R
+
+    def norm(self) -> float:
+        """Frobenius norm. By QR, not by Gram matrices: it stays accurate where large terms cancel."""
+        if self.k == 0:
+            return 0.0
+        R_B, R_A = self._triangles()
+        return torch.linalg.matrix_norm(R_B @ R_A.T).item()
+
+    def inner(self, other: LowRank) -> float:
+        """Frobenius inner product <M, N> = sum of (B_M^T B_N) * (A_M A_N^T), in fp64: O((m + n) k_M k_N)."""
+        left = self.B.double().T @ other.B.double()
+        right = self.A.double() @ other.A.double().T
+        return (left * right).sum().item()
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Thin SVD: U (m x p), S (p, descending), Vt (p x n) with p = min(k, m, n), in fp64.
+
+        QR of both sides, then the SVD of the small core (METHODS.md 6.11); m x n is never formed.
+        """
+        Q_B, R_B = torch.linalg.qr(self.B.double())
+        Q_A, R_A = torch.linalg.qr(self.A.double().T)
+        U, S, Vt = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+        return Q_B @ U, S, Vt @ Q_A.T
+
+    def compress(self, rank: int | None = None, tolerance: float = 0.0) -> LowRank:
+        """The best approximation of at most `rank` (Eckart-Young), in the input's dtype.
+
+        Singular values at or below `tolerance` times the largest are dropped too. Singular values stay on B;
+        A has orthonormal rows.
+        """
+        if self.k == 0:
+            return self
+        U, S, Vt = self.svd()
+        keep = len(S) if rank is None else min(rank, len(S))
+        if tolerance > 0:
+            keep = min(keep, int((S > tolerance * S[0]).sum()))
+        return LowRank(U[:, :keep] * S[:keep], Vt[:keep]).to(self.B.dtype)
+
+    def bounded(self) -> LowRank:
+        """Itself while k <= min(m, n), else compressed to that: memory stays below twice the dense matrix's."""
+        return self if self.k <= min(self.shape) else self.compress(min(self.shape))
+
+    def dense(self) -> Tensor:
+        """The m x n matrix itself, for tests and for writing into weights."""
+        return self.B @ self.A
+
+
+def relative_norm(part: Iterable[LowRank], whole: Iterable[LowRank]) -> float:
+    """||part|| / ||whole||, each the Frobenius norm over all layers together; 0 when the part is 0."""
+    above = sum(p.norm() ** 2 for p in part) ** 0.5
+    below = sum(w.norm() ** 2 for w in whole) ** 0.5
+    return above / below if above else 0.0

@@ -1,0 +1,23 @@
+"""FFA-LoRA (Sun et al., ICLR 2024, arXiv 2403.12313): A is drawn once, shared and frozen; only B trains.
+
+Exact, because the delta is linear in B. METHODS.md 6.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedray.adapters.lora import B
+from fedray.methods.base import Spec
+from fedray.methods.fedit import FedIT
+
+
+@dataclass(frozen=True)
+class FFA(FedIT):
+    """B <- sum p_i B_i. Sends r m both ways; clients draw the shared A from the seed."""
+
+    name = "ffa"
+    exact = "yes"
+
+    def trained(self, spec: Spec) -> tuple[str, ...]:
+        return (B,)

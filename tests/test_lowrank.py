@@ -1,0 +1,84 @@
+"""LowRank against dense fp64 matrices, over random shapes, ranks and weights."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedray.lowrank import LowRank, relative_norm
+
+sizes = st.integers(1, 17)
+seeds = st.integers(0, 2**31)
+
+
+def draw(m, n, k, seed, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return LowRank(torch.randn(m, k, generator=g, dtype=dtype), torch.randn(k, n, generator=g, dtype=dtype))
+
+
+def close(a, b, tolerance=1e-10):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, b.abs().max().item() if b.numel() else 0))
+
+
+@settings(deadline=None, derandomize=True)
+@given(sizes, sizes, st.integers(0, 9), st.integers(0, 9), seeds, st.floats(-3, 3))
+def test_sums_products_and_inner_products_match_dense(m, n, j, k, seed, factor):
+    M, N = draw(m, n, j, seed), draw(m, n, k, seed + 1)
+    close((M + N).dense(), M.dense() + N.dense())
+    close((M - N).dense(), M.dense() - N.dense())
+    close((factor * M).dense(), factor * M.dense())
+    assert M.inner(N) == pytest.approx((M.dense() * N.dense()).sum().item(), rel=1e-9, abs=1e-9)
+    assert M.norm() == pytest.approx(M.dense().norm().item(), rel=1e-10)
+
+
+@settings(deadline=None, derandomize=True)
+@given(sizes, sizes, st.lists(st.tuples(st.integers(1, 4), st.floats(0, 2)), min_size=1, max_size=7), seeds)
+def test_a_weighted_sum_matches_dense(m, n, terms, seed):
+    matrices = [draw(m, n, k, seed + i) for i, (k, _) in enumerate(terms)]
+    weights = [w for _, w in terms]
+    close(LowRank.sum(matrices, weights).dense(), sum(w * M.dense() for M, w in zip(matrices, weights, strict=True)))
+
+
+@settings(deadline=None, derandomize=True)
+@given(sizes, sizes, st.integers(1, 12), st.integers(1, 12), seeds)
+def test_compress_is_the_best_approximation(m, n, k, rank, seed):
+    M = draw(m, n, k, seed)
+    U, S, Vt = torch.linalg.svd(M.dense(), full_matrices=False)
+    best = (U[:, :rank] * S[:rank]) @ Vt[:rank]
+    small = M.compress(rank)
+    assert small.k <= rank
+    assert (small.dense() - M.dense()).norm().item() == pytest.approx((best - M.dense()).norm().item(), rel=1e-6, abs=1e-9)
+    close(small.A @ small.A.T, torch.eye(small.k, dtype=torch.float64))
+
+
+@settings(deadline=None, derandomize=True)
+@given(sizes, sizes, st.integers(1, 40), seeds)
+def test_bounded_and_a_tolerance_of_zero_lose_nothing(m, n, k, seed):
+    M = draw(m, n, k, seed)
+    assert M.bounded().k <= max(min(m, n), 0) or M.k <= min(m, n)
+    close(M.bounded().dense(), M.dense(), 1e-9)
+    close(M.compress().dense(), M.dense(), 1e-9)
+
+
+def test_tolerance_drops_small_singular_values():
+    M = draw(9, 11, 3, 0) + 1e-9 * draw(9, 11, 2, 1)
+    assert M.compress(tolerance=1e-6).k == 3
+    assert M.compress().k == 5
+
+
+def test_norm_stays_accurate_where_terms_cancel():
+    M, tiny = draw(30, 20, 4, 0), 1e-12 * draw(30, 20, 1, 1)
+    assert ((M + tiny) - M).norm() == pytest.approx(tiny.norm(), rel=1e-2)  # a Gram form would see 0 or 1e-8
+
+
+def test_dtype_and_shape_rules():
+    M = draw(4, 3, 2, 0, torch.float32)
+    assert M.compress(1).B.dtype == torch.float32 and M.to(torch.float64).A.dtype == torch.float64
+    assert LowRank.zeros(4, 3).norm() == 0.0 and LowRank.zeros(4, 3).k == 0
+    assert relative_norm([LowRank.zeros(4, 3)], [M]) == 0.0
+    with pytest.raises(ValueError, match="do not form a product"):
+        LowRank(torch.zeros(3, 2), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="cannot add"):
+        M + draw(3, 4, 2, 0, torch.float32)
+    with pytest.raises(ValueError, match="no shape"):
+        LowRank.sum([])
