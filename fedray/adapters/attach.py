@@ -1,0 +1,128 @@
+"""Ties an adapter to a real model through PEFT: attach, find the layers, name the tensors, write the base.
+
+PEFT has its own parameter names; everywhere else a factor is `LAYER.lora_A` and a head is `MODULE.weight`, with the names
+the base model itself gives its modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from fedray.adapters.base import Layer
+from fedray.errors import ConfigError
+from fedray.lowrank import LowRank
+
+if TYPE_CHECKING:  # config stands above the adapters; here it is only the shape of an argument
+    from fedray.config import AdapterSection
+
+ADAPTER = "default"
+PREFIX = "base_model.model."
+_TASKS = {"classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
+
+
+def attach(model: nn.Module, adapter: AdapterSection, task: str) -> PeftModel:
+    """The model with frozen base and fp32 adapters. Raises ConfigError for targets or ranks that do not fit it."""
+    targets = list(adapter.targets) if isinstance(adapter.targets, tuple) else adapter.targets
+    if isinstance(targets, str) and targets != "all-linear" and targets.isidentifier():
+        targets = [targets]  # one name; any other string is a regular expression
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
+        target_modules=targets,
+        modules_to_save=list(adapter.heads) or None,
+        task_type=_TASKS[task],
+    )
+    linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    try:
+        wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        if "target modules" in str(error).lower():
+            raise ConfigError(f"adapter.targets {adapter.targets} match no layer that can be adapted: this model has {', '.join(linear)}") from None
+        raise
+    for name in adapter.heads:
+        if not any(isinstance(m, ModulesToSaveWrapper) and n.split(".")[-1] == name.split(".")[-1] for n, m in wrapped.named_modules()):
+            raise ConfigError(f"adapter.heads '{name}' is no module of this model")
+    for layer in layers(wrapped):
+        if layer.rank > min(layer.m, layer.n):
+            raise ConfigError(
+                f"adapter.rank {layer.rank} is above the size of layer {layer.name} ({layer.m} x {layer.n}): at most {min(layer.m, layer.n)}"
+            )
+    return wrapped
+
+
+def _lora_layers(model: PeftModel) -> list[tuple[str, LoraLayer]]:
+    found = [(name.removeprefix(PREFIX), m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+    return sorted(found)
+
+
+def layers(model: PeftModel) -> tuple[Layer, ...]:
+    """The adapted layers by name, rank and scale read from the adapter itself. Works on the meta device."""
+    result = []
+    for name, module in _lora_layers(model):
+        if ADAPTER not in module.lora_A or module.lora_A[ADAPTER].weight.ndim != 2:
+            raise ConfigError(f"adapter.targets match {name}, which is no linear layer: leave embeddings and convolutions out")
+        m, n = module.lora_B[ADAPTER].out_features, module.lora_A[ADAPTER].in_features
+        result.append(Layer(name, m, n, module.r[ADAPTER], module.scaling[ADAPTER]))
+    return tuple(result)
+
+
+def factors(model: PeftModel) -> dict[str, nn.Parameter]:
+    """`LAYER.lora_A` (r x n) and `LAYER.lora_B` (m x r), sorted by name."""
+    named = {f"{name}.{f}": getattr(module, f)[ADAPTER].weight for name, module in _lora_layers(model) for f in ("lora_A", "lora_B")}
+    return dict(sorted(named.items()))
+
+
+def heads(model: PeftModel) -> dict[str, nn.Parameter]:
+    """Parameters of the modules trained whole, by the base model's names, sorted."""
+    named = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for part, parameter in module.modules_to_save[ADAPTER].named_parameters():
+                named[f"{name.removeprefix(PREFIX)}.{part}"] = parameter
+    return dict(sorted(named.items()))
+
+
+class BaseWeights:
+    """Writes W0 + base update into the adapted layers, always from the original W0, so error never accumulates.
+
+    Keeps a copy of W0 on the CPU from the first write on (methods that never move the base cost nothing).
+    `gathered(parameters)`: a context manager in which the weights are whole (ZeRO-3 partitions them).
+    """
+
+    def __init__(self, model: PeftModel, gathered: Callable):
+        self._modules = dict(_lora_layers(model))
+        self._gathered = gathered
+        self._originals: dict[str, Tensor] = {}
+        self._written: frozenset[str] = frozenset()
+
+    @torch.no_grad()
+    def write(self, totals: dict[str, LowRank]) -> float:
+        """Set each layer to its original plus `totals[layer]`; layers not named go back to the original.
+
+        Returns the Frobenius norm, over all layers, of what the weights' dtype could not hold.
+        """
+        lost = 0.0
+        for name in sorted(self._written | totals.keys()):
+            module = self._modules[name]
+            weight = module.get_base_layer().weight
+            with self._gathered([weight]):
+                original = self._originals.setdefault(name, weight.detach().to("cpu", copy=True))
+                original = original.to(weight.device)
+                if name not in totals:
+                    weight.copy_(original)
+                    continue
+                update = totals[name].to(weight.device, torch.float32).dense()
+                wanted = original.float() + (update.T if module.fan_in_fan_out else update)
+                weight.copy_(wanted)
+                lost += (weight.float() - wanted).double().square().sum().item()
+        self._written = frozenset(totals)
+        return lost**0.5

@@ -1,0 +1,378 @@
+"""One frozen, validated, serialisable config for everything that runs. Each field's doc is its line in `--help`.
+
+`read_config(argv)` is how a person's YAML file and dotted flags become one; it raises ConfigError with one sentence.
+What can only be known from the model or the data is checked in `fedray/checks.py`, before anything is touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fedray.adapters import ADAPTERS
+from fedray.errors import ConfigError
+from fedray.methods import METHODS, NEEDS_ADAPTER, FedExKeep, Method
+
+BUILTIN = "builtin"
+
+
+def _names(value: Any) -> Any:
+    return tuple(v.strip() for v in value.split(",")) if isinstance(value, str) and "," in value else value
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The frozen base model."""
+
+    path: str = BUILTIN
+    """Hub id or folder of the base model; `builtin` is the tiny byte-level Llama that ships with fedray."""
+    task: Literal["causal-lm", "classification"] = "causal-lm"
+    """What the model is trained for."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the frozen base; adapters and heads are always fp32."""
+
+
+class AdapterSection(Section):
+    """The low-rank adapter."""
+
+    kind: str = "lora"
+    """Parametrisation of the update."""
+    rank: int = Field(8, ge=1)
+    """Rank r of every layer's adapter."""
+    alpha: float = Field(16, gt=0)
+    """Scale: alpha / rank multiplies the product of the factors."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    targets: Annotated[str | tuple[str, ...], BeforeValidator(_names)] = "all-linear"
+    """Layers to adapt: PEFT's names, comma-separated (q_proj,v_proj), a regular expression, or all-linear."""
+    heads: Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) and "," not in v else _names(v))] = ()
+    """Modules trained whole beside PEFT's own choice for the task (the classifier)."""
+
+
+class MethodSection(Section):
+    """How the clients' updates become one."""
+
+    name: str = "fedex"
+    """fedit, ffa, fedex, fra, fra-ffa or flora."""
+    weights: Literal["examples", "equal"] = "examples"
+    """Weigh a client by its number of training examples, or all alike."""
+    assignment: Literal["average", "reinit", "keep"] | None = None
+    """fedex: the factors that clients go on with (default average)."""
+    residual_rank: int | None = Field(None, ge=1)
+    """fedex: truncate the base update to this rank; what is cut off is reported as exactness."""
+    split: Literal["orthonormal", "balanced"] | None = None
+    """fra, fra-ffa: where the singular values go (default orthonormal: all on B)."""
+    residual: Literal["drop", "fold"] | None = None
+    """fra: drop the tail beyond rank r (the paper, default) or fold it into the base."""
+    fra_rounds: int | None = Field(None, ge=1)
+    """fra-ffa: rounds of FRA before A is frozen (default: half of all rounds)."""
+
+
+class DataSection(Section):
+    """Where the examples are and how clients share them."""
+
+    source: str = BUILTIN
+    """`builtin`, a hub id, a folder of train/validation/test files, or one csv, tsv, jsonl, json or parquet file."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    train_split: str = "train"
+    """Name of the training split."""
+    test_split: str = "test"
+    """Name of the held-out split; where a source has none, `held_out` of the training split is taken."""
+    held_out: float = Field(0.1, gt=0, lt=1)
+    """Share of the training split held out at the coordinator where the source has no test split."""
+    text: str | None = None
+    """Column with the text (default: text, sentence, content or question, whichever is there)."""
+    text_pair: str | None = None
+    """Column with a second text (classification of pairs)."""
+    label: str = "label"
+    """Column with the class (classification)."""
+    completion: str | None = None
+    """Column whose text is to be produced after `text` (causal-lm); the loss covers it alone."""
+    max_length: int = Field(256, ge=2)
+    """Longest sequence in tokens."""
+    partition: Literal["iid", "dirichlet", "column"] = "iid"
+    """How examples are dealt to clients; the built-in corpus is always split by package."""
+    alpha: float = Field(0.5, gt=0)
+    """dirichlet: concentration; smaller is less even."""
+    column: str | None = None
+    """column: the column whose values are the clients."""
+    limit: int | None = Field(None, ge=1)
+    """Use only this many training examples, drawn by the seed."""
+    test_limit: int | None = Field(None, ge=1)
+    """Evaluate on only this many held-out examples, drawn by the seed."""
+    client_held_out: float = Field(0.0, ge=0, lt=1)
+    """Share of each client's own examples kept for evaluation on the client; 0 evaluates at the coordinator's side only."""
+
+
+class FederationSection(Section):
+    """The federated rounds and each client's local training."""
+
+    clients: int = Field(5, ge=1)
+    """Number of clients (iid and dirichlet; otherwise the data or the `clients` section says)."""
+    rounds: int = Field(6, ge=1)
+    """Number of rounds."""
+    cohort: int | None = Field(None, ge=1)
+    """Clients drawn a round (default: all)."""
+    local_steps: int = Field(20, ge=1)
+    """Optimizer steps a client takes a round."""
+    batch_size: int = Field(8, ge=1)
+    """Examples an optimizer step."""
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches that make up one batch."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Local optimizer."""
+    lr: float = Field(3e-3, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay (adamw) or L2 (sgd)."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate over the steps: constant, or falling to 0."""
+    schedule_over: Literal["run", "round"] = "run"
+    """Whether schedule and warm-up span the whole run or start again every round."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the schedule spent warming up linearly."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Clip the norm of a step's gradient; null switches it off."""
+    keep_optimizer: bool = False
+    """Keep each client's optimizer state from round to round instead of starting it afresh."""
+    evaluate_every: int = Field(1, ge=1)
+    """Rounds between evaluations; the first and the last state are always evaluated."""
+    deadline: float | None = Field(None, gt=0)
+    """Seconds a round may take; a client that is not done is left out."""
+    quorum: float = Field(1.0, gt=0, le=1)
+    """Share of the cohort that must report, else the round is tried once more and then fails."""
+
+
+class ClientSection(Section):
+    """What differs for one client."""
+
+    source: str | None = None
+    """This client's own training data (a file or a folder); given for one client, it must be given for all."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate."""
+    local_steps: int | None = Field(None, ge=1)
+    """Optimizer steps a round."""
+    batch_size: int | None = Field(None, ge=1)
+    """Examples an optimizer step."""
+
+
+class WorkerSection(Section):
+    """The actors that train; 'auto' is decided by what the cluster has and said in the plan."""
+
+    count: int | None = Field(None, ge=1)
+    """Workers (default: as many as clients, as far as GPUs or CPUs go)."""
+    gpus: float | None = Field(None, ge=0)
+    """GPUs a worker, fractions allowed (default: 1 where there are GPUs, else 0)."""
+    cpus: int | None = Field(None, ge=1)
+    """CPUs and threads a worker (default: an even share)."""
+    ranks: Literal[1] = 1
+    """Ray actors a client; more than one comes later."""
+    backend: Literal["deepspeed", "torch"] = "deepspeed"
+    """DeepSpeed, or the plain PyTorch loop that is its oracle."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage."""
+
+
+class OutputSection(Section):
+    """Where results go."""
+
+    dir: str | None = None
+    """Run directory (default: runs/METHOD-TIME)."""
+    resume: bool = False
+    """Go on from the directory's last checkpoint; without one, start."""
+
+
+class Config(Section):
+    """Everything a run is. Equal configs on the same CPU give equal bits."""
+
+    model: ModelSection = ModelSection()
+    adapter: AdapterSection = AdapterSection()
+    method: MethodSection = MethodSection()
+    data: DataSection = DataSection()
+    federation: FederationSection = FederationSection()
+    clients: dict[str, ClientSection] = {}
+    """Per client: clients.NAME.source, .lr, .local_steps, .batch_size."""
+    worker: WorkerSection = WorkerSection()
+    output: OutputSection = OutputSection()
+    seed: int = 0
+    """Seed of everything random."""
+    engine: Literal["ray", "inline"] = "ray"
+    """ray: coordinator and workers are actors; inline: one process, same numbers."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        make_method(self)
+        federation, data = self.federation, self.data
+        if federation.batch_size % federation.accumulate:
+            raise ValueError(
+                f"federation.accumulate {federation.accumulate} does not divide federation.batch_size {federation.batch_size}: choose a divisor"
+            )
+        if data.partition == "column" and data.column is None and data.source != BUILTIN:
+            raise ValueError("data.partition column needs data.column, the column whose values are the clients")
+        if self.model.task == "classification" and data.source == BUILTIN:
+            raise ValueError("the built-in corpus is for causal-lm: give data.source for classification")
+        if self.model.task == "classification" and data.completion is not None:
+            raise ValueError("data.completion belongs to causal-lm; for classification give data.label")
+        if self.model.path == BUILTIN and self.model.task != "causal-lm":
+            raise ValueError("the built-in model is for causal-lm: give model.path for classification")
+        sources = [name for name, client in self.clients.items() if client.source is not None]
+        if sources and len(sources) < len(self.clients):
+            without = next(name for name in self.clients if name not in sources)
+            raise ValueError(f"clients.{without} has no source, while others have: give every client its own")
+        return self
+
+    def client(self, name: str) -> FederationSection:
+        """The federation section as it holds for one client."""
+        own = self.clients.get(name, ClientSection()).model_dump(exclude_none=True, exclude={"source"})
+        return self.federation.model_copy(update=own)
+
+    def to_yaml(self) -> str:
+        """All keys, defaults included; `read_config(["--config", file])` gives the same config back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# Which keys of the method section belong to which method: any other use is refused.
+_OPTIONS = {
+    "assignment": ("fedex",),
+    "residual_rank": ("fedex", "flora"),
+    "split": ("fra", "fra-ffa"),
+    "residual": ("fra",),
+    "fra_rounds": ("fra-ffa",),
+}
+
+
+def make_method(config: Config) -> Method:
+    """The method value that a config means. Raises ValueError, with the reason, for what is not sound."""
+    section, kind = config.method, config.adapter.kind
+    if section.name in NEEDS_ADAPTER and kind != NEEDS_ADAPTER[section.name][0]:
+        needs, reason = NEEDS_ADAPTER[section.name]
+        raise ValueError(f"method '{section.name}' does not fit adapter '{kind}': {reason}; it needs adapter.kind {needs}, or use fedex or ffa")
+    if kind not in ADAPTERS:
+        raise ValueError(f"adapter.kind '{kind}' is not known{nearest(kind, ADAPTERS)}")
+    if section.name not in METHODS:
+        raise ValueError(f"method.name '{section.name}' is not known{nearest(section.name, METHODS)}")
+    method = METHODS[section.name]
+    if kind not in method.adapters:
+        raise ValueError(f"method '{section.name}' does not fit adapter '{kind}': use one of {', '.join(method.adapters)}")
+    options = section.model_dump(exclude={"name", "weights"}, exclude_none=True)
+    for option in options:
+        if section.name not in _OPTIONS[option]:
+            raise ValueError(f"method.{option} belongs to {' and '.join(_OPTIONS[option])}, not to {section.name}: leave it out")
+    if options.get("assignment") == "keep":
+        if "residual_rank" in options:
+            raise ValueError(
+                "method.assignment keep cannot be truncated by residual_rank: each client's base differs, and what is cut off would "
+                "differ too; use average or reinit"
+            )
+        return FedExKeep()
+    if section.name == "fra-ffa":
+        options.setdefault("fra_rounds", max(1, config.federation.rounds // 2))
+    return method(**options)
+
+
+# --- reading --------------------------------------------------------------------------------------------------
+
+
+def nearest(word: str, known) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
+    return f": did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+
+
+def known_keys() -> list[str]:
+    """All dotted keys of a config."""
+    return [key for key, _, _ in help_lines()]
+
+
+def _unknown(key: str) -> ConfigError:
+    return ConfigError(f"unknown key '{key}'{nearest(key, known_keys())}")
+
+
+def _sentence(error: ValidationError) -> ConfigError:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return _unknown(path)
+    message = first["msg"].removeprefix("Value error, ")
+    return ConfigError(f"{path}: {message[0].lower()}{message[1:]}, not {first['input']!r}" if path else message)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """A config from nested plain values. Raises ConfigError."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise _sentence(error) from None
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """A YAML config as nested plain values. Raises ConfigError when it is missing or not a mapping."""
+    if not Path(path).is_file():
+        raise ConfigError(f"config file '{path}' does not exist")
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file '{path}' is not YAML: {' '.join(str(error).split())}") from None
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"config file '{path}' must hold sections such as 'model:' and 'data:'")
+    return values or {}
+
+
+def _merge(base: dict, over: dict) -> dict:
+    merged = dict(base)
+    for name, value in over.items():
+        merged[name] = _merge(merged[name], value) if isinstance(value, dict) and isinstance(merged.get(name), dict) else value
+    return merged
+
+
+def read_config(argv: list[str]) -> Config:
+    """The config that `[--config F.yaml] [--section.key value ...]` means; flags win over the file.
+
+    `--flag=value` and a lone `--flag` (true) are read too; `null` unsets. Raises ConfigError with one sentence that names the fix.
+    """
+    values, flags = {}, {}
+    queue = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"'{word}' is not a flag: write --section.key value")
+        value = queue.pop(0) if queue and not queue[0].startswith("--") else "true"
+        key = word[2:]
+        if key == "config":
+            values = _merge(values, read_file(value))
+            continue
+        # A client's name may hold dots itself; its keys do not.
+        client = re.fullmatch(r"clients\.(.+)\.(\w+)", key)
+        path = ["clients", client[1], client[2]] if client else key.split(".")
+        if not client and key not in known_keys():
+            raise _unknown(key)
+        nested: Any = None if value in ("null", "none", "None") else value
+        for part in reversed(path):
+            nested = {part: nested}
+        flags = _merge(flags, nested)
+    return from_dict(_merge(values, flags))
+
+
+def help_lines(model: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(key, default, doc) of every key, for `--help` and for the documentation."""
+    lines = []
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            lines += help_lines(info.annotation, f"{prefix}{name}.")
+        elif name == "clients" and model is Config:
+            lines += [(f"clients.NAME.{k}", d, doc) for k, d, doc in help_lines(ClientSection)]
+        else:
+            lines.append((prefix + name, "" if info.default is None else str(info.default), info.description or ""))
+    return lines

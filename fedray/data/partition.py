@@ -1,0 +1,120 @@
+"""Who holds which examples. Deterministic in the config, so every worker and the coordinator compute the same split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from datasets import Dataset
+from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner
+
+from fedray.config import BUILTIN, Config, nearest
+from fedray.data.sources import load_splits, require_column, text_column
+from fedray.errors import ConfigError
+from fedray.seeding import derive
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """The examples of each client, in the run's client order, and the coordinator's held-out examples.
+
+    `held_out`: what each client keeps for its own evaluation (empty when not asked). `group`: the column of `test` by which
+    metrics are also reported. `classes`: the label values, in order of their index (classification).
+    """
+
+    train: dict[str, Dataset]
+    held_out: dict[str, Dataset]
+    test: Dataset
+    text: str
+    group: str | None
+    classes: tuple
+
+    @property
+    def clients(self) -> list[str]:
+        return list(self.train)
+
+
+def load_data(config: Config) -> FederatedData:
+    """Read the source and deal it out. Raises ConfigError for whatever is missing or does not fit."""
+    own = {name: c.source for name, c in config.clients.items() if c.source is not None}
+    if own:
+        pairs = {name: load_splits(config.data, source) for name, source in own.items()}
+        train = {name: pair[0] for name, pair in pairs.items()}
+        # The coordinator's held-out examples come from data.source; a client's own test split stays with the client.
+        test = load_splits(config.data)[1] if config.data.source != BUILTIN else None
+        if test is None:
+            raise ConfigError("clients have their own sources: give data.source, a folder or hub id with a test split, for the evaluation")
+    else:
+        everything, test = load_splits(config.data)
+        if test is None:
+            halves = everything.train_test_split(test_size=config.data.held_out, seed=derive(config.seed, "held-out") % 2**32)
+            everything, test = halves["train"], halves["test"]
+        if config.data.limit is not None:
+            everything = _draw(everything, config.data.limit, config.seed, "limit")
+        train = _deal(config, everything)
+    for name in config.clients:
+        if name not in train:
+            raise ConfigError(f"clients.{name} is not a client of this run{nearest(name, train)}")
+    first = next(iter(train.values()))
+    classes = _classes(config, [*train.values(), test])
+    if config.data.test_limit is not None:
+        test = _draw(test, config.data.test_limit, config.seed, "test")
+    held_out = {}
+    if config.data.client_held_out > 0:
+        for name, examples in train.items():
+            if len(examples) < 2:
+                raise ConfigError(f"client '{name}' has {len(examples)} example: too few for data.client_held_out; set it to 0")
+            seed = derive(config.seed, "client-held-out", name) % 2**32
+            halves = examples.train_test_split(test_size=max(1, round(config.data.client_held_out * len(examples))), seed=seed)
+            train[name], held_out[name] = halves["train"], halves["test"]
+    group = "package" if config.data.source == BUILTIN else config.data.column
+    return FederatedData(train, held_out, test, text_column(config, first), group if group in test.column_names else None, classes)
+
+
+def _draw(examples: Dataset, count: int, seed: int, purpose: str) -> Dataset:
+    return examples.shuffle(seed=derive(seed, purpose) % 2**32).select(range(min(count, len(examples))))
+
+
+def _deal(config: Config, examples: Dataset) -> dict[str, Dataset]:
+    data, clients = config.data, config.federation.clients
+    by_column = "package" if data.source == BUILTIN else data.column if data.partition == "column" else None
+    if by_column is not None:
+        require_column(examples, by_column, "data.column")
+        partitioner = NaturalIdPartitioner(partition_by=by_column)
+        partitioner.dataset = examples
+        count = partitioner.num_partitions
+        parts = {str(partitioner.partition_id_to_natural_id[i]): partitioner.load_partition(i) for i in range(count)}
+        parts = {name: parts[name] for name in sorted(parts)}
+        if "clients" in config.federation.model_fields_set and clients != count:
+            raise ConfigError(f"federation.clients is {clients}, but column '{by_column}' has {count} values: leave federation.clients out")
+        return parts
+    if len(examples) < clients:
+        raise ConfigError(f"{len(examples)} training examples are fewer than {clients} clients: lower federation.clients or give more data")
+    if data.partition == "iid":
+        partitioner = IidPartitioner(num_partitions=clients)
+        partitioner.dataset = examples.shuffle(seed=derive(config.seed, "partition") % 2**32)
+    else:
+        partitioner = DirichletPartitioner(
+            num_partitions=clients,
+            partition_by=require_column(examples, data.label, "data.label"),
+            alpha=data.alpha,
+            min_partition_size=min(10, len(examples) // clients),
+            seed=derive(config.seed, "partition") % 2**32,
+        )
+        partitioner.dataset = examples
+    width = len(str(clients - 1))
+    try:
+        return {f"client-{i:0{width}d}": partitioner.load_partition(i) for i in range(clients)}
+    except ValueError as error:
+        raise ConfigError(f"data.alpha {data.alpha} leaves a client with too few examples: raise it, or lower federation.clients ({error})") from error
+
+
+def _classes(config: Config, parts: list[Dataset]) -> tuple:
+    if config.model.task != "classification":
+        return ()
+    values = set()
+    for part in parts:
+        values |= set(part.unique(require_column(part, config.data.label, "data.label")))
+    classes = tuple(sorted(values, key=lambda v: (str(type(v)), v)))
+    if len(classes) < 2:
+        raise ConfigError(f"data.label '{config.data.label}' holds {len(classes)} class: classification needs at least two")
+    return classes

@@ -1,0 +1,100 @@
+"""The checkpoint: the server's state and what the round loop needs, written whole or not at all after every round.
+
+`checkpoint/round-00003/` holds `tensors.safetensors` and `state.json`. It is written under another name, flushed to disk and
+renamed, so a kill at any moment leaves the previous one; the last two are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedray.methods import Increment, Spec, State
+
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after a round, the increments each client has seen, clients' optimizer states, and the run's records."""
+
+    state: State
+    seen: dict[str, int]
+    optimizer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    records: tuple[dict[str, Any], ...] = ()
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write atomically; older ones are removed afterwards."""
+    state = checkpoint.state
+    final = folder / f"round-{state.round:05d}"
+    part = folder / f".writing-{os.getpid()}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    tensors = {f"tensors/{n}": t for n, t in state.tensors.items()}
+    for increment in state.increments:
+        tensors |= {f"increments/{increment.version}/{n}": t for n, t in increment.tensors.items()}
+    for client, own in checkpoint.optimizer.items():
+        tensors |= {f"optimizer/{client}//{n}": t for n, t in own.items()}
+    save_file({n: t.contiguous() for n, t in tensors.items()}, part / "tensors.safetensors")
+    plain = {
+        "round": state.round,
+        "trained": state.trained,
+        "draw": state.draw,
+        "plain": state.plain,
+        "heads": state.heads,
+        "increments": [[i.version, i.resets] for i in state.increments],
+        "seen": checkpoint.seen,
+        "records": checkpoint.records,
+    }
+    (part / "state.json").write_text(json.dumps(plain))
+    for path in (part / "tensors.safetensors", part / "state.json", part):
+        _flush(path)
+    shutil.rmtree(final, ignore_errors=True)
+    part.rename(final)
+    _flush(folder)
+    for old in _found(folder)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _found(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-*")) if folder.is_dir() else []
+
+
+def latest(folder: Path, spec: Spec) -> Checkpoint | None:
+    """The last complete checkpoint, or None. `spec` is not stored: it follows from config and model."""
+    found = _found(folder)
+    if not found:
+        return None
+    plain = json.loads((found[-1] / "state.json").read_text())
+    by_kind: dict[str, dict[str, Tensor]] = {"tensors": {}, "increments": {}, "optimizer": {}}
+    for name, tensor in load_file(found[-1] / "tensors.safetensors").items():
+        kind, rest = name.split("/", 1)
+        by_kind[kind][rest] = tensor
+    increments = tuple(
+        Increment(v, {n.split("/", 1)[1]: t for n, t in by_kind["increments"].items() if n.startswith(f"{v}/")}, resets)
+        for v, resets in plain["increments"]
+    )
+    optimizer: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in by_kind["optimizer"].items():
+        client, rest = name.split("//", 1)
+        optimizer.setdefault(client, {})[rest] = tensor
+    state = State(
+        plain["round"], by_kind["tensors"], increments, tuple(plain["trained"]), plain["draw"], plain["plain"], spec, tuple(plain["heads"])
+    )
+    return Checkpoint(state, plain["seen"], optimizer, tuple(plain["records"]))

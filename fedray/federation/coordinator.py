@@ -1,0 +1,219 @@
+"""The coordinator: holds the server state and the checkpoint, draws cohorts, aggregates. Knows workers only as a `Pool`.
+
+The same code runs inside an actor (`pool_ray.py`) and in one process (`pool_inline.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fedray import seeding
+from fedray.adapters import ADAPTERS
+from fedray.config import Config, make_method
+from fedray.data.partition import FederatedData, load_data
+from fedray.data.tasks import TASKS, grouped
+from fedray.errors import ClientError, RoundError
+from fedray.federation import checkpoint as checkpoints
+from fedray.federation.failures import Action, after_round
+from fedray.federation.wire import Message, Packet, encode, pack, unpack
+from fedray.federation.worker import Failure, Report
+from fedray.methods import Spec, State, Update
+from fedray.training.local import ModelFacts
+
+#: CPU threads of the aggregation: a constant of the machine, so that both engines give the same bits.
+AGGREGATION_THREADS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one client's round ended: `update` and `optimizer` are handles for `Pool.fetch` and the next round, or None."""
+
+    client: str
+    report: Report | Failure
+    update: Any = None
+    optimizer: Any = None
+
+
+class Pool(Protocol):
+    """The workers, whatever they are."""
+
+    def publish(self, message: Message) -> Any:
+        """Make a broadcast available to all workers; returns a handle."""
+
+    def train(self, handle: Any, round: int, clients: Sequence[str], optimizer: dict[str, Any], deadline: float | None) -> list[Outcome]:
+        """Run the clients' round; outcomes in the order of `clients`, with failures and late clients among them."""
+
+    def fetch(self, update: Any) -> Packet:
+        """One client's update, when it is its turn to be added."""
+
+    def evaluate(self, handle: Any, part: str, client: str | None) -> tuple[list[dict], float]:
+        """Statistics of all examples in a fixed order, and what the base's dtype lost."""
+
+
+class Coordinator:
+    """One federated run's server side. `run_round` does one round and returns its record."""
+
+    def __init__(self, config: Config, folder: str, facts: ModelFacts, pool: Pool, data: FederatedData | None = None):
+        self.config, self.pool, self.folder = config, pool, Path(folder)
+        self.method = make_method(config)
+        self.data = data if data is not None else load_data(config)
+        self.task = TASKS[config.model.task](config, self.data, None)
+        spec = Spec(ADAPTERS[config.adapter.kind], facts.layers, config.seed)
+        found = checkpoints.latest(self.folder / "checkpoint", spec)
+        start = checkpoints.Checkpoint(self.method.init(spec, facts.heads), dict.fromkeys(self.data.clients, 0))
+        held = found or start
+        self.state: State = held.state
+        self.seen, self.records = dict(held.seen), list(held.records)
+        self._optimizer: dict[str, Any] = {client: pack(t) for client, t in held.optimizer.items()}
+        self._packets: dict[int, Packet] = {}
+        self.events: list[dict[str, Any]] = []
+        self._publish()
+
+    @property
+    def rounds_done(self) -> int:
+        return self.state.round
+
+    def cohort(self, round: int) -> list[str]:
+        """The clients of a round (from 0), a function of seed and round alone, in the run's client order."""
+        clients = self.data.clients
+        size = min(self.config.federation.cohort or len(clients), len(clients))
+        order = torch.randperm(len(clients), generator=seeding.generator(self.config.seed, "cohort", round))[:size]
+        return [clients[i] for i in sorted(order.tolist())]
+
+    def evaluate_start(self) -> dict[str, Any]:
+        """Metrics before the first round, kept as record 0."""
+        if not self.records:
+            started = time.monotonic()
+            record = {"round": 0, **self._evaluate()}
+            record["seconds"] = {"evaluate": time.monotonic() - started}
+            self.records.append(record)
+        return self.records[0]
+
+    def run_round(self) -> dict[str, Any]:
+        """Broadcast, local training, updates, aggregation, evaluation, checkpoint; the record that `rounds.jsonl` holds.
+
+        Raises ClientError when a failing client costs the quorum, RoundError when a round cannot be completed.
+        """
+        round, seconds = self.state.round, {}
+        with _timed(seconds, "train"):
+            cohort = self.cohort(round)
+            outcomes, dropped = self._train(round, cohort)
+        down = self._bytes_down(cohort)
+        before = self.state
+        with _timed(seconds, "aggregate"), _threads(AGGREGATION_THREADS):
+            sizes: list[int] = []
+            self.state, diagnostics = self.method.aggregate(before, self._updates(outcomes, sizes))
+            self._publish()
+        reports = [o.report for o in outcomes]
+        examples = sum(r.examples for r in reports)
+        record = {
+            "round": round + 1,
+            "cohort": cohort,
+            "dropped": dropped,
+            "train_loss": sum(r.train_loss * r.examples for r in reports) / examples,
+            "metrics": None,
+            "bytes_up": sum(sizes),
+            "bytes_down": down,
+            "aggregation_error": diagnostics.aggregation_error,
+            "exactness": diagnostics.exactness,
+            "ideal_norm": diagnostics.ideal_norm,
+            "store_error": None,
+            "epsilon": None,
+        }
+        if self.state.round % self.config.federation.evaluate_every == 0 or self.state.round == self.config.federation.rounds:
+            with _timed(seconds, "evaluate"):
+                record |= self._evaluate()
+            if record["store_error"]:
+                record["store_error"] /= diagnostics.ideal_norm or 1.0
+        record["seconds"] = seconds
+        with _timed(seconds, "checkpoint"):
+            self.records.append(record)
+            self._save()
+        return record
+
+    # --- parts of a round -----------------------------------------------------------------------------------
+
+    def _publish(self) -> None:
+        message = encode(self.method.broadcast(self.state), self._packets)
+        self._packets = message.increments
+        self._message, self._handle = message, self.pool.publish(message)
+
+    def _train(self, round: int, cohort: list[str]) -> tuple[list[Outcome], list[dict[str, str]]]:
+        """Outcomes of the clients that reported, in cohort order, and who was dropped and why."""
+        done: dict[str, Outcome] = {}
+        attempt = 0
+        while True:
+            attempt += 1
+            missing = [c for c in cohort if c not in done]
+            outcomes = self.pool.train(self._handle, round, missing, self._optimizer, self.config.federation.deadline)
+            failures = [o.report for o in outcomes if isinstance(o.report, Failure)]
+            done |= {o.client: o for o in outcomes if isinstance(o.report, Report)}
+            reasons = [f"client '{f.client}': {f.cause}" for f in failures]
+            decision = after_round(len(cohort), len(done), self.config.federation.quorum, attempt, reasons)
+            if decision.action is Action.AGGREGATE:
+                reported = [done[c] for c in cohort if c in done]
+                self._optimizer |= {o.client: o.optimizer for o in reported if o.optimizer is not None}
+                return reported, [{"client": f.client, "reason": f.cause} for f in failures]
+            if decision.action is Action.FAIL:
+                if len(failures) == 1 and self.config.federation.quorum == 1.0:
+                    raise ClientError(failures[0].client, f"{failures[0].cause} (round {round + 1})", failures[0].details)
+                error = RoundError(f"round {round + 1}: {decision.reason}")
+                error.details = "\n".join(f.details for f in failures)
+                raise error
+
+    def _updates(self, outcomes: list[Outcome], sizes: list[int]) -> Iterator[Update]:
+        for outcome in outcomes:
+            packet = self.pool.fetch(outcome.update)
+            sizes.append(packet.nbytes)
+            weight = float(outcome.report.examples) if self.config.method.weights == "examples" else 1.0
+            yield Update(outcome.client, weight, unpack(packet))
+
+    def _bytes_down(self, cohort: list[str]) -> int:
+        """What the cohort receives: the packet of every round, and each increment a client has not had yet."""
+        total = 0
+        for client in cohort:
+            new = [v for v in self._message.increments if v > self.seen[client]]
+            total += self._message.packet.nbytes + sum(self._message.increments[v].nbytes for v in new)
+            self.seen[client] = max([self.seen[client], *new])
+        return total
+
+    def _evaluate(self) -> dict[str, Any]:
+        statistics, lost = self.pool.evaluate(self._handle, "test", None)
+        result = {"metrics": self.task.metrics(statistics), "store_error": lost}
+        if groups := grouped(self.task, statistics):
+            result["groups"] = groups
+        if self.data.held_out:
+            local = {client: self.pool.evaluate(self._handle, "held-out", client)[0] for client in self.data.held_out}
+            result["client_metrics"] = {client: self.task.metrics(s) for client, s in local.items()}
+        return result
+
+    def _save(self) -> None:
+        optimizer = {client: unpack(self.pool.fetch(handle)) for client, handle in self._optimizer.items()}
+        checkpoints.save(
+            self.folder / "checkpoint", checkpoints.Checkpoint(self.state, self.seen, optimizer, tuple(self.records))
+        )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str):
+    started = time.monotonic()
+    yield
+    seconds[phase] = round(time.monotonic() - started, 4)
+
+
+@contextmanager
+def _threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,73 @@
+"""What happens when something fails. A pure function of what happened; nothing here acts.
+
+| event             | first times                     | then                                            |
+|-------------------|---------------------------------|-------------------------------------------------|
+| a worker dies     | the client's round is repeated  | the client is left out                          |
+| a client raises   | it is left out (its inputs are fixed, so it would raise again)                    |
+| the deadline ends | the client is left out                                                            |
+| below the quorum  | the missing clients are tried again once | the run fails, naming clients and causes |
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+WORKER_ATTEMPTS = 3
+ROUND_ATTEMPTS = 2
+
+
+class ClientState(Enum):
+    """Where a client's round stands; `terminal` states do not change any more."""
+
+    WAITING = "waiting"
+    TRAINING = "training"
+    REPORTED = "reported"
+    RAISED = "raised"
+    LATE = "late"
+    WORKER_DIED = "worker died"
+
+    @property
+    def terminal(self) -> bool:
+        return self not in (ClientState.WAITING, ClientState.TRAINING)
+
+
+class Action(Enum):
+    """What to do next."""
+
+    REPEAT = "repeat"
+    LEAVE_OUT = "leave out"
+    AGGREGATE = "aggregate"
+    RETRY_ROUND = "retry round"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """An action and the reason a person reads."""
+
+    action: Action
+    reason: str
+
+
+def after_client(state: ClientState, client: str, attempt: int, cause: str = "") -> Decision:
+    """After a client's attempt (from 1) ended without an update."""
+    if state is ClientState.WORKER_DIED and attempt < WORKER_ATTEMPTS:
+        return Decision(Action.REPEAT, f"the worker of client '{client}' died ({cause}): its round is repeated from the same inputs")
+    if state is ClientState.WORKER_DIED:
+        return Decision(Action.LEAVE_OUT, f"the worker of client '{client}' died {attempt} times: {cause}")
+    if state is ClientState.LATE:
+        return Decision(Action.LEAVE_OUT, f"client '{client}' was not done by the deadline")
+    if state is ClientState.RAISED:
+        return Decision(Action.LEAVE_OUT, f"client '{client}' failed: {cause}")
+    raise ValueError(f"{state} asks for no decision")
+
+
+def after_round(cohort: int, reported: int, quorum: float, attempt: int, reasons: list[str]) -> Decision:
+    """After all clients of a round's attempt (from 1) are in terminal states."""
+    needed = math.ceil(quorum * cohort)
+    if reported >= needed:
+        return Decision(Action.AGGREGATE, f"{reported} of {cohort} clients reported")
+    why = f"{reported} of {cohort} clients reported and {needed} are needed (federation.quorum {quorum:g}): {'; '.join(reasons)}"
+    return Decision(Action.RETRY_ROUND if attempt < ROUND_ATTEMPTS else Action.FAIL, why)

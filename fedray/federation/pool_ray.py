@@ -1,0 +1,189 @@
+"""The Ray engine: workers and coordinator as actors, updates by reference through the object store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from fedray.config import Config
+from fedray.errors import FedrayError
+from fedray.federation.coordinator import Coordinator, Outcome
+from fedray.federation.failures import Action, ClientState, after_client
+from fedray.federation.placement import Placement
+from fedray.federation.pool_inline import evaluate_shares
+from fedray.federation.wire import Header, Message, Packet
+from fedray.federation.worker import Failure, Worker
+from fedray.training.local import ModelFacts
+
+_ACTOR_GONE = (RayActorError, ActorDiedError, ActorUnavailableError)
+
+
+@ray.remote
+class WorkerActor:
+    """A `Worker` with its references resolved: increments are fetched only when this worker lacks them."""
+
+    def __init__(self, config: Config, device: str, threads: int):
+        self.worker = Worker(config, device, threads)
+
+    def describe(self) -> ModelFacts:
+        return self.worker.describe()
+
+    def train(self, client: str, round: int, header: Header, packet: Packet, increments: dict[int, Any], optimizer: Packet | None):
+        return self.worker.train(client, round, header, packet, lambda v: ray.get(increments[v]), optimizer)
+
+    def evaluate(self, part: str, client: str | None, share: tuple[int, int], header: Header, packet: Packet, increments: dict[int, Any]):
+        return self.worker.evaluate(part, client, share, header, packet, lambda v: ray.get(increments[v]))
+
+
+@dataclass
+class Published:
+    """A broadcast in the object store: one put for the packet, one for each increment in its life."""
+
+    header: Header
+    packet: Any
+    increments: dict[int, Any]
+
+
+class RayPool:
+    """The pool as the coordinator sees it. `order`: all clients, for giving each its own worker where there are enough."""
+
+    def __init__(self, workers: Sequence[Any], order: Sequence[str], progress=lambda client: None):
+        self.workers, self.progress = list(workers), progress
+        owned = len(self.workers) >= len(order)
+        self._owner = {client: i for i, client in enumerate(order)} if owned else {}
+        self._increments: dict[int, Any] = {}
+
+    def publish(self, message: Message) -> Published:
+        self._increments = {
+            v: self._increments[v] if v in self._increments else ray.put(p) for v, p in message.increments.items()
+        }
+        return Published(message.header, ray.put(message.packet), self._increments)
+
+    def train(
+        self, handle: Published, round: int, clients: Sequence[str], optimizer: dict[str, Any], deadline: float | None
+    ) -> list[Outcome]:
+        """All clients at once, as far as workers go; a client that waits takes the first worker that is free."""
+        ends = time.monotonic() + deadline if deadline is not None else None
+        states = dict.fromkeys(clients, ClientState.WAITING)
+        attempts = dict.fromkeys(clients, 0)
+        outcomes: dict[str, Outcome] = {}
+        idle, running = list(range(len(self.workers))), {}
+
+        while not all(state.terminal for state in states.values()):
+            for client in [c for c in clients if states[c] is ClientState.WAITING]:
+                index = self._owner.get(client, idle[0] if idle else None)
+                if index not in idle:
+                    continue
+                idle.remove(index)
+                attempts[client] += 1
+                states[client] = ClientState.TRAINING
+                update, kept, report = (
+                    self.workers[index]
+                    .train.options(num_returns=3)
+                    .remote(client, round, handle.header, handle.packet, handle.increments, optimizer.get(client))
+                )
+                running[report] = (client, index, update, kept)
+            left = None if ends is None else max(0.0, ends - time.monotonic())
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=left)
+            if not ready:
+                late = [(c, i) for c, i, _, _ in running.values()] + [(c, None) for c in clients if states[c] is ClientState.WAITING]
+                for client, index in late:
+                    states[client] = ClientState.LATE
+                    outcomes[client] = Outcome(client, Failure(client, after_client(ClientState.LATE, client, attempts[client]).reason, ""))
+                    if index is not None:
+                        ray.kill(self.workers[index], no_restart=False)  # what it computes will not be used
+                break
+            for reference in ready:
+                client, index, update, kept = running.pop(reference)
+                idle.append(index)
+                states[client], outcome = self._finish(reference, client, update, kept, attempts[client])
+                if outcome is not None:
+                    outcomes[client] = outcome
+                    self.progress(client)
+        return [outcomes[client] for client in clients]
+
+    def _finish(self, reference, client: str, update, kept, attempt: int) -> tuple[ClientState, Outcome | None]:
+        try:
+            report = ray.get(reference)
+        except _ACTOR_GONE as error:
+            cause = " ".join(str(error).split()).split(" class_name:")[0][:200]
+            decision = after_client(ClientState.WORKER_DIED, client, attempt, cause)
+            if decision.action is Action.REPEAT:
+                return ClientState.WAITING, None
+            return ClientState.WORKER_DIED, Outcome(client, Failure(client, decision.reason, str(error)))
+        if isinstance(report, Failure):
+            return ClientState.RAISED, Outcome(client, report)
+        return ClientState.REPORTED, Outcome(client, report, update, kept)
+
+    def fetch(self, update: Any) -> Packet:
+        return ray.get(update) if isinstance(update, ray.ObjectRef) else update
+
+    def evaluate(self, handle: Published, part: str, client: str | None) -> tuple[list[dict], float]:
+        for attempt in (1, 2, 3):
+            shares = [
+                worker.evaluate.remote(part, client, (i, len(self.workers)), handle.header, handle.packet, handle.increments)
+                for i, worker in enumerate(self.workers)
+            ]
+            try:
+                results = ray.get(shares)
+                return evaluate_shares(results), max(lost for _, lost in results)
+            except _ACTOR_GONE:
+                if attempt == 3:  # the worker is restarted by Ray; evaluation is a pure function, so it is simply asked again
+                    raise
+        raise AssertionError("unreachable")
+
+
+@ray.remote(num_cpus=0, max_concurrency=2)
+class CoordinatorActor:
+    """A `Coordinator` that can be asked how far its round is while it runs."""
+
+    def __init__(self, config: Config, folder: str, facts: ModelFacts, workers: Sequence[Any], order: Sequence[str]):
+        self._done: list[str] = []
+        self._coordinator = Coordinator(config, folder, facts, RayPool(workers, order, self._done.append))
+
+    def rounds_done(self) -> int:
+        return self._coordinator.rounds_done
+
+    def records(self) -> list[dict]:
+        return self._coordinator.records
+
+    def evaluate_start(self) -> dict:
+        return self._coordinator.evaluate_start()
+
+    def run_round(self) -> dict | FedrayError:
+        """The round's record; an error meant for a person comes back as a value, free of remote tracebacks."""
+        self._done.clear()
+        try:
+            return self._coordinator.run_round()
+        except FedrayError as error:
+            return error
+
+    def progress(self) -> list[str]:
+        """Clients that are done in the round that runs."""
+        return list(self._done)
+
+
+def start_workers(config: Config, placement: Placement, timeout: float = 120.0) -> tuple[PlacementGroup, list[Any]]:
+    """The worker actors in one placement group. Raises FedrayError when the cluster does not grant it in time."""
+    bundle = {"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {})
+    group = placement_group([bundle] * placement.workers, strategy="PACK")
+    if not group.wait(timeout):
+        remove_placement_group(group)
+        raise FedrayError(f"the cluster did not grant {placement.workers} x {bundle} within {timeout:.0f} s: other jobs hold it")
+    workers = [
+        WorkerActor.options(
+            num_cpus=placement.cpus,
+            num_gpus=placement.gpus,
+            max_restarts=-1,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
+        ).remote(config, placement.device, placement.cpus)
+        for i in range(placement.workers)
+    ]
+    return group, workers

@@ -1,0 +1,122 @@
+"""What is left of a run: its last state, its adapter, exports, evaluation, and the summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fedray.adapters import ADAPTERS, attach
+from fedray.adapters.export import Learned, merge, write_lora, write_peft
+from fedray.config import Config, from_dict, make_method
+from fedray.data.partition import load_data
+from fedray.data.tasks import TASKS, grouped
+from fedray.errors import ConfigError
+from fedray.federation import checkpoint as checkpoints
+from fedray.methods import Spec, State, View
+from fedray.training.local import LocalTrainer
+from fedray.training.model import load_base, load_tokenizer, resolve, skeleton
+
+FORMATS = ("lora", "peft", "merged")
+
+
+def read_run_config(folder: Path) -> Config:
+    """The config of a run directory. Raises ConfigError when it is none."""
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"'{folder}' is no run directory: it holds no config.yaml")
+    return from_dict(yaml.safe_load(path.read_text()))
+
+
+def classes_of(config: Config) -> int:
+    """Number of classes of a classification run, 0 otherwise."""
+    return len(load_data(config).classes) if config.model.task == "classification" else 0
+
+
+def load_state(folder: Path, config: Config, classes: int) -> State:
+    """The last checkpoint's state. Raises ConfigError when there is none."""
+    spec = Spec(ADAPTERS[config.adapter.kind], attach.layers(skeleton(config, classes or 2)), config.seed)
+    found = checkpoints.latest(Path(folder) / "checkpoint", spec)
+    if found is None:
+        raise ConfigError(f"'{folder}' has no checkpoint yet: its first round is not done")
+    return found.state
+
+
+def global_view(config: Config, state: State) -> View:
+    """The global model that a state means."""
+    return make_method(config).view(state.spec, state, None)
+
+
+def export(folder: Path, out: Path, format: str) -> None:
+    """Write a run's result to `out`: `lora` (the trained factors), `peft` (with the base update), `merged` (a whole model).
+
+    Raises ConfigError for an unknown format, a target that is not empty, or an adapter that alone would be wrong.
+    """
+    config = read_run_config(folder)
+    if format not in FORMATS:
+        raise ConfigError(f"--format '{format}' is not known: choose {', '.join(FORMATS)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"'{out}' is not empty: choose another place")
+    classes = classes_of(config)
+    write(config, load_state(folder, config, classes), out, format, classes)
+
+
+def write(config: Config, state: State, out: Path, format: str, classes: int) -> None:
+    """`export` for a state at hand."""
+    view = global_view(config, state)
+    learned = Learned(state.spec.adapter, state.spec.layers, view.tensors, view.base, state.heads)
+    if format == "merged":
+        model = load_base(config, classes)
+        merge(model, learned)
+        model.save_pretrained(out)
+        load_tokenizer(config).save_pretrained(out)
+        return
+    peft_config = skeleton(config, classes or 2).peft_config[attach.ADAPTER]
+    peft_config.base_model_name_or_path = resolve(config.model.path)
+    {"lora": write_lora, "peft": write_peft}[format](out, learned, peft_config)
+
+
+def evaluate(folder: Path) -> dict[str, Any]:
+    """Metrics of a run's last state on its held-out examples, overall and by group."""
+    config = read_run_config(folder)
+    data = load_data(config)
+    state = load_state(folder, config, len(data.classes))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trainer = LocalTrainer(config, device, torch.get_num_threads(), data)
+    batches = trainer.evaluate(global_view(config, state), "test", "", (0, 1))
+    statistics = [s for batch in batches for s in batch]
+    return {
+        "round": state.round,
+        "metrics": trainer.task.metrics(statistics),
+        "groups": grouped(trainer.task, statistics),
+    }
+
+
+def summarise(config: Config, trainable: int, clients: int, records: list[dict[str, Any]], wall_seconds: float) -> dict[str, Any]:
+    """`summary.json` of the records of a run; the first is the evaluation before round 1."""
+    metric = TASKS[config.model.task].metric
+    start, rounds = records[0], records[1:]
+    end = next(r for r in reversed(records) if r["metrics"] is not None)
+    return {
+        "adapter": config.adapter.kind,
+        "method": config.method.name,
+        "metric": metric,
+        "initial": start["metrics"][metric],
+        "final": end["metrics"][metric],
+        "initial_by_group": {g: m[metric] for g, m in start.get("groups", {}).items()},
+        "final_by_group": {g: m[metric] for g, m in end.get("groups", {}).items()},
+        "rounds": len(rounds),
+        "clients": clients,
+        "trainable_params": trainable,
+        "bytes_up": sum(r["bytes_up"] for r in rounds),
+        "bytes_down": sum(r["bytes_down"] for r in rounds),
+        "aggregation_error": max(r["aggregation_error"] for r in rounds),
+        "exactness": max(r["exactness"] for r in rounds),
+        "store_error": max(r["store_error"] or 0.0 for r in rounds),
+        "epsilon": None,
+        "delta": None,
+        "seed": config.seed,
+        "wall_seconds": round(wall_seconds, 2),
+    }

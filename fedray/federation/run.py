@@ -1,0 +1,261 @@
+"""One federated run from config to run directory: check everything, start an engine, do the rounds, write the results.
+
+`prepare` reads and checks and touches nothing; `execute` does the work. A run directory holds `config.yaml`,
+`rounds.jsonl`, `summary.json`, `checkpoint/` and `adapter/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+import torch
+from ray.exceptions import RayActorError
+
+from fedray.adapters import ADAPTERS, attach
+from fedray.config import Config, make_method
+from fedray.data.partition import FederatedData, load_data
+from fedray.errors import ConfigError, FedrayError
+from fedray.federation.coordinator import Coordinator
+from fedray.federation.placement import Placement, place
+from fedray.federation.pool_inline import InlinePool
+from fedray.federation.pool_ray import CoordinatorActor, start_workers
+from fedray.federation.results import load_state, read_run_config, summarise, write
+from fedray.federation.worker import Worker
+from fedray.methods import Spec
+from fedray.training.model import skeleton
+
+COORDINATOR_ATTEMPTS = 3
+
+
+class Listener(Protocol):
+    """What a person's side is told while a run goes on."""
+
+    def started(self, prepared: Prepared) -> None: ...
+    def evaluated(self, record: dict[str, Any]) -> None: ...
+    def progress(self, round: int, done: int, cohort: int) -> None: ...
+    def round(self, record: dict[str, Any]) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+class Silent:
+    """A listener that says nothing."""
+
+    def __getattr__(self, name: str):
+        return lambda *args: None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has passed every check that needs no training. `layers`, `trainable` and `heads` come from shapes alone."""
+
+    config: Config
+    folder: Path
+    data: FederatedData
+    spec: Spec
+    heads: int
+    base_parameters: int
+    placement: Placement
+    resuming: bool
+
+    @property
+    def trainable(self) -> int:
+        """Numbers that train at first: factors and heads."""
+        return self.spec.size(*make_method(self.config).trained(self.spec)) + self.heads
+
+    @property
+    def cohort(self) -> int:
+        return min(self.config.federation.cohort or len(self.data.clients), len(self.data.clients))
+
+
+def prepare(config: Config) -> Prepared:
+    """Read and check everything. Raises ConfigError; writes nothing."""
+    folder, resuming = _folder(config)
+    data = load_data(config)
+    if (config.federation.cohort or 0) > len(data.clients):
+        raise ConfigError(f"federation.cohort {config.federation.cohort} is more than the {len(data.clients)} clients: lower it")
+    model = skeleton(config, len(data.classes) or 2)
+    spec = Spec(ADAPTERS[config.adapter.kind], attach.layers(model), config.seed)
+    heads = sum(p.numel() for p in attach.heads(model).values())
+    trained = sum(p.numel() for p in attach.factors(model).values())
+    base = sum(p.numel() for p in model.parameters()) - trained - heads
+    cpus, gpus = _resources(config)
+    return Prepared(config, folder, data, spec, heads, base, place(config, len(data.clients), cpus, gpus), resuming)
+
+
+def _folder(config: Config) -> tuple[Path, bool]:
+    """The run directory and whether a run there goes on. Raises ConfigError when it holds anything else."""
+    if config.output.dir is None:
+        if config.output.resume:
+            raise ConfigError("output.resume needs output.dir, the directory of the run that is to go on")
+        return Path("runs", f"{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").absolute(), False
+    folder = Path(config.output.dir).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output.dir '{config.output.dir}' is a file: choose a directory")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return folder, False
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"output.dir '{config.output.dir}' is not empty and holds no run: choose another")
+    if not config.output.resume:
+        raise ConfigError(f"output.dir '{config.output.dir}' holds another run: choose another, or go on with it by --output.resume")
+    different = _differences(read_run_config(folder), config)
+    if different:
+        raise ConfigError(
+            f"output.dir '{config.output.dir}' holds a run with another {different[0]} ({different[1]}, now {different[2]}): "
+            "give the same to resume it, or another directory"
+        )
+    return folder, True
+
+
+def _differences(old: Config, new: Config) -> tuple[str, Any, Any] | None:
+    """The first key that a resumed run may not change: where it runs and writes may, what it computes may not."""
+    def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            if isinstance(value, dict) and value:
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    before, now = (dict(flat(c.model_dump(mode="json", exclude={"output", "worker", "engine"}))) for c in (old, new))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            return key, before.get(key), now.get(key)
+    return None
+
+
+def _resources(config: Config) -> tuple[float, float]:
+    """CPUs and GPUs of the cluster the run will use; connects to one that is running, starts none."""
+    if config.engine == "ray":
+        if not ray.is_initialized() and os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False, logging_level="ERROR")
+        if ray.is_initialized():
+            total = ray.cluster_resources()
+            return total.get("CPU", 0.0), total.get("GPU", 0.0)
+    return float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
+
+
+# --- doing it ---------------------------------------------------------------------------------------------------
+
+
+def execute(prepared: Prepared, listener: Listener | None = None) -> dict[str, Any]:
+    """Run (or resume) and return the summary. Raises ClientError and RoundError with a sentence for the person."""
+    listener = listener or Silent()
+    started = time.monotonic()
+    folder = prepared.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if not prepared.resuming:
+        (folder / "config.yaml").write_text(prepared.config.to_yaml())
+    listener.started(prepared)
+    engine = _ray_rounds if prepared.config.engine == "ray" else _inline_rounds
+    records: list[dict[str, Any]] = []
+    for record in engine(prepared, listener):
+        records.append(record)
+        if record["round"] == 0:
+            listener.evaluated(record)
+        else:
+            listener.round(record)
+        _write_rounds(folder / "rounds.jsonl", records)
+    config, classes = prepared.config, len(prepared.data.classes)
+    write(config, load_state(folder, config, classes), folder / "adapter", "peft", classes)
+    summary = summarise(config, prepared.trainable, len(prepared.data.clients), records, time.monotonic() - started)
+    _write(folder / "summary.json", json.dumps(summary, indent=2))
+    return summary
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _write_rounds(path: Path, records: list[dict[str, Any]]) -> None:
+    _write(path, "".join(json.dumps(r) + "\n" for r in records if r["round"] > 0))
+
+
+def _inline_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str, Any]]:
+    config = prepared.config
+    worker = Worker(config, prepared.placement.device, prepared.placement.cpus, prepared.data)
+    done: list[str] = []
+
+    def progress(client: str) -> None:
+        done.append(client)
+        listener.progress(coordinator.rounds_done + 1, len(done), prepared.cohort)
+
+    coordinator = Coordinator(config, str(prepared.folder), worker.describe(), InlinePool(worker, progress), prepared.data)
+    yield coordinator.evaluate_start()
+    yield from list(coordinator.records[1:])
+    while coordinator.rounds_done < config.federation.rounds:
+        done.clear()
+        yield coordinator.run_round()
+
+
+def _ray_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str, Any]]:
+    config, order = prepared.config, prepared.data.clients
+    with _ray_session():
+        group, workers = start_workers(config, prepared.placement)
+        try:
+            facts = _answer(workers[0].describe.remote(), "a worker could not start")
+
+            def coordinate():
+                return CoordinatorActor.remote(config, str(prepared.folder), facts, workers, order)
+
+            coordinator, deaths, told = coordinate(), 0, -1
+            while True:
+                try:
+                    if told < 0:
+                        yield _answer(coordinator.evaluate_start.remote(), "the first evaluation failed")
+                        told = 0
+                    for record in ray.get(coordinator.records.remote())[told + 1 :]:
+                        yield record
+                        told = record["round"]
+                    if told >= config.federation.rounds:
+                        return
+                    pending = coordinator.run_round.remote()
+                    while not ray.wait([pending], timeout=0.2)[0]:
+                        listener.progress(told + 1, len(ray.get(coordinator.progress.remote())), prepared.cohort)
+                    outcome = ray.get(pending)
+                    if isinstance(outcome, FedrayError):
+                        raise outcome
+                except RayActorError as error:
+                    deaths += 1
+                    if deaths >= COORDINATOR_ATTEMPTS:
+                        raise FedrayError(f"the coordinator died {deaths} times: {_short(error)}") from error
+                    listener.note("the coordinator died: it is restarted from the last checkpoint")
+                    coordinator = coordinate()
+        finally:
+            for worker in workers:
+                ray.kill(worker)
+            ray.util.remove_placement_group(group)
+
+
+def _answer(reference: Any, what: str) -> Any:
+    try:
+        return ray.get(reference)
+    except RayActorError as error:
+        raise FedrayError(f"{what}: {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    """The last line of a remote error: the cause itself."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+@contextmanager
+def _ray_session() -> Iterator[None]:
+    """The cluster that is there, or an embedded one for the time of the run."""
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,104 @@
+"""What crosses the wire: one contiguous fp32 vector and a manifest of names and shapes.
+
+One flat array is what Ray's object store moves fastest (ENGINE.md section 6). The bytes that are counted are the bytes
+of these vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedray.methods import Broadcast, Increment
+
+Manifest = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Packet:
+    """Named tensors as one fp32 vector; offsets follow from the manifest's sorted order."""
+
+    manifest: Manifest
+    vector: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return self.vector.nbytes
+
+
+def pack(tensors: Mapping[str, Tensor]) -> Packet:
+    """Sorted by name, cast to fp32."""
+    names = sorted(tensors)
+    vector = np.empty(sum(tensors[n].numel() for n in names), dtype=np.float32)
+    offset = 0
+    for name in names:
+        size = tensors[name].numel()
+        vector[offset : offset + size] = tensors[name].detach().to("cpu", torch.float32).reshape(-1).numpy()
+        offset += size
+    return Packet(tuple((n, tuple(tensors[n].shape)) for n in names), vector)
+
+
+def unpack(packet: Packet) -> dict[str, Tensor]:
+    """Fresh tensors: arrays out of the object store are read-only, and aligned copies give the same bits everywhere.
+
+    Raises ValueError when the vector is not as long as the manifest says.
+    """
+    tensors, offset = {}, 0
+    for name, shape in packet.manifest:
+        size = math.prod(shape)
+        tensors[name] = torch.empty(shape)
+        tensors[name].view(-1).numpy()[:] = packet.vector[offset : offset + size]
+        offset += size
+    if offset != len(packet.vector):
+        raise ValueError(f"a vector of {len(packet.vector)} numbers does not fit a manifest of {offset}")
+    return tensors
+
+
+@dataclass(frozen=True)
+class Header:
+    """The part of a broadcast that is no tensor. `increments`: (version, resets) of those that are live."""
+
+    round: int
+    trained: tuple[str, ...]
+    draw: dict[str, int]
+    plain: dict[str, Any]
+    increments: tuple[tuple[int, bool], ...]
+
+    @property
+    def base_key(self) -> tuple:
+        """Equal keys mean the same base weights, unless a method is personal."""
+        return self.increments
+
+
+@dataclass(frozen=True)
+class Message:
+    """A broadcast as it travels: a header, the packet of every round, and the increments, each put once."""
+
+    header: Header
+    packet: Packet
+    increments: dict[int, Packet]
+
+
+def encode(broadcast: Broadcast, known: Mapping[int, Packet]) -> Message:
+    """`known`: packets of increments made before, so that each is packed once."""
+    header = Header(
+        broadcast.round,
+        broadcast.trained,
+        broadcast.draw,
+        broadcast.plain,
+        tuple((i.version, i.resets) for i in broadcast.increments),
+    )
+    packets = {i.version: known[i.version] if i.version in known else pack(i.tensors) for i in broadcast.increments}
+    return Message(header, pack(broadcast.tensors), packets)
+
+
+def decode(header: Header, packet: Packet, increments: Mapping[int, dict[str, Tensor]]) -> Broadcast:
+    """`increments`: unpacked tensors by version; only the live ones are looked up."""
+    live = tuple(Increment(version, increments[version], resets) for version, resets in header.increments)
+    return Broadcast(header.round, unpack(packet), live, header.trained, header.draw, header.plain)

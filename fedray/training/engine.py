@@ -1,0 +1,242 @@
+"""One optimizer step, in two forms that give the same numbers: DeepSpeed (the product) and plain PyTorch (its oracle).
+
+Both keep warm from round to round: `load` writes factors and a fresh (or a client's own) optimizer state into them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedray.config import FederationSection, WorkerSection
+
+Parameters = dict[str, nn.Parameter]
+Loss = Callable[[Callable, dict], Tensor]
+
+
+class StepEngine(Protocol):
+    """What local training needs. `parameters`: the trained ones, by name, in the order the optimizer holds them."""
+
+    def load(self, values: dict[str, Tensor], optimizer_state: dict[str, Tensor] | None) -> None:
+        """Overwrite the named trained parameters, and start the optimizer afresh or from a saved state."""
+
+    def step(self, micro_batches: Sequence[dict], loss: Loss, lr: float) -> float:
+        """One optimizer step over the micro-batches; returns their mean loss."""
+
+    def read(self) -> dict[str, Tensor]:
+        """The trained parameters as fp32 CPU tensors."""
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """`NAME/exp_avg` and the like and `step`, as fp32 CPU tensors."""
+
+    def forward(self, inputs: dict) -> Tensor:
+        """Logits, without training."""
+
+    def close(self) -> None:
+        """Let go of the model."""
+
+
+def make_optimizer(parameters: Parameters, config: FederationSection) -> torch.optim.Optimizer:
+    """The local optimizer over the trained parameters, in order of name."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
+
+
+class TorchEngine:
+    """Plain PyTorch."""
+
+    def __init__(self, model: nn.Module, parameters: Parameters, config: FederationSection):
+        self.model, self.parameters, self.config = model, parameters, config
+        self.optimizer = make_optimizer(parameters, config)
+
+    @torch.no_grad()
+    def load(self, values: dict[str, Tensor], optimizer_state: dict[str, Tensor] | None) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+        self.optimizer.state.clear()
+        if optimizer_state:
+            for name, parameter in self.parameters.items():
+                own = {k.removeprefix(f"{name}/"): v for k, v in optimizer_state.items() if k.startswith(f"{name}/")}
+                self.optimizer.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in own.items()}
+                self.optimizer.state[parameter]["step"] = optimizer_state["step"].reshape(()).clone()
+
+    def step(self, micro_batches: Sequence[dict], loss: Loss, lr: float) -> float:
+        total = 0.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+        for batch in micro_batches:
+            value = loss(self._logits, batch)
+            (value / len(micro_batches)).backward()
+            total += value.item() / len(micro_batches)
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+        self.optimizer.step()
+        return total
+
+    def read(self) -> dict[str, Tensor]:
+        return {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in self.parameters.items()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        saved = {}
+        for name, parameter in self.parameters.items():
+            for k, v in self.optimizer.state[parameter].items():
+                if k == "step":
+                    saved["step"] = v.reshape(1).float().cpu().clone()
+                elif torch.is_tensor(v):
+                    saved[f"{name}/{k}"] = v.detach().float().cpu().clone()
+        return saved
+
+    def _logits(self, inputs: dict) -> Tensor:
+        return self.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+
+    def forward(self, inputs: dict) -> Tensor:
+        return self._logits(inputs)
+
+    def close(self) -> None:
+        self.optimizer.zero_grad()
+
+    def gathered(self, parameters: Sequence[nn.Parameter]):
+        """A context in which the parameters are whole."""
+        return contextlib.nullcontext()
+
+
+class DeepSpeedEngine:
+    """DeepSpeed, ZeRO 0 to 3, one rank, no compiler on CPU and no port (ENGINE.md section 4).
+
+    DeepSpeed's own 16-bit modes stay off: the base may be bf16, the adapters are fp32, so the value on the wire, the
+    parameter and the optimizer's master are one number.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Parameters, config: FederationSection, zero_stage: int):
+        self.model, self.parameters, self.config, self.stage = model, parameters, config, zero_stage
+        deepspeed = _deepspeed(next(model.parameters()).device)
+        self.engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=make_optimizer(parameters, config),
+            config={
+                "train_micro_batch_size_per_gpu": 1,  # nominal: DeepSpeed only multiplies it out
+                "gradient_accumulation_steps": config.accumulate,
+                "gradient_clipping": config.max_grad_norm or 0.0,
+                "zero_optimization": {"stage": zero_stage},
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "steps_per_print": sys.maxsize,
+            },
+        )
+        self._zero = deepspeed.zero
+        self._fragments = sys.modules["deepspeed.utils"]
+        optimizer = self.engine.optimizer
+        self._torch_optimizer = getattr(optimizer, "optimizer", optimizer)
+
+    def gathered(self, parameters: Sequence[nn.Parameter]):
+        """A context in which the parameters are whole and may be written."""
+        return self._zero.GatheredParameters(list(parameters), modifier_rank=0, enabled=self.stage == 3)
+
+    def load(self, values: dict[str, Tensor], optimizer_state: dict[str, Tensor] | None) -> None:
+        with self.gathered(self.parameters.values()), torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(values[name])
+        if self.stage > 0:
+            # Both writes are needed: without the master the next step would bring the old values back.
+            for name, parameter in self.parameters.items():
+                self._fragments.safe_set_full_fp32_param(parameter, values[name].to(parameter.device))
+        for state in self._torch_optimizer.state.values():
+            for value in state.values():
+                if torch.is_tensor(value):
+                    value.zero_()
+        if optimizer_state:
+            self._restore(optimizer_state)
+
+    def _restore(self, saved: dict[str, Tensor]) -> None:
+        kinds = sorted({k.rsplit("/", 1)[1] for k in saved if "/" in k})
+        if self.stage == 0:
+            for name, parameter in self.parameters.items():
+                own = {k: saved[f"{name}/{k}"].to(parameter.device, copy=True) for k in kinds}
+                self._torch_optimizer.state[parameter] = own | {"step": saved["step"].reshape(()).clone()}
+            return
+        # ZeRO makes its optimizer state when it is built or at the first step; momenta are then written through its API.
+        for state in self._torch_optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(saved["step"].item())
+        for name, parameter in self.parameters.items():
+            for k in kinds:
+                self._fragments.safe_set_full_optimizer_state(parameter, saved[f"{name}/{k}"].to(parameter.device), k)
+
+    def step(self, micro_batches: Sequence[dict], loss: Loss, lr: float) -> float:
+        total = 0.0
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        for batch in micro_batches:
+            value = loss(self._logits, batch)
+            self.engine.backward(value)
+            self.engine.step()
+            total += value.item() / len(micro_batches)
+        return total
+
+    def read(self) -> dict[str, Tensor]:
+        if self.stage == 0:
+            return {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in self.parameters.items()}
+        get = self._fragments.safe_get_full_fp32_param
+        return {n: get(p).detach().to("cpu", torch.float32, copy=True) for n, p in self.parameters.items()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        saved, first = {}, next(iter(self._torch_optimizer.state.values()), {})
+        if "step" in first:
+            saved["step"] = first["step"].reshape(1).float().cpu().clone()
+        for name, parameter in self.parameters.items():
+            for k in (k for k, v in first.items() if torch.is_tensor(v) and k != "step"):
+                if self.stage == 0:
+                    value = self._torch_optimizer.state[parameter][k]
+                else:
+                    value = self._fragments.safe_get_full_optimizer_state(parameter, k)
+                saved[f"{name}/{k}"] = value.detach().reshape(values_shape(parameter)).float().cpu().clone()
+        return saved
+
+    def _logits(self, inputs: dict) -> Tensor:
+        return self.engine(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+
+    def forward(self, inputs: dict) -> Tensor:
+        return self._logits(inputs)
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+def values_shape(parameter: nn.Parameter) -> torch.Size:
+    """The whole shape of a parameter that ZeRO-3 may have partitioned."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _deepspeed(device: torch.device):
+    """DeepSpeed, imported quietly, with a process group of one that needs no port and, on CPU, no compiler."""
+    os.environ["LOCAL_RANK"] = "0"  # asserted by the engine
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    if device.type == "cpu":
+        # Built with a C++ compiler otherwise (23 s, or an error where there is none). `import deepspeed.comm.torch`
+        # gives torch itself, hence sys.modules.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "gloo" if device.type == "cpu" else "nccl", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+    return deepspeed
+
+
+def make_engine(model: nn.Module, parameters: Parameters, federation: FederationSection, worker: WorkerSection) -> StepEngine:
+    """The engine that `worker.backend` and `worker.zero_stage` ask for."""
+    if worker.backend == "torch":
+        return TorchEngine(model, parameters, federation)
+    return DeepSpeedEngine(model, parameters, federation, worker.zero_stage)

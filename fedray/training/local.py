@@ -1,0 +1,183 @@
+"""One client's local work: load what was broadcast, take the local steps, give back the update; and evaluation.
+
+A `LocalTrainer` lives as long as its worker, loads the base weights once, and serves any client: everything about a
+client comes with the call, so the same call gives the same bits on any worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedray import seeding
+from fedray.adapters import attach
+from fedray.adapters.base import Layer
+from fedray.config import Config, FederationSection
+from fedray.data.partition import FederatedData, load_data
+from fedray.data.tasks import TASKS, Example, Task
+from fedray.methods import View
+from fedray.training.engine import StepEngine, make_engine
+from fedray.training.model import load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the coordinator must know of the model: the adapted layers and the heads' initial values (fp32, CPU)."""
+
+    layers: tuple[Layer, ...]
+    heads: dict[str, Tensor]
+
+
+@dataclass
+class LocalResult:
+    """What local training gives: the trained tensors (fp32, CPU), the number of examples held, the mean loss."""
+
+    tensors: dict[str, Tensor]
+    examples: int
+    loss: float
+    optimizer_state: dict[str, Tensor] = field(default_factory=dict)
+    base_lost: float = 0.0
+    """Frobenius norm of the part of the base update that the weights' dtype could not hold."""
+    seconds: float = 0.0
+
+
+def learning_rate(config: FederationSection, round: int, step: int) -> float:
+    """The rate at a local step (both from 0): linear warm-up, then constant, linear or cosine to 0."""
+    over_run = config.schedule_over == "run"
+    total = config.local_steps * (config.rounds if over_run else 1)
+    position = step + (round * config.local_steps if over_run else 0)
+    warm = math.ceil(config.warmup * total)
+    if position < warm:
+        return config.lr * (position + 1) / warm
+    left = (total - position) / max(1, total - warm)
+    return config.lr * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[config.schedule]
+
+
+def sample(examples: int, batch: int, step: int, *seed: str | int) -> list[int]:
+    """Indices of the batch at a step counted over the whole run: a fresh permutation every epoch, and no state."""
+    orders: dict[int, Tensor] = {}
+    picked = []
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, offset = divmod(position, examples)
+        if epoch not in orders:
+            orders[epoch] = torch.randperm(examples, generator=seeding.generator(*seed, "epoch", epoch))
+        picked.append(int(orders[epoch][offset]))
+    return picked
+
+
+class LocalTrainer:
+    """Trains and evaluates on one device. `threads`: PyTorch's CPU threads, part of what fixes the bits."""
+
+    def __init__(self, config: Config, device: str, threads: int, data: FederatedData | None = None):
+        torch.set_num_threads(threads)
+        self.config, self.device = config, torch.device(device)
+        self.data = data if data is not None else load_data(config)
+        self.task: Task = TASKS[config.model.task](config, self.data, load_tokenizer(config))
+        self.model = load_model(config, len(self.data.classes)).to(self.device)
+        self._factors, self._heads = attach.factors(self.model), attach.heads(self.model)
+        self._initial_heads = {n: p.detach().float().cpu().clone() for n, p in self._heads.items()}
+        self.layers = attach.layers(self.model)
+        self._engine: StepEngine | None = None
+        self._engine_for: tuple = ()
+        self._base: attach.BaseWeights | None = None
+        self._base_key: Any = None
+        self._base_lost = 0.0
+        self._encoded: dict[tuple[str, str], list[Example]] = {}
+
+    def describe(self) -> ModelFacts:
+        """The adapted layers and the heads' initial values."""
+        return ModelFacts(self.layers, self._initial_heads)
+
+    def examples(self, part: str, client: str = "") -> list[Example]:
+        """Encoded examples of `train` or `held-out` (a client's) or `test` (the coordinator's); encoded once a worker."""
+        if (part, client) not in self._encoded:
+            dataset = {"train": self.data.train, "held-out": self.data.held_out}.get(part, {}).get(client, self.data.test)
+            encoded = self.task.encode(dataset)
+            if not encoded:
+                raise ValueError(f"its {part} data holds no text of at least two tokens")
+            if part != "train":  # similar lengths together: less padding, and a fixed order
+                encoded = sorted(encoded, key=lambda e: len(e.input_ids))
+            self._encoded[part, client] = encoded
+        return self._encoded[part, client]
+
+    def train(
+        self, view: View, client: str, round: int, optimizer_state: dict[str, Tensor] | None = None, base_key: Any = None
+    ) -> LocalResult:
+        """Take the client's local steps of a round (from 0) from what was broadcast."""
+        started = time.monotonic()
+        config = self.config.client(client)
+        examples = self.examples("train", client)
+        engine = self._load(view, config, optimizer_state, base_key)
+        self.model.train()
+        torch.manual_seed(seeding.derive(self.config.seed, "dropout", client, round))
+        losses = []
+        for step in range(config.local_steps):
+            picked = sample(len(examples), config.batch_size, round * config.local_steps + step, self.config.seed, "data", client)
+            size = config.batch_size // config.accumulate
+            micro = [self._batch([examples[i] for i in picked[j : j + size]]) for j in range(0, len(picked), size)]
+            losses.append(engine.step(micro, self.task.loss, learning_rate(config, round, step)))
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"the loss became {losses[-1]} at local step {step + 1} of round {round + 1}: lower federation.lr")
+        kept = engine.optimizer_state() if config.keep_optimizer else {}
+        return LocalResult(
+            engine.read(), len(examples), math.fsum(losses) / len(losses), kept, self._base_lost, time.monotonic() - started
+        )
+
+    @torch.no_grad()
+    def evaluate(self, view: View, part: str, client: str, share: tuple[int, int], base_key: Any = None) -> list[list[dict]]:
+        """Statistics of every `share[1]`-th batch from `share[0]` on, in order; batches do not depend on the share."""
+        self._load(view, self.config.federation, None, base_key)
+        self.model.eval()
+        examples, size = self.examples(part, client), 4 * self.config.federation.batch_size
+        starts = range(0, len(examples), size)
+        result = []
+        for start in list(starts)[share[0] :: share[1]]:
+            rows = examples[start : start + size]
+            result.append(self.task.statistics(self._engine.forward, rows, self._batch(rows)))
+        return result
+
+    def reset(self) -> None:
+        """After an error: forget the engine, which may stand in the middle of a step."""
+        self._engine_for, self._base_key = (), None
+
+    def logits(self, view: View, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits of the model that a view means: what exported adapters are held against."""
+        self._load(view, self.config.federation, None, None)
+        self.model.eval()
+        with torch.no_grad():
+            return self._engine.forward({k: v.to(self.device) for k, v in inputs.items()}).float().cpu()
+
+    @property
+    def base_lost(self) -> float:
+        """What the weights' dtype could not hold of the base update written last."""
+        return self._base_lost
+
+    def _batch(self, examples: list[Example]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in self.task.collate(examples).items()}
+
+    def _load(self, view: View, config: FederationSection, optimizer_state: dict | None, base_key: Any) -> StepEngine:
+        """Make the model what the view says. The engine is rebuilt only when other parameters train."""
+        trained = {n: p for n, p in self._factors.items() if n.rsplit(".", 1)[1] in view.trained} | self._heads
+        if self._engine is None or self._engine_for != tuple(trained):
+            if self._engine is not None:
+                self._engine.close()
+            for name, parameter in self._factors.items():
+                parameter.requires_grad_(name in trained)
+            self._engine = make_engine(self.model, trained, self.config.federation, self.config.worker)
+            self._engine_for = tuple(trained)
+            self._base = self._base or attach.BaseWeights(self.model, lambda parameters: self._engine.gathered(parameters))
+        frozen = {n: p for n, p in self._factors.items() if n not in trained}
+        with self._engine.gathered(list(frozen.values())) if frozen else contextlib.nullcontext(), torch.no_grad():
+            for name, parameter in frozen.items():
+                parameter.copy_(view.tensors[name])
+        self._engine.load(view.tensors, optimizer_state)
+        if base_key is None or base_key != self._base_key:
+            self._base_lost = self._base.write(view.base)
+            self._base_key = base_key
+        return self._engine

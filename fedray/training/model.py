@@ -1,0 +1,83 @@
+"""Loads base models, whole or as shapes on the meta device. The only place that reads model weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from fedray import seeding
+from fedray.adapters.attach import attach
+from fedray.config import BUILTIN, Config
+from fedray.data.builtin import BASE_MODEL
+from fedray.errors import ConfigError
+
+SHAPES = Path(__file__).parent.parent / "assets" / "shapes"
+_CLASSES = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+
+
+def shape_names() -> list[str]:
+    """Names of the model shapes that ship with the package, for `fedray plan`."""
+    return sorted(path.stem for path in SHAPES.glob("*.json"))
+
+
+def resolve(path: str) -> str:
+    """Where a `model.path` really lies. Raises ConfigError for a folder that does not exist."""
+    if path == BUILTIN:
+        return str(BASE_MODEL)
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ConfigError(f"model.path '{path}' does not exist: give a folder, a hub id, or 'builtin'")
+    return path
+
+
+def read_model_config(config: Config, classes: int = 0):
+    """The transformers config of the model (or of a shipped shape). Raises ConfigError when there is none."""
+    path = config.model.path
+    options = {"num_labels": classes} if config.model.task == "classification" and classes else {}
+    shape = SHAPES / f"{path}.json"
+    try:
+        return AutoConfig.from_pretrained(str(shape) if shape.is_file() else resolve(path), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.path '{path}' cannot be read: {reason}") from error
+
+
+def skeleton(config: Config, classes: int = 2):
+    """The model with its adapter on the meta device: every shape, no weights. Raises ConfigError as `attach` does."""
+    model_config = read_model_config(config, classes)
+    try:
+        with torch.device("meta"):
+            model = _CLASSES[config.model.task].from_config(model_config, dtype=getattr(torch, config.model.dtype))
+            return attach(model, config.adapter, config.model.task)
+    except ValueError as error:
+        raise ConfigError(f"model.path '{config.model.path}' does not fit model.task {config.model.task}: {str(error).splitlines()[0]}") from error
+
+
+def load_base(config: Config, classes: int = 0):
+    """The real base model. A head that the checkpoint lacks is drawn from the run's seed."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    torch.manual_seed(seeding.derive(config.seed, "heads"))
+    model = _CLASSES[config.model.task].from_pretrained(
+        resolve(config.model.path), config=read_model_config(config, classes), dtype=getattr(torch, config.model.dtype)
+    )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = model.config.eos_token_id if isinstance(model.config.eos_token_id, int) else 0
+    return model
+
+
+def load_model(config: Config, classes: int = 0):
+    """The base model with its adapter attached."""
+    model = load_base(config, classes)
+    model.config.use_cache = False
+    return attach(model, config.adapter, config.model.task)
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer; a missing pad token becomes the end token."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve(config.model.path))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
