@@ -160,7 +160,8 @@ class Coordinator:
             decision = after_round(len(cohort), len(done), self.config.federation.quorum, attempt, reasons)
             if decision.action is Action.AGGREGATE:
                 reported = [done[c] for c in cohort if c in done]
-                self._optimizer |= {o.client: o.optimizer for o in reported if o.optimizer is not None}
+                if self.config.federation.keep_optimizer:
+                    self._optimizer |= {o.client: o.optimizer for o in reported}
                 return reported, [{"client": f.client, "reason": f.cause} for f in failures]
             if decision.action is Action.FAIL:
                 if len(failures) == 1 and self.config.federation.quorum == 1.0:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import ray
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from fedray.adapters import ADAPTERS, attach
 from fedray.config import Config, make_method
@@ -223,6 +223,8 @@ def _ray_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str, An
                     outcome = ray.get(pending)
                     if isinstance(outcome, FedrayError):
                         raise outcome
+                except RayTaskError as error:
+                    raise FedrayError(f"the coordinator failed: {_short(error)}") from error
                 except RayActorError as error:
                     deaths += 1
                     if deaths >= COORDINATOR_ATTEMPTS:
@@ -238,7 +240,7 @@ def _ray_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str, An
 def _answer(reference: Any, what: str) -> Any:
     try:
         return ray.get(reference)
-    except RayActorError as error:
+    except (RayActorError, RayTaskError) as error:
         raise FedrayError(f"{what}: {_short(error)}") from error
 
 

@@ -24,10 +24,12 @@ def shape_names() -> list[str]:
 
 
 def resolve(path: str) -> str:
-    """Where a `model.path` really lies. Raises ConfigError for a folder that does not exist."""
+    """Where a `model.path` really lies, absolute where it is a folder. Raises ConfigError for one that does not exist."""
     if path == BUILTIN:
         return str(BASE_MODEL)
-    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+    if Path(path).exists():
+        return str(Path(path).absolute())
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ConfigError(f"model.path '{path}' does not exist: give a folder, a hub id, or 'builtin'")
     return path
 

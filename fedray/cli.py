@@ -1,0 +1,167 @@
+"""The command line. Bad input: one sentence on standard error and exit code 2. A failed run: one sentence and 1."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+
+import fedray
+from fedray.errors import ConfigError, FedrayError
+
+_USAGE = """fedray: exact, private, federated low-rank fine-tuning of language models
+
+  fedray run      [--config F.yaml] [--section.key value ...]   one federated run; no arguments: the built-in demo
+  fedray plan     the same arguments [--json]                   what it would cost, before it runs
+  fedray methods                                                adapters and methods: what fits, what is exact
+  fedray evaluate RUN_DIR [--json]                              held-out metrics of a run's last state
+  fedray export   RUN_DIR OUT --format lora|peft|merged         write its result for others to load
+  fedray run --help                                             every key, its default and what it means
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `fedray` command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    _quiet()
+    if not argv or argv[0] in ("-h", "--help"):
+        console.print(_USAGE, markup=False)
+        return 0
+    if argv[0] in ("-V", "--version"):
+        console.print(f"fedray {fedray.__version__}")
+        return 0
+    command, rest = argv[0], argv[1:]
+    try:
+        if command not in _COMMANDS:
+            raise ConfigError(f"unknown command '{command}': choose {', '.join(_COMMANDS)}")
+        if "--help" in rest or "-h" in rest:
+            _help(console)
+            return 0
+        return _COMMANDS[command](rest, console)
+    except FedrayError as error:
+        errors.print(f"fedray: {error}", style="red", markup=False, soft_wrap=True)
+        if details := getattr(error, "details", ""):
+            errors.print(details, style="dim", markup=False, soft_wrap=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        errors.print("fedray: stopped; the last finished round is kept, and --output.resume goes on from it")
+        return 130
+
+
+def _quiet() -> None:
+    """Library chatter that a person cannot act on."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("DeepSpeed", "datasets", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _help(console: Console) -> None:
+    from fedray.config import help_lines
+
+    console.print(_USAGE, markup=False)
+    for key, default, doc in help_lines():
+        console.print(f"  --{key:34} {doc}{f' [{default}]' if default else ''}", markup=False, soft_wrap=True)
+
+
+def _run(argv: list[str], console: Console) -> int:
+    from fedray.config import read_config
+    from fedray.federation.run import execute, prepare
+    from fedray.report.console import ConsoleListener
+
+    prepared = prepare(read_config(argv))
+    listener = ConsoleListener(console)
+    try:
+        summary = execute(prepared, listener)
+    finally:
+        listener.close()
+    listener.finished(summary, str(prepared.folder))
+    return 0
+
+
+def _plan(argv: list[str], console: Console) -> int:
+    from fedray.config import read_config
+    from fedray.plan import plan
+    from fedray.report.console import print_plan
+    from fedray.training.model import shape_names
+
+    as_json = "--json" in argv
+    config = read_config([a for a in argv if a != "--json"])
+    placement = None
+    if config.model.path in shape_names():
+        costs = plan(config)
+    else:
+        from fedray.federation.run import prepare
+
+        prepared = prepare(config)
+        costs, placement = plan(config, prepared.cohort, len(prepared.data.classes) or 2), prepared.placement.reason
+    if as_json:
+        print(json.dumps(costs.to_json() | {"placement": placement}, indent=2))
+    else:
+        print_plan(console, costs, placement)
+    return 0
+
+
+def _methods(argv: list[str], console: Console) -> int:
+    from rich.table import Table
+
+    from fedray.adapters import ADAPTERS
+    from fedray.methods import METHODS, NEEDS_ADAPTER
+
+    table = Table()
+    for column in ("method", *ADAPTERS, "exact", "what it does"):
+        table.add_column(column)
+    for name, method in METHODS.items():
+        fits = ["yes" if kind in method.adapters else "no" for kind in ADAPTERS]
+        table.add_row(name, *fits, method.exact, " ".join(sys.modules[method.__module__].__doc__.split("\n\n")[0].split()))
+    for name, (needs, reason) in NEEDS_ADAPTER.items():
+        table.add_row(name, *("no" for _ in ADAPTERS), "-", f"needs {needs}: {reason}")
+    console.print(table)
+    return 0
+
+
+def _evaluate(argv: list[str], console: Console) -> int:
+    from fedray.federation.results import evaluate
+
+    as_json, names = "--json" in argv, [a for a in argv if a != "--json"]
+    if len(names) != 1:
+        raise ConfigError("fedray evaluate takes one run directory")
+    result = evaluate(Path(names[0]))
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return 0
+    console.print(f"after round {result['round']}: " + ", ".join(f"{k} {v:.4f}" for k, v in result["metrics"].items()))
+    for group, metrics in result["groups"].items():
+        console.print(f"  {group}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+    return 0
+
+
+def _export(argv: list[str], console: Console) -> int:
+    from fedray.federation.results import FORMATS, export
+
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    format = "peft"
+    if "--format" in words:
+        at = words.index("--format")
+        if at + 1 == len(words):
+            raise ConfigError(f"--format needs one of {', '.join(FORMATS)}")
+        format = words[at + 1]
+        del words[at : at + 2]
+    if len(words) != 2 or any(w.startswith("--") for w in words):
+        raise ConfigError("fedray export takes a run directory and a place to write to: fedray export RUN_DIR OUT --format peft")
+    export(Path(words[0]), Path(words[1]), format)
+    console.print(f"written to {words[1]}")
+    return 0
+
+
+_COMMANDS = {"run": _run, "plan": _plan, "methods": _methods, "evaluate": _evaluate, "export": _export}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""The terminal side of a run: the plan, a live progress bar, one line a round, and the result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedray.data.tasks import TASKS
+from fedray.federation.run import Prepared
+from fedray.plan import Plan, plan
+
+_TITLES = {"bits_per_byte": "bits per byte", "accuracy": "accuracy"}
+
+
+def size(count: float) -> str:
+    """Bytes for a person: 1024-based, three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def number(count: int) -> str:
+    """Parameters for a person."""
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count:,}"
+
+
+def plan_table(costs: Plan) -> Table:
+    """Every method side by side."""
+    table = Table(title=f"a round, per client ({costs.cohort} clients a round)", title_justify="left")
+    for column in ("method", "exact", "trains", "up", "down", "down, round 1", "sent once"):
+        table.add_column(column, justify="left" if column in ("method", "exact") else "right")
+    for i, c in enumerate(costs.costs):
+        cells = (c.method, c.exact, number(c.trainable), size(c.up), size(c.down), size(c.first_down), size(c.once) if c.once else "-")
+        table.add_row(*cells, style="bold" if i == 0 else None)
+    return table
+
+
+def print_plan(console: Console, costs: Plan, placement: str | None = None) -> None:
+    """Model, memory, placement, and the table of methods."""
+    memory = costs.memory
+    console.print(f"model    {costs.model}: {number(costs.base_parameters)} parameters, {costs.adapted_layers} layers adapted, {number(costs.heads)} in heads")
+    text = f"memory   about {size(memory.total)} a worker: base {size(memory.base)}, adapter and optimizer {size(memory.adapter_and_optimizer)}, activations {size(memory.activations)} (estimate)"
+    if memory.host_copy_of_moved_layers:
+        text += f"; and {size(memory.host_copy_of_moved_layers)} of host memory for the original weights"
+    console.print(text, soft_wrap=True)
+    if placement:
+        console.print(f"workers  {placement}")
+    console.print(plan_table(costs))
+
+
+class ConsoleListener:
+    """Prints a run as it goes."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.progress_bar = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("clients"), TimeElapsedColumn(),
+            console=console, transient=True,
+        )
+        self._task: Any = None
+        self.metric = ""
+        self.metric_key = ""
+
+    def started(self, prepared: Prepared) -> None:
+        config = prepared.config
+        self.metric_key = TASKS[config.model.task].metric
+        self.metric = _TITLES[self.metric_key]
+        counts = {name: len(part) for name, part in prepared.data.train.items()}
+        named = ", ".join(f"{n} ({c})" for n, c in list(counts.items())[:7]) + (", ..." if len(counts) > 7 else "")
+        print_plan(self.console, plan(config, prepared.cohort, len(prepared.data.classes) or 2), prepared.placement.reason)
+        self.console.print(f"clients  {len(counts)}, with rows: {named}", soft_wrap=True)
+        self.console.print(
+            f"method   {config.method.name} on {config.adapter.kind} of rank {config.adapter.rank}, "
+            f"{config.federation.rounds} rounds of {config.federation.local_steps} steps of {config.federation.batch_size}"
+        )
+        self.progress_bar.start()
+        self._task = self.progress_bar.add_task("starting workers", total=prepared.cohort)
+
+    def evaluated(self, record: dict[str, Any]) -> None:
+        self.progress_bar.console.print(f"before   {self.metric} {record['metrics'][self.metric_key]:.4f}")
+
+    def progress(self, round: int, done: int, cohort: int) -> None:
+        self.progress_bar.update(self._task, description=f"round {round}", completed=done, total=cohort)
+
+    def round(self, record: dict[str, Any]) -> None:
+        metric = f"{self.metric} {record['metrics'][self.metric_key]:.4f}  " if record["metrics"] else ""
+        left_out = f"  left out: {', '.join(d['client'] for d in record['dropped'])}" if record["dropped"] else ""
+        self.progress_bar.console.print(
+            f"round {record['round']:>3}  loss {record['train_loss']:.4f}  {metric}up {size(record['bytes_up'])}  "
+            f"down {size(record['bytes_down'])}  factor averaging would lose {record['aggregation_error']:.2%}, lost "
+            f"{record['exactness']:.1e}  {sum(record['seconds'].values()):.1f} s{left_out}",
+            soft_wrap=True,
+        )
+        self.progress_bar.update(self._task, description="evaluating", completed=0)
+        if (record.get("store_error") or 0.0) > 1e-3:
+            self.note(
+                f"the base's dtype lost {record['store_error']:.1%} of the base update's size: "
+                "use --model.dtype float32, or a method that leaves the base alone (ffa, fra)"
+            )
+
+    def note(self, text: str) -> None:
+        self.progress_bar.console.print(f"note     {text}", soft_wrap=True)
+
+    def finished(self, summary: dict[str, Any], folder: str) -> None:
+        self.close()
+        if summary["final_by_group"]:
+            table = Table(title=f"held-out {self.metric}", title_justify="left")
+            for column in ("client", "before", "after", "change"):
+                table.add_column(column, justify="left" if column == "client" else "right")
+            rows = [*summary["final_by_group"], "overall"]
+            before = summary["initial_by_group"] | {"overall": summary["initial"]}
+            after = summary["final_by_group"] | {"overall": summary["final"]}
+            for name in rows:
+                table.add_row(
+                    name, f"{before[name]:.4f}", f"{after[name]:.4f}", f"{after[name] / before[name] - 1:+.1%}",
+                    style="bold" if name == "overall" else None,
+                )
+            self.console.print(table)
+        else:
+            self.console.print(f"held-out {self.metric}: {summary['initial']:.4f} before, {summary['final']:.4f} after")
+        self.console.print(
+            f"moved {size(summary['bytes_up'])} up and {size(summary['bytes_down'])} down in {summary['rounds']} rounds, "
+            f"{summary['wall_seconds']:.0f} s in all", soft_wrap=True,
+        )
+        self.console.print(
+            f"plain factor averaging (FedIT) would have lost up to {summary['aggregation_error']:.2%} of a round's update; "
+            f"{summary['method']} lost at most {summary['exactness']:.1e}", soft_wrap=True,
+        )
+        self.console.print(f"results in {folder} (adapter/ loads with plain PEFT)", soft_wrap=True)
+
+    def close(self) -> None:
+        self.progress_bar.stop()
