@@ -216,10 +216,12 @@ class Config(Section):
     def _combinations(self) -> Config:
         make_method(self)
         federation, data = self.federation, self.data
-        if federation.batch_size % federation.accumulate:
-            raise ValueError(
-                f"federation.accumulate {federation.accumulate} does not divide federation.batch_size {federation.batch_size}: choose a divisor"
-            )
+        batches = {"federation": federation.batch_size} | {f"clients.{n}": c.batch_size for n, c in self.clients.items() if c.batch_size}
+        for where, batch in batches.items():
+            if batch % federation.accumulate:
+                raise ValueError(
+                    f"federation.accumulate {federation.accumulate} does not divide {where}.batch_size {batch}: choose a divisor"
+                )
         if data.partition == "column" and data.column is None and data.source != BUILTIN:
             raise ValueError("data.partition column needs data.column, the column whose values are the clients")
         if self.model.task == "classification" and data.source == BUILTIN:

@@ -14,7 +14,7 @@ from pathlib import Path
 CLIENT_PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")
 #: Machine-made tables, vendored wheels and tests: no text worth modelling.
 _SKIPPED_PARTS = frozenset({"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "ensurepip", "__pycache__"})
-_HELD_OUT_ONE_IN = 6
+HELD_OUT_BYTES = 12_000
 BASE_MODEL = Path(__file__).parent.parent / "assets" / "builtin-base"
 
 
@@ -32,12 +32,13 @@ def _sources(paths) -> list[tuple[str, str]]:
     return found
 
 
-def client_files() -> list[dict[str, str]]:
-    """One row a source file of the client packages: `package`, `path`, `text`, sorted by path.
+def client_texts() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """(training rows, held-out rows), each `package`, `path`, `text`, sorted by path.
 
-    Raises FileNotFoundError, naming the package, where a Python was installed without part of its library.
+    The last sixth of every file is held out; of that, about `HELD_OUT_BYTES` a package are kept, so that an evaluation takes
+    seconds. Raises FileNotFoundError, naming the package, where a Python was installed without part of its library.
     """
-    rows = []
+    train, held_out = [], []
     for package in CLIENT_PACKAGES:
         files = _sources((_stdlib() / package).rglob("*.py"))
         if not files:
@@ -45,13 +46,18 @@ def client_files() -> list[dict[str, str]]:
                 f"the built-in demo reads the standard library's own source, but {_stdlib() / package} holds none: "
                 "use a full Python, or give --data.source"
             )
-        rows += [{"package": package, "path": path, "text": text} for path, text in files]
-    return rows
-
-
-def is_held_out(path: str) -> bool:
-    """Whether a file belongs to the held-out split: a fixed hash of its path, so every worker agrees."""
-    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") % _HELD_OUT_ONE_IN == 0
+        ends = []
+        for path, text in files:
+            cut = len(text) * 5 // 6
+            train.append({"package": package, "path": path, "text": text[:cut]})
+            ends.append({"package": package, "path": path, "text": text[cut:]})
+        # A fixed shuffle by hash, so that every worker keeps the same files and no part of the alphabet is favoured.
+        taken = 0
+        for row in sorted(ends, key=lambda r: hashlib.sha256(r["path"].encode()).digest()):
+            if taken < HELD_OUT_BYTES:
+                held_out.append(row | {"text": row["text"][: HELD_OUT_BYTES - taken]})
+                taken += len(row["text"])
+    return train, sorted(held_out, key=lambda r: r["path"])
 
 
 def pretraining_text() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 
 from datasets import Dataset
@@ -81,8 +83,10 @@ def _deal(config: Config, examples: Dataset) -> dict[str, Dataset]:
         require_column(examples, by_column, "data.column")
         partitioner = NaturalIdPartitioner(partition_by=by_column)
         partitioner.dataset = examples
-        count = partitioner.num_partitions
-        parts = {str(partitioner.partition_id_to_natural_id[i]): partitioner.load_partition(i) for i in range(count)}
+        with redirect_stderr(io.StringIO()):  # a progress bar that nothing switches off
+            count = partitioner.num_partitions
+            parts = [partitioner.load_partition(i) for i in range(count)]
+        parts = {str(partitioner.partition_id_to_natural_id[i]): part for i, part in enumerate(parts)}
         parts = {name: parts[name] for name in sorted(parts)}
         if "clients" in config.federation.model_fields_set and clients != count:
             raise ConfigError(f"federation.clients is {clients}, but column '{by_column}' has {count} values: leave federation.clients out")

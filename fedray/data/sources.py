@@ -24,9 +24,11 @@ def load_splits(data: DataSection, source: str | None = None) -> tuple[Dataset, 
     source = source or data.source
     disable_progress_bars()
     if source == BUILTIN:
-        rows = builtin.client_files()
-        parts = [[r for r in rows if builtin.is_held_out(r["path"]) is held] for held in (False, True)]
-        return Dataset.from_list(parts[0]), Dataset.from_list(parts[1])
+        try:
+            train, held_out = builtin.client_texts()
+        except FileNotFoundError as error:
+            raise ConfigError(str(error)) from None
+        return Dataset.from_list(train), Dataset.from_list(held_out)
     path = Path(source)
     if path.is_dir():
         splits = DatasetDict({split: _read(file) for split in (data.train_split, data.test_split) if (file := _split_file(path, split))})

@@ -150,7 +150,7 @@ class Method:
 
     name: ClassVar[str]
     adapters: ClassVar[tuple[str, ...]] = ("lora",)
-    exact: ClassVar[str]  # "yes", "no", or what it is exact up to: for tables
+    exact: ClassVar[str]  # "yes", "no", or what it is exact up to; for tables
     personal: ClassVar[bool] = False  # whether `view` differs from client to client
 
     def trained(self, spec: Spec) -> tuple[str, ...]:

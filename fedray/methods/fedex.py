@@ -39,7 +39,7 @@ class FedEx(Method):
     """
 
     name = "fedex"
-    exact = "yes, or up to the tail with residual_rank"
+    exact = "yes"
     assignment: Literal["average", "reinit"] = "average"
     residual_rank: int | None = None
 

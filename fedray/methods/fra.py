@@ -38,7 +38,7 @@ class FRA(Method):
     """
 
     name = "fra"
-    exact = "up to the tail; yes with residual: fold"
+    exact = "to its tail"
     split: Literal["orthonormal", "balanced"] = "orthonormal"
     residual: Literal["drop", "fold"] = "drop"
 
@@ -74,7 +74,7 @@ class FRAFFA(FRA):
     and only B trains and is averaged: exact, r m a round. The frozen A is sent once."""
 
     name = "fra-ffa"
-    exact = "up to the tail, then yes"
+    exact = "to its tail, then yes"
     fra_rounds: int = 1
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:

@@ -120,6 +120,8 @@ class LocalTrainer:
         for step in range(config.local_steps):
             picked = sample(len(examples), config.batch_size, round * config.local_steps + step, self.config.seed, "data", client)
             size = config.batch_size // config.accumulate
+            if config.accumulate > 1:  # micro-batches of similar lengths: less padding, the same examples in the batch
+                picked.sort(key=lambda i: len(examples[i].input_ids))
             micro = [self._batch([examples[i] for i in picked[j : j + size]]) for j in range(0, len(picked), size)]
             losses.append(engine.step(micro, self.task.loss, learning_rate(config, round, step)))
             if not math.isfinite(losses[-1]):

@@ -1,0 +1,91 @@
+"""Tiny real models and data, and one Ray for the whole session."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+from pathlib import Path
+
+os.environ["RAY_AUTH_MODE"] = "disabled"  # set before ray is imported, here and in every process the tests start
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+from fedray.config import Config, from_dict
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+
+
+def pytest_collection_modifyitems(items):
+    missing = pytest.mark.skip(reason=f"{SHARED} is not here: real encoder and data are needed")
+    for item in items:
+        if "shared" in item.keywords and not SHARED.is_dir():
+            item.add_marker(missing)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with `llama`, `bert` (non-square layers, byte tokens), `text.jsonl` (by author) and `classes.csv`."""
+    root = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=259, pad_token_id=0)
+    llama = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1, bos_token_id=None))
+    bert = BertForSequenceClassification(BertConfig(**shape, max_position_embeddings=128, num_labels=2, hidden_dropout_prob=0.1))
+    for name, model in (("llama", llama), ("bert", bert)):
+        model.save_pretrained(root / name)
+        ByT5Tokenizer(extra_ids=0).save_pretrained(root / name)
+    draw = random.Random(0)
+    words = "the a cat dog sat ran on under mat road green red and then".split()
+    with (root / "text.jsonl").open("w") as file:
+        for i in range(90):
+            text = " ".join(draw.choice(words) for _ in range(draw.randint(4, 20)))
+            file.write(json.dumps({"text": text, "author": f"author-{i % 5}", "answer": draw.choice(words)}) + "\n")
+    with (root / "classes.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["sentence", "label"])
+        for i in range(120):
+            good = i % 3 != 0
+            rows.writerow([" ".join(draw.choice(["good", "fine"] if good else ["bad", "null"]) for _ in range(draw.randint(1, 9))), int(good)])
+    return root
+
+
+@pytest.fixture(scope="session")
+def make_config(tiny, tmp_path_factory):
+    """A function: dotted overrides -> a tiny, fast config with its own output directory."""
+
+    def build(task: str = "causal-lm", **overrides) -> Config:
+        values = {
+            "model": {"path": str(tiny / ("llama" if task == "causal-lm" else "bert")), "task": task},
+            "adapter": {"rank": 2, "alpha": 4},
+            "data": {"source": str(tiny / ("text.jsonl" if task == "causal-lm" else "classes.csv")), "max_length": 48},
+            "federation": {"clients": 3, "rounds": 3, "local_steps": 2, "batch_size": 4, "lr": 0.01},
+            "worker": {"cpus": 1},
+            "engine": "inline",
+            "output": {"dir": str(tmp_path_factory.mktemp("run") / "out")},
+        }
+        for key, value in overrides.items():
+            section, _, name = key.partition("__")
+            if name:
+                values.setdefault(section, {})[name] = value
+            else:
+                values[section] = value
+        return from_dict(values)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """One Ray for all tests that need it."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
