@@ -178,11 +178,11 @@ class WorkerSection(Section):
     """GPUs a worker, fractions allowed (default: 1 where there are GPUs, else 0)."""
     cpus: int | None = Field(None, ge=1)
     """CPUs and threads a worker (default: an even share)."""
-    ranks: Literal[1] = 1
+    ranks: int = Field(1, ge=1, le=1)
     """Ray actors a client; more than one comes later."""
     backend: Literal["deepspeed", "torch"] = "deepspeed"
     """DeepSpeed, or the plain PyTorch loop that is its oracle."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: int = Field(0, ge=0, le=3)
     """DeepSpeed ZeRO stage."""
 
 

@@ -93,8 +93,8 @@ def test_failure_policy():
 
 
 def test_placement():
-    def ask(clients, cpus, gpus, engine="ray", cohort=None, **worker):
-        return place(from_dict({"worker": worker, "engine": engine, "federation": {"cohort": cohort}}), clients, cpus, gpus)
+    def ask(clients, have_cpus, have_gpus, engine="ray", cohort=None, **worker):
+        return place(from_dict({"worker": worker, "engine": engine, "federation": {"cohort": cohort}}), clients, have_cpus, have_gpus)
 
     assert (ask(3, 2, 0).workers, ask(3, 2, 0).cpus, ask(3, 2, 0).device) == (2, 1, "cpu")
     assert (ask(3, 16, 4).workers, ask(3, 16, 4).gpus, ask(3, 16, 4).cpus, ask(3, 16, 4).device) == (3, 1.0, 5, "cuda")

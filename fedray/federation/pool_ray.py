@@ -29,8 +29,8 @@ _ACTOR_GONE = (RayActorError, ActorDiedError, ActorUnavailableError)
 class WorkerActor:
     """A `Worker` with its references resolved: increments are fetched only when this worker lacks them."""
 
-    def __init__(self, config: Config, device: str, threads: int):
-        self.worker = Worker(config, device, threads)
+    def __init__(self, make_worker: type[Worker], config: Config, device: str, threads: int):
+        self.worker = make_worker(config, device, threads)
 
     def describe(self) -> ModelFacts:
         return self.worker.describe()
@@ -183,7 +183,7 @@ def start_workers(config: Config, placement: Placement, timeout: float = 120.0) 
             num_gpus=placement.gpus,
             max_restarts=-1,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
-        ).remote(config, placement.device, placement.cpus)
+        ).remote(Worker, config, placement.device, placement.cpus)
         for i in range(placement.workers)
     ]
     return group, workers

@@ -1,0 +1,353 @@
+"""Whole runs: inline against Ray to the last bit, bytes against closed forms, resume, failures, exports."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import ray
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fedray.config import make_method
+from fedray.errors import ClientError, ConfigError, RoundError
+from fedray.federation import pool_inline, pool_ray, results
+from fedray.federation.run import execute, prepare
+from fedray.federation.worker import Failure, Worker
+from fedray.training.local import LocalTrainer
+
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # worker processes cannot import this file
+
+
+def run(config) -> Path:
+    execute(prepare(config))
+    return Path(config.output.dir)
+
+
+def final_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((folder / "checkpoint").glob("round-*"))[-1]
+    return load_file(newest / "tensors.safetensors")
+
+
+def rounds(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+def same_bits(one: Path, other: Path) -> None:
+    a, b = final_tensors(one), final_tensors(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    quiet = [[{k: v for k, v in r.items() if k != "seconds"} for r in rounds(f)] for f in (one, other)]
+    assert quiet[0] == quiet[1]
+
+
+METHODS = {
+    "fedit": {"method__name": "fedit"},
+    "ffa": {"method__name": "ffa"},
+    "fedex": {"method__name": "fedex"},
+    "fedex-truncated": {"method__name": "fedex", "method__residual_rank": 1},
+    "fedex-reinit": {"method__name": "fedex", "method__assignment": "reinit"},
+    "fedex-keep": {"method__name": "fedex", "method__assignment": "keep"},
+    "fra": {"method__name": "fra"},
+    "fra-fold": {"method__name": "fra", "method__residual": "fold"},
+    "fra-ffa": {"method__name": "fra-ffa", "method__fra_rounds": 1},
+    "flora": {"method__name": "flora"},
+}
+
+
+@pytest.fixture(scope="module")
+def played(make_config):
+    """One inline run a method, made when first asked for."""
+    done = {}
+
+    def get(name: str, task: str = "causal-lm"):
+        if (name, task) not in done:
+            config = make_config(task=task, data__partition="dirichlet" if task == "classification" else "iid", **METHODS[name])
+            done[name, task] = (config, run(config))
+        return done[name, task]
+
+    return get
+
+
+# --- engines ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_inline_and_ray_give_the_same_bytes_in_every_tensor(name, played, make_config, ray_session):
+    _, inline = played(name)
+    same_bits(inline, run(make_config(engine="ray", **METHODS[name])))
+
+
+def test_the_order_in_which_clients_finish_does_not_matter(make_config, ray_session, monkeypatch):
+    """5 clients on 2 workers, each delayed by another time in each of two runs."""
+    options = dict(federation__clients=5, federation__cohort=4, federation__keep_optimizer=True, adapter__dropout=0.1)
+    inline = run(make_config(**options))
+    for delays in ([0.4, 0.0, 0.2, 0.1], [0.0, 0.3, 0.0, 0.5]):
+        class Slow(Worker):
+            def train(self, client, *args, delays=delays):
+                time.sleep(delays[int(client[-1]) % 4])
+                return Worker.train(self, client, *args)
+
+        monkeypatch.setattr(pool_ray, "Worker", Slow)
+        same_bits(inline, run(make_config(engine="ray", **options)))
+
+
+def test_a_client_does_not_depend_on_who_else_its_worker_serves(make_config, ray_session):
+    one = run(make_config(engine="ray", worker={"count": 1, "cpus": 1}, federation__clients=5))
+    two = run(make_config(engine="ray", worker={"count": 2, "cpus": 1}, federation__clients=5))
+    same_bits(one, two)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "classification"])
+def test_zero_stages_and_plain_pytorch_agree_after_three_rounds(task, make_config):
+    """With SGD: Adam would magnify the last digit of gradients near zero (see test_training)."""
+    options = {"task": task, "federation__optimizer": "sgd", "federation__lr": 0.1}
+    plain = final_tensors(run(make_config(**options, worker={"cpus": 1, "backend": "torch"})))
+    for stage in range(4):
+        deep = final_tensors(run(make_config(**options, worker={"cpus": 1, "zero_stage": stage})))
+        assert max((plain[n] - deep[n]).abs().max().item() for n in plain if "increments" not in n) < 1e-6
+
+
+# --- what a round reports ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "classification"])
+@pytest.mark.parametrize("name", METHODS)
+def test_bytes_are_the_serialised_size_and_the_closed_form(name, task, played, monkeypatch):
+    config, folder = played(name, task)
+    prepared_spec = results.load_state(folder, config, results.classes_of(config)).spec
+    heads = sum(t.numel() for n, t in final_tensors(folder).items() if n.startswith("tensors/") and "classifier" in n)
+    method, records, k = make_method(config), rounds(folder), 3
+    payload, trained = method.payload(prepared_spec, k), method.trained(prepared_spec)
+    sent_first = [f for f in trained if f not in method.drawn(prepared_spec)]
+    first_down = prepared_spec.size(*sent_first) if sent_first else 0
+    size = prepared_spec.size()
+    for record in records:
+        t, fra_phase = record["round"], name == "fra-ffa" and record["round"] == 1
+        up = size if fra_phase else payload.up
+        down = first_down if t == 1 else payload.down + (payload.once if name == "fra-ffa" and t == 2 else 0)
+        assert record["bytes_up"] == k * 4 * (up + heads)
+        assert record["bytes_down"] == k * 4 * (down + heads)
+    on_disk = sum(len(t.numpy().tobytes()) for n, t in final_tensors(folder).items() if n.startswith("tensors/"))
+    steady = {"fedit": payload.down, "ffa": payload.down, "fra": payload.down, "fra-ffa": payload.down, "fedex-keep": payload.down}
+    if name in steady:
+        assert on_disk == 4 * (steady[name] + heads)
+
+
+def test_a_client_that_missed_rounds_downloads_what_it_missed(make_config):
+    folder = run(make_config(federation__clients=5, federation__cohort=2, federation__rounds=6))
+    config = results.read_run_config(folder)
+    spec = results.load_state(folder, config, 0).spec
+    seen, size = dict.fromkeys((f"client-{i}" for i in range(5)), 0), 4 * spec.size()
+    for record in rounds(folder):
+        done = record["round"] - 1  # increments there are so far, each of (k - 1) r (m + n)
+        assert record["bytes_down"] == sum(size + (done - seen[c]) * size for c in record["cohort"])
+        seen |= dict.fromkeys(record["cohort"], done)
+    assert len({tuple(r["cohort"]) for r in rounds(folder)}) > 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_exactness_is_reported_and_small_where_it_is_claimed(name, played):
+    for record in rounds(played(name)[1]):
+        assert record["aggregation_error"] >= 0 and record["cohort"] == ["client-0", "client-1", "client-2"]
+        exact = name not in ("fedit", "fra", "fedex-truncated") and not (name == "fra-ffa" and record["round"] == 1)
+        assert record["exactness"] < 1e-6 if exact else record["exactness"] > 1e-4
+        if name == "ffa":
+            assert record["aggregation_error"] == 0.0
+        if name == "fedit":
+            assert record["exactness"] == pytest.approx(record["aggregation_error"], rel=1e-3)
+
+
+def test_summary_and_run_directory(played):
+    config, folder = played("fedex")
+    summary = json.loads((folder / "summary.json").read_text())
+    records = rounds(folder)
+    assert summary["bytes_up"] == sum(r["bytes_up"] for r in records) and summary["rounds"] == len(records) == 3
+    assert summary["final"] == records[-1]["metrics"]["bits_per_byte"] < summary["initial"]
+    assert summary["trainable_params"] == sum(t.numel() for n, t in final_tensors(folder).items() if "lora_" in n)
+    assert {"adapter", "method", "metric", "epsilon", "delta", "seed", "wall_seconds"} <= summary.keys()
+    assert {p.name for p in folder.iterdir()} == {"config.yaml", "rounds.jsonl", "summary.json", "checkpoint", "adapter"}
+    assert results.read_run_config(folder) == config
+
+
+def test_evaluation_by_group_and_on_clients(make_config):
+    folder = run(
+        make_config(data__partition="column", data__column="author", data__client_held_out=0.2, federation={"rounds": 2, "local_steps": 2, "batch_size": 4})
+    )
+    record = rounds(folder)[-1]
+    assert list(record["groups"]) == list(record["client_metrics"]) == [f"author-{i}" for i in range(5)]
+    assert all(m["bits_per_byte"] > 0 for m in [*record["groups"].values(), *record["client_metrics"].values()])
+
+
+def test_evaluate_every_skips_rounds_but_never_the_last(make_config):
+    records = rounds(run(make_config(federation__rounds=4, federation__evaluate_every=3)))
+    assert [r["metrics"] is not None for r in records] == [False, False, True, True]
+
+
+# --- resume -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"method__name": "fedex"}, {"method__name": "fra-ffa"}, {"federation__keep_optimizer": True, "method__name": "flora"}, {"method__name": "fedex", "method__assignment": "keep"}], ids=str)
+def test_a_resumed_run_ends_in_the_same_bits(make_config, options, monkeypatch):
+    options = {**options, "federation__clients": 5, "federation__cohort": 3, "federation__rounds": 4}
+    whole = run(make_config(**options))
+    config = make_config(**options)
+    calls = []
+
+    def dies(self, *args, real=pool_inline.InlinePool.train):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(pool_inline.InlinePool, "train", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    assert len(rounds(Path(config.output.dir))) == 2
+    resumed = run(config.model_copy(update={"output": config.output.model_copy(update={"resume": True})}))
+    same_bits(whole, resumed)
+    assert run(config.model_copy(update={"output": config.output.model_copy(update={"resume": True})})) == resumed  # finished: a no-op
+    same_bits(whole, resumed)
+
+
+# --- failures ---------------------------------------------------------------------------------------------------
+
+
+class Sabotaged(Worker):
+    """Client 1 raises; in the second flavour the process of client 1 dies on its first try; in the third it is late."""
+
+    def train(self, client, round, *args):
+        flag = Path(self.trainer.config.output.dir) / "flag"
+        kind = self.trainer.config.data.text_pair
+        if client == "client-1" and round == 1:
+            if kind == "raises":
+                return None, None, Failure(client, "KeyError: 'ward'", "Traceback ...")
+            if kind == "dies" and not flag.exists():
+                flag.touch()
+                os.kill(os.getpid(), 9)
+            if kind == "late" and not flag.exists():
+                flag.touch()
+                time.sleep(60)
+        return super().train(client, round, *args)
+
+
+def sabotaged(make_config, monkeypatch, kind, **options):
+    for module in (pool_ray, pool_inline):
+        monkeypatch.setattr(module, "Worker", Sabotaged)
+    return make_config(engine="ray", data__text_pair=kind, **options)
+
+
+def test_a_failing_client_is_named_with_its_cause(make_config, ray_session, monkeypatch):
+    with pytest.raises(ClientError, match=r"client 'client-1' failed: KeyError: 'ward' \(round 2\)") as caught:
+        run(sabotaged(make_config, monkeypatch, "raises"))
+    assert "Traceback" in caught.value.details and "ray" not in str(caught.value).lower()
+
+
+def test_below_the_quorum_the_round_is_retried_then_fails(make_config, ray_session, monkeypatch):
+    with pytest.raises(RoundError, match=r"round 2: 2 of 3 clients reported and 3 are needed .*client 'client-1': KeyError"):
+        run(sabotaged(make_config, monkeypatch, "raises", federation__quorum=0.9))
+
+
+def test_with_a_quorum_a_failing_client_is_left_out_and_said(make_config, ray_session, monkeypatch):
+    folder = run(sabotaged(make_config, monkeypatch, "raises", federation__quorum=0.6))
+    assert [r["dropped"] for r in rounds(folder)] == [[], [{"client": "client-1", "reason": "KeyError: 'ward'"}], []]
+    assert rounds(folder)[1]["bytes_up"] == rounds(folder)[0]["bytes_up"] * 2 // 3
+
+
+def test_a_worker_that_is_killed_is_restarted_and_its_round_repeated_to_the_same_bits(make_config, ray_session, monkeypatch):
+    whole = run(make_config())
+    folder = run(sabotaged(make_config, monkeypatch, "dies"))
+    assert (folder / "flag").exists()
+    a, b = final_tensors(whole), final_tensors(folder)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_a_client_past_the_deadline_is_left_out(make_config, ray_session, monkeypatch):
+    config = sabotaged(make_config, monkeypatch, "late", federation__deadline=6.0, federation__quorum=0.5)
+    folder = run(config)
+    assert [[d["client"] for d in r["dropped"]] for r in rounds(folder)] == [[], ["client-1"], []]
+
+
+def test_a_real_error_in_a_clients_data_reaches_the_person(make_config, ray_session, tiny, tmp_path):
+    """A client whose own file has one empty text cannot train; its name and the cause come out."""
+    for name, text in (("a", "some real text"), ("b", "")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    config = make_config(
+        engine="ray", data__source=str(tiny), data__train_split="text", data__test_split="text",
+        clients={n: {"source": str(tmp_path / f"{n}.jsonl")} for n in "ab"},
+        data__max_length=48, federation={"rounds": 1, "local_steps": 1, "batch_size": 2},
+    )
+    with pytest.raises((ClientError, ConfigError), match="client 'b' failed: its train data holds no text"):
+        run(config)
+
+
+def test_no_actor_or_placement_group_is_left_behind(make_config, ray_session):
+    run(make_config(engine="ray", federation__rounds=1))
+    from ray.util import placement_group_table
+
+    assert all(g["state"] == "REMOVED" for g in placement_group_table().values())
+    deadline = time.monotonic() + 10
+    while ray_session.available_resources().get("CPU") != 2.0 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ray_session.available_resources()["CPU"] == 2.0
+
+
+# --- exports ----------------------------------------------------------------------------------------------------
+
+INPUTS = {"input_ids": torch.randint(3, 200, (3, 11), generator=torch.Generator().manual_seed(5)), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
+CLASSES = {"causal-lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+
+
+def global_logits(config, folder) -> torch.Tensor:
+    trainer = LocalTrainer(config, "cpu", 1)
+    return trainer.logits(results.global_view(config, results.load_state(folder, config, len(trainer.data.classes))), INPUTS)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "classification"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_adapter_loads_in_plain_peft_and_gives_the_same_logits(name, task, played, tmp_path):
+    config, folder = played(name, task)
+    expected = global_logits(config, folder)
+    base = CLASSES[task].from_pretrained(config.model.path)
+    before = base.eval()(**INPUTS).logits.detach()
+    with torch.no_grad():
+        got = PeftModel.from_pretrained(base, folder / "adapter").eval()(**INPUTS).logits
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert (got - before).abs().max() > 1e-3
+    results.export(folder, tmp_path / "merged", "merged")
+    with torch.no_grad():
+        merged = CLASSES[task].from_pretrained(tmp_path / "merged").eval()(**INPUTS).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_export_lora_refuses_an_adapter_that_alone_is_wrong(name, played, tmp_path):
+    config, folder = played(name)
+    if name.startswith(("fedex", "flora", "fra-fold")):
+        with pytest.raises(ConfigError, match="moved the base, so its rank-2 adapter alone is wrong"):
+            results.export(folder, tmp_path / "lora", "lora")
+        assert not (tmp_path / "lora").exists()
+    else:
+        results.export(folder, tmp_path / "lora", "lora")
+        assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_evaluate_repeats_the_last_rounds_metrics(played):
+    _, folder = played("fedex")
+    assert results.evaluate(folder)["metrics"] == pytest.approx(rounds(folder)[-1]["metrics"], rel=1e-5)
+
+
+def test_exports_refuse_bad_targets(played, tmp_path):
+    _, folder = played("fedit")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(ConfigError, match="is not empty"):
+        results.export(folder, tmp_path / "full", "peft")
+    with pytest.raises(ConfigError, match="--format 'onnx' is not known"):
+        results.export(folder, tmp_path / "new", "onnx")
+    with pytest.raises(ConfigError, match="is no run directory"):
+        results.export(tmp_path, tmp_path / "new", "peft")
