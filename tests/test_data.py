@@ -1,0 +1,168 @@
+"""Sources, partitions and tasks."""
+
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from fedray.config import read_config
+from fedray.data import builtin
+from fedray.data.partition import load_data
+from fedray.data.tasks import IGNORED, TASKS
+from fedray.errors import ConfigError
+from fedray.training.model import load_tokenizer
+
+
+def data(flags):
+    return load_data(read_config(flags if isinstance(flags, list) else flags.split()))
+
+
+def test_the_builtin_corpus_is_split_by_package_and_holds_out_the_ends_of_files():
+    loaded = data("")
+    assert tuple(loaded.clients) == builtin.CLIENT_PACKAGES and loaded.group == "package"
+    for name, part in loaded.train.items():
+        assert set(part["package"]) == {name} and sum(map(len, part["text"])) > 100_000
+    train = {p: t for part in loaded.train.values() for p, t in zip(part["path"], part["text"], strict=True)}
+    for path, text in zip(loaded.test["path"], loaded.test["text"], strict=True):
+        whole = (builtin._stdlib() / path).read_text()
+        assert whole.startswith(train[path] + text)
+
+
+def test_pretraining_never_saw_a_clients_file():
+    text = builtin.pretraining_text()
+    train, held_out = builtin.client_texts()
+    whole = [r for r in train if len(r["text"]) > 2000]
+    assert len(whole) > 50 and not any(r["text"][500:1500] in text for r in whole)
+    assert not any(r["text"][:400] in text for r in held_out if len(r["text"]) > 400)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_local_files_of_every_kind(tmp_path, suffix):
+    import pandas as pd
+
+    frame = pd.DataFrame({"text": [f'a "quoted" null {i}' for i in range(10)] + ["null", "NA"], "label": [0, 1] * 6})
+    file = tmp_path / f"data.{suffix}"
+    if suffix == "csv":
+        frame.to_csv(file, index=False)
+    elif suffix == "tsv":
+        file.write_text("text\tlabel\n" + "".join(f"{t}\t{y}\n" for t, y in zip(frame["text"], frame["label"], strict=True)))
+    elif suffix == "jsonl":
+        frame.to_json(file, orient="records", lines=True)
+    else:
+        frame.to_parquet(file)
+    loaded = data(f"--data.source {file} --federation.clients 2 --data.held_out 0.25")
+    texts = [t for part in [*loaded.train.values(), loaded.test] for t in part["text"]]
+    assert sorted(texts) == sorted(frame["text"]) and len(loaded.test) == 3
+
+
+def test_a_folder_of_splits_uses_its_own_test_split(tmp_path):
+    for split, n in (("train", 6), ("test", 3)):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"text": f"{split} {i}"}) + "\n" for i in range(n)))
+    loaded = data(f"--data.source {tmp_path} --federation.clients 3")
+    assert sorted(loaded.test["text"]) == [f"test {i}" for i in range(3)]
+    assert sorted(t for p in loaded.train.values() for t in p["text"]) == [f"train {i}" for i in range(6)]
+
+
+def classes_file(tmp_path, n=200):
+    file = tmp_path / "c.jsonl"
+    file.write_text("".join(json.dumps({"text": f"t{i}", "label": ["yes", "no", "may"][i % 3], "ward": f"w{i % 4}"}) + "\n" for i in range(n)))
+    return file
+
+
+def test_partitions_deal_every_example_once_and_repeat_with_the_seed(tmp_path):
+    file = classes_file(tmp_path)
+    for flags in ("--data.partition iid", "--data.partition dirichlet --data.alpha 0.3", "--data.partition column --data.column ward"):
+        clients = "" if "column" in flags else "--federation.clients 5"
+        command = f"--data.source {file} --model.task classification --model.path x {clients} {flags}"
+        one, again, other = data(command), data(command), data(command + " --seed 1")
+        texts = {n: list(p["text"]) for n, p in one.train.items()}
+        assert {n: list(p["text"]) for n, p in again.train.items()} == texts
+        assert {n: list(p["text"]) for n, p in other.train.items()} != texts
+        assert Counter(t for p in [*texts.values(), list(one.test["text"])] for t in p) == Counter(f"t{i}" for i in range(200))
+        assert one.classes == ("may", "no", "yes")
+        if "dirichlet" in flags:
+            sizes = sorted(map(len, texts.values()))
+            assert sizes[-1] > 2 * sizes[0]
+        if "column" in flags:
+            assert one.clients == ["w0", "w1", "w2", "w3"] and one.group == "ward"
+
+
+def test_clients_with_their_own_files_keep_them(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(4)))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "held out"}) + "\n")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "not used"}) + "\n")
+    flags = f"--data.source {tmp_path} --clients.a.source {tmp_path}/a.jsonl --clients.b.source {tmp_path}/b.jsonl"
+    loaded = data(flags)
+    assert {n: set(t[0] for t in p["text"]) for n, p in loaded.train.items()} == {"a": {"a"}, "b": {"b"}}
+    assert list(loaded.test["text"]) == ["held out"]
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ("--data.text txet", "data.text 'txet' is not a column of the data: choose one of text, label, ward"),
+        ("--data.partition column --data.column wrad", "data.column 'wrad' is not a column"),
+        ("--data.label mood", "data.label 'mood' is not a column"),
+        ("--data.train_split training", None),
+    ],
+)
+def test_wrong_names_are_answered_with_the_right_ones(tmp_path, flags, sentence):
+    file = classes_file(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        source = tmp_path if sentence is None else file
+        data(f"--data.source {source} --model.task classification --model.path x --federation.clients 2 {flags}".replace("--federation.clients 2", "" if "column" in flags else "--federation.clients 2"))
+    assert (sentence or "has no split 'training': the folder holds no training") in str(caught.value)
+
+
+def task(flags):
+    config = read_config(flags.split())
+    loaded = load_data(config)
+    return TASKS[config.model.task](config, loaded, load_tokenizer(config)), loaded
+
+
+def test_causal_lm_cuts_texts_and_counts_every_byte_but_the_first_of_a_sequence(tmp_path):
+    texts = ["x" * 100, "häß", "y"]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts * 9))
+    lm, loaded = task(f"--data.source {tmp_path / 't.jsonl'} --data.max_length 48 --federation.clients 1 --data.held_out 0.2")
+    encoded = lm.encode(loaded.train["client-0"].select(range(1)).map(lambda _: {"text": texts[0]}))
+    assert [len(e.input_ids) for e in encoded] == [48, 48, 4] and sum(e.size for e in encoded) == pytest.approx(97)
+    assert [e.size for e in lm.encode(loaded.train["client-0"].select(range(1)).map(lambda _: {"text": "häß"}))] == pytest.approx([4.0])
+    assert lm.encode(loaded.train["client-0"].select(range(1)).map(lambda _: {"text": "y"})) == []
+
+
+def test_causal_lm_scores_only_the_completion_and_never_cuts_it_for_the_prompt(tmp_path):
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "question " * 9, "answer": "forty-two"}) + "\n" for _ in range(9)))
+    lm, loaded = task(f"--data.source {tmp_path / 't.jsonl'} --data.completion answer --data.max_length 32 --federation.clients 1")
+    example = lm.encode(loaded.test)[0]
+    scored = [i for i, y in zip(example.input_ids, example.labels, strict=True) if y != IGNORED]
+    assert len(example.input_ids) == 32 and bytes(i - 3 for i in scored[:-1]).decode() == "forty-two" and scored[-1] == 1
+    assert example.size == 9.0
+
+
+def test_bits_per_byte_and_the_loss_against_hand_numbers(tmp_path):
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ["abcd", "ef"] * 9))
+    lm, loaded = task(f"--data.source {tmp_path / 't.jsonl'} --federation.clients 1")
+    rows = sorted(lm.encode(loaded.train["client-0"]), key=lambda e: len(e.input_ids))
+    rows = [rows[0], rows[-1]]
+    batch = lm.collate(rows)
+    assert batch["input_ids"].shape == (2, 4) and batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+
+    def uniform(inputs):
+        return torch.zeros(*inputs["input_ids"].shape, 256)
+
+    statistics = lm.statistics(uniform, rows, batch)
+    assert lm.metrics(statistics)["bits_per_byte"] == pytest.approx(8.0)
+    assert lm.metrics(statistics)["loss"] == pytest.approx(math.log(256))
+    assert lm.loss(uniform, batch).item() == pytest.approx(math.log(256))
+
+
+def test_classification_metrics_against_hand_numbers(tmp_path):
+    file = classes_file(tmp_path, 30)
+    config = read_config(f"--data.source {file} --model.task classification --model.path x --federation.clients 2".split())
+    kind = TASKS["classification"](config, load_data(config), None)
+    made = [{"group": None, "loss": 1.0, "guess": g, "label": y} for g, y in [(0, 0), (0, 1), (1, 1), (2, 2)]]
+    metrics = kind.metrics(made)
+    assert metrics["accuracy"] == 0.75 and metrics["loss"] == 1.0 and 0.7 < metrics["f1"] < 0.8 and 0.6 < metrics["mcc"] < 0.8

@@ -1,0 +1,93 @@
+"""What a run would cost, against published counts and against a real run; the other commands."""
+
+import json
+
+import pytest
+
+from fedray.cli import main
+from fedray.config import read_config
+from fedray.federation.run import execute, prepare
+from fedray.methods import METHODS
+from fedray.plan import plan
+from fedray.training.model import shape_names
+
+
+def costs(flags: str, cohort: int):
+    return {c.method: c for c in plan(read_config(flags.split()), cohort).costs}
+
+
+# Millions of numbers with all linear layers at rank 32 (METHODS.md 3.4): FedIT, FFA, FedEx/FLoRA download at k.
+PUBLISHED = {
+    "mistral-7b": (83.886, 44.04, 25, 2097.15),
+    "gemma-2-9b": (108.036, 59.18, 25, 2700.90),
+    "llama-3.2-3b": (48.628, 24.77, 5, 243.14),
+}
+
+
+@pytest.mark.parametrize("shape", PUBLISHED)
+def test_the_published_counts_come_out(shape):
+    lora, ffa, k, fedex = PUBLISHED[shape]
+    c = costs(f"--model.path {shape} --adapter.rank 32", k)
+    assert c["fedit"].up / 4e6 == c["fra"].down / 4e6 == pytest.approx(lora, abs=6e-4)
+    assert c["ffa"].up / 4e6 == pytest.approx(ffa, abs=6e-3)
+    assert c["fedex"].down / 4e6 == c["flora"].down / 4e6 == pytest.approx(fedex, abs=6e-3)
+    assert c["flora"].first_down == 0 and c["fra-ffa"].once / 4e6 == pytest.approx(lora - ffa, abs=6e-3)
+
+
+@pytest.mark.parametrize(
+    "shape, billions", [("llama-3.2-1b", 1.236), ("llama-3.2-3b", 3.213), ("llama-3.1-8b", 8.030), ("mistral-7b", 7.242), ("gemma-2-9b", 9.242)]
+)
+def test_shapes_have_the_models_sizes_and_no_weights_are_made(shape, billions):
+    assert plan(read_config(["--model.path", shape])).base_parameters / 1e9 == pytest.approx(billions, abs=1e-3)
+    assert shape in shape_names()
+
+
+def test_plan_equals_what_a_run_then_moves(make_config):
+    for name in METHODS:
+        config = make_config(task="classification", method__name=name, federation__rounds=3)
+        prepared = prepare(config)
+        cost = plan(config, prepared.cohort).costs[0]
+        summary = execute(prepared)
+        expected = cost.first_down + 2 * cost.down + cost.once
+        up = 3 * cost.up
+        if name == "fra-ffa":  # one round of FRA, then two of FFA
+            fra = plan(make_config(task="classification", method__name="fra"), 3).costs[0]
+            up = fra.up + 2 * cost.up
+        assert (summary["bytes_down"], summary["bytes_up"]) == (3 * expected, 3 * up)
+        assert summary["trainable_params"] == cost.trainable
+
+
+def test_memory_counts_base_by_dtype_and_the_copy_only_where_the_base_moves():
+    fp32, bf16 = (plan(read_config(f"--model.path llama-3.2-1b --model.dtype {d} --method.name fedit".split())).memory for d in ("float32", "bfloat16"))
+    assert fp32.base == 2 * bf16.base and fp32.host_copy_of_moved_layers == 0
+    moved = plan(read_config("--model.path llama-3.2-1b".split())).memory
+    assert moved.host_copy_of_moved_layers > 0 and moved.adapter_and_optimizer == 16 * plan(read_config("--model.path llama-3.2-1b".split())).costs[0].trainable
+
+
+def test_plan_command(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main("plan --model.path mistral-7b --adapter.rank 32 --federation.clients 25 --json".split()) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["costs"][0]["method"] == "fedex" and len(told["costs"]) == len(METHODS) and told["memory"]["total"] > 7e9
+    assert main(["plan"]) == 0
+    assert "workers" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    assert main("plan --model.path mistral-7b --adapter.targets nothing_here".split()) == 2
+    assert "match no layer" in capsys.readouterr().err
+
+
+def test_other_commands(make_config, capsys, tmp_path):
+    config = make_config()
+    execute(prepare(config))
+    folder = config.output.dir
+    assert main(["evaluate", folder, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["round"] == 3
+    assert main(["evaluate", folder]) == 0 and "bits_per_byte" in capsys.readouterr().out
+    assert main(["export", folder, str(tmp_path / "m"), "--format", "merged"]) == 0 and (tmp_path / "m" / "model.safetensors").is_file()
+    capsys.readouterr()
+    assert main(["export", folder]) == 2 and "takes a run directory and a place" in capsys.readouterr().err
+    assert main(["methods"]) == 0
+    assert all(name in capsys.readouterr().out for name in ("flora",))
+    assert main(["rnu"]) == 2 and "unknown command 'rnu'" in capsys.readouterr().err
+    assert main(["run", "--help"]) == 0 and "--federation.local_steps" in capsys.readouterr().out
+    assert main([]) == 0 and main(["--version"]) == 0
