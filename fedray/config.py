@@ -40,6 +40,8 @@ class ModelSection(Section):
     """What the model is trained for."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the frozen base; adapters and heads are always fp32."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout inside the base model (default: as its own config says)."""
 
 
 class AdapterSection(Section):

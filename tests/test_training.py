@@ -190,3 +190,13 @@ def test_heads_are_trained_whole(make_config):
     assert not torch.equal(after["classifier.weight"], view.tensors["classifier.weight"])
     trained = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert all("lora_" in n or "modules_to_save" in n for n in trained) and isinstance(trainer.model, nn.Module)
+
+
+def test_the_bases_own_dropout_can_be_switched_off(make_config):
+    losses = {}
+    for dropout in (None, 0.0):
+        trainer, view = trainer_and_view(make_config(task="classification", model__dropout=dropout))
+        probabilities = {m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)}
+        assert (0.1 in probabilities) == (dropout is None)
+        losses[dropout] = trainer.train(view, "client-0", 0).loss
+    assert losses[None] != losses[0.0]

@@ -40,7 +40,11 @@ def read_model_config(config: Config, classes: int = 0):
     options = {"num_labels": classes} if config.model.task == "classification" and classes else {}
     shape = SHAPES / f"{path}.json"
     try:
-        return AutoConfig.from_pretrained(str(shape) if shape.is_file() else resolve(path), **options)
+        found = AutoConfig.from_pretrained(str(shape) if shape.is_file() else resolve(path), **options)
+        if config.model.dropout is not None:  # every architecture has its own names for it
+            for name in [n for n, v in vars(found).items() if "drop" in n and isinstance(v, float)]:
+                setattr(found, name, config.model.dropout)
+        return found
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.path '{path}' cannot be read: {reason}") from error
