@@ -71,7 +71,7 @@ def step(console: Console, rounds: int) -> None:
         config = from_dict({"worker": {"backend": backend}, "engine": "inline", "federation": {"local_steps": 4}})
         trainer = LocalTrainer(config, "cpu", torch.get_num_threads())
         method = make_method(config)
-        state = method.init(Spec(ADAPTERS["lora"], trainer.layers, 0), trainer.describe().heads)
+        state = method.init(Spec(ADAPTERS["lora"], trainer.layers, 0), trainer.describe()[1])
         trainers[backend] = (trainer, method.view(state.spec, state, None))
         trainer.train(trainers[backend][1], "xml", 0)  # warm
     seconds = {backend: [] for backend in trainers}

@@ -3,10 +3,9 @@
 import pytest
 
 from fedray.cli import main
-from fedray.config import Config, from_dict, help_lines, known_keys, read_config
+from fedray.config import Config, from_dict, help_lines, known_keys, make_method, read_config
 from fedray.errors import ConfigError
 from fedray.methods import FedExKeep
-from fedray.config import make_method
 
 
 def test_flags_win_over_the_file_and_the_rest_keeps_its_default(tmp_path):

@@ -7,19 +7,19 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import ray
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedray.config import make_method
 from fedray.errors import ClientError, ConfigError, RoundError
-from fedray.federation import pool_inline, pool_ray, results
+from fedray.federation import pool_inline, results, worker_ray
+from fedray.federation.messages import Failure
 from fedray.federation.run import execute, prepare
-from fedray.federation.worker import Failure, Worker
+from fedray.federation.worker import Worker
 from fedray.training.local import LocalTrainer
-
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # worker processes cannot import this file
 
@@ -76,7 +76,10 @@ def played(make_config):
 # --- engines ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+OFTEN = ("fedex", "fra-ffa", "fedex-keep")  # a run on Ray takes seconds to start: the other methods are marked slow
+
+
+@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
 def test_inline_and_ray_give_the_same_bytes_in_every_tensor(name, played, make_config, ray_session):
     _, inline = played(name)
     same_bits(inline, run(make_config(engine="ray", **METHODS[name])))
@@ -92,14 +95,12 @@ def test_the_order_in_which_clients_finish_does_not_matter(make_config, ray_sess
                 time.sleep(delays[int(client[-1]) % 4])
                 return Worker.train(self, client, *args)
 
-        monkeypatch.setattr(pool_ray, "Worker", Slow)
+        monkeypatch.setattr(worker_ray, "Worker", Slow)
         same_bits(inline, run(make_config(engine="ray", **options)))
 
 
 def test_a_client_does_not_depend_on_who_else_its_worker_serves(make_config, ray_session):
-    one = run(make_config(engine="ray", worker={"count": 1, "cpus": 1}, federation__clients=5))
-    two = run(make_config(engine="ray", worker={"count": 2, "cpus": 1}, federation__clients=5))
-    same_bits(one, two)
+    same_bits(run(make_config(federation__clients=5)), run(make_config(engine="ray", worker={"count": 2, "cpus": 1}, federation__clients=5)))
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "classification"])
@@ -236,8 +237,7 @@ class Sabotaged(Worker):
 
 
 def sabotaged(make_config, monkeypatch, kind, **options):
-    for module in (pool_ray, pool_inline):
-        monkeypatch.setattr(module, "Worker", Sabotaged)
+    monkeypatch.setattr(worker_ray, "Worker", Sabotaged)
     return make_config(engine="ray", data__text_pair=kind, **options)
 
 
@@ -285,8 +285,8 @@ def test_a_real_error_in_a_clients_data_reaches_the_person(make_config, ray_sess
         run(config)
 
 
-def test_no_actor_or_placement_group_is_left_behind(make_config, ray_session):
-    run(make_config(engine="ray", federation__rounds=1))
+def test_no_actor_or_placement_group_is_left_behind(ray_session):
+    """After all the runs above, those that failed included."""
     from ray.util import placement_group_table
 
     assert all(g["state"] == "REMOVED" for g in placement_group_table().values())

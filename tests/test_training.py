@@ -8,14 +8,15 @@ from fedray.adapters import ADAPTERS, attach
 from fedray.config import make_method
 from fedray.lowrank import LowRank
 from fedray.methods import Spec, View
-from fedray.training import local, model as models
+from fedray.training import local
+from fedray.training import model as models
 from fedray.training.local import LocalTrainer, learning_rate, sample
 
 
 def trainer_and_view(config):
     trainer = LocalTrainer(config, "cpu", 1)
     method = make_method(config)
-    state = method.init(Spec(ADAPTERS["lora"], trainer.layers, config.seed), trainer.describe().heads)
+    state = method.init(Spec(ADAPTERS["lora"], trainer.layers, config.seed), trainer.describe()[1])
     return trainer, method.view(state.spec, state, None)
 
 

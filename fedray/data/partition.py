@@ -7,7 +7,6 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 
 from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner
 
 from fedray.config import BUILTIN, Config, nearest
 from fedray.data.sources import load_splits, require_column, text_column
@@ -77,6 +76,9 @@ def _draw(examples: Dataset, count: int, seed: int, purpose: str) -> Dataset:
 
 
 def _deal(config: Config, examples: Dataset) -> dict[str, Dataset]:
+    # Imported here: it brings plotting libraries, which every worker would wait for.
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner
+
     data, clients = config.data, config.federation.clients
     by_column = "package" if data.source == BUILTIN else data.column if data.partition == "column" else None
     if by_column is not None:

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from datasets import Dataset
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
 from fedray.config import Config
@@ -104,6 +103,8 @@ class Classification(_Base):
         ]
 
     def metrics(self, statistics: Sequence[dict[str, Any]]) -> dict[str, float]:
+        from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef  # a slow import that only this needs
+
         labels, guesses = [s["label"] for s in statistics], [s["guess"] for s in statistics]
         return {
             "accuracy": float(accuracy_score(labels, guesses)),

@@ -16,17 +16,16 @@ from typing import Any, Protocol
 import torch
 
 from fedray import seeding
-from fedray.adapters import ADAPTERS
+from fedray.adapters import ADAPTERS, Layer
 from fedray.config import Config, make_method
 from fedray.data.partition import FederatedData, load_data
 from fedray.data.tasks import TASKS, grouped
 from fedray.errors import ClientError, RoundError
 from fedray.federation import checkpoint as checkpoints
 from fedray.federation.failures import Action, after_round
+from fedray.federation.messages import Failure, Report
 from fedray.federation.wire import Message, Packet, encode, pack, unpack
-from fedray.federation.worker import Failure, Report
 from fedray.methods import Spec, State, Update
-from fedray.training.local import ModelFacts
 
 #: CPU threads of the aggregation: a constant of the machine, so that both engines give the same bits.
 AGGREGATION_THREADS = min(8, os.cpu_count() or 1)
@@ -61,14 +60,22 @@ class Pool(Protocol):
 class Coordinator:
     """One federated run's server side. `run_round` does one round and returns its record."""
 
-    def __init__(self, config: Config, folder: str, facts: ModelFacts, pool: Pool, data: FederatedData | None = None):
+    def __init__(
+        self,
+        config: Config,
+        folder: str,
+        facts: tuple[tuple[Layer, ...], dict[str, torch.Tensor]],
+        pool: Pool,
+        data: FederatedData | None = None,
+    ):
+        layers, heads = facts
         self.config, self.pool, self.folder = config, pool, Path(folder)
         self.method = make_method(config)
         self.data = data if data is not None else load_data(config)
         self.task = TASKS[config.model.task](config, self.data, None)
-        spec = Spec(ADAPTERS[config.adapter.kind], facts.layers, config.seed)
+        spec = Spec(ADAPTERS[config.adapter.kind], layers, config.seed)
         found = checkpoints.latest(self.folder / "checkpoint", spec)
-        start = checkpoints.Checkpoint(self.method.init(spec, facts.heads), dict.fromkeys(self.data.clients, 0))
+        start = checkpoints.Checkpoint(self.method.init(spec, heads), dict.fromkeys(self.data.clients, 0))
         held = found or start
         self.state: State = held.state
         self.seen, self.records = dict(held.seen), list(held.records)
@@ -201,6 +208,15 @@ class Coordinator:
         checkpoints.save(
             self.folder / "checkpoint", checkpoints.Checkpoint(self.state, self.seen, optimizer, tuple(self.records))
         )
+
+
+def evaluate_shares(shares: Sequence[tuple[list[list[dict]], Any]]) -> list[dict]:
+    """Put batches that were dealt to several workers in turn back into their order."""
+    queues = [iter(batches) for batches, _ in shares]
+    merged: list[dict] = []
+    for turn in range(sum(len(batches) for batches, _ in shares)):
+        merged += next(queues[turn % len(queues)])
+    return merged
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from fedray.federation.coordinator import Outcome
 from fedray.federation.wire import Message, Packet
@@ -38,12 +37,3 @@ class InlinePool:
     def evaluate(self, handle: Message, part: str, client: str | None) -> tuple[list[dict], float]:
         batches, lost = self.worker.evaluate(part, client, (0, 1), handle.header, handle.packet, handle.increments.__getitem__)
         return [s for batch in batches for s in batch], lost
-
-
-def evaluate_shares(shares: Sequence[tuple[list[list[dict]], Any]]) -> list[dict]:
-    """Put batches that were dealt to several workers in turn back into their order."""
-    queues = [iter(batches) for batches, _ in shares]
-    merged: list[dict] = []
-    for turn in range(sum(len(batches) for batches, _ in shares)):
-        merged += next(queues[turn % len(queues)])
-    return merged

@@ -1,4 +1,4 @@
-"""The Ray engine: workers and coordinator as actors, updates by reference through the object store."""
+"""The Ray engine's coordinator: an actor, and the pool through which it reaches the workers; updates by reference."""
 
 from __future__ import annotations
 
@@ -9,37 +9,15 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fedray.config import Config
 from fedray.errors import FedrayError
-from fedray.federation.coordinator import Coordinator, Outcome
+from fedray.federation.coordinator import Coordinator, Outcome, evaluate_shares
 from fedray.federation.failures import Action, ClientState, after_client
-from fedray.federation.placement import Placement
-from fedray.federation.pool_inline import evaluate_shares
+from fedray.federation.messages import Failure
 from fedray.federation.wire import Header, Message, Packet
-from fedray.federation.worker import Failure, Worker
-from fedray.training.local import ModelFacts
 
 _ACTOR_GONE = (RayActorError, ActorDiedError, ActorUnavailableError)
-
-
-@ray.remote
-class WorkerActor:
-    """A `Worker` with its references resolved: increments are fetched only when this worker lacks them."""
-
-    def __init__(self, make_worker: type[Worker], config: Config, device: str, threads: int):
-        self.worker = make_worker(config, device, threads)
-
-    def describe(self) -> ModelFacts:
-        return self.worker.describe()
-
-    def train(self, client: str, round: int, header: Header, packet: Packet, increments: dict[int, Any], optimizer: Packet | None):
-        return self.worker.train(client, round, header, packet, lambda v: ray.get(increments[v]), optimizer)
-
-    def evaluate(self, part: str, client: str | None, share: tuple[int, int], header: Header, packet: Packet, increments: dict[int, Any]):
-        return self.worker.evaluate(part, client, share, header, packet, lambda v: ray.get(increments[v]))
 
 
 @dataclass
@@ -144,7 +122,7 @@ class RayPool:
 class CoordinatorActor:
     """A `Coordinator` that can be asked how far its round is while it runs."""
 
-    def __init__(self, config: Config, folder: str, facts: ModelFacts, workers: Sequence[Any], order: Sequence[str]):
+    def __init__(self, config: Config, folder: str, facts: tuple, workers: Sequence[Any], order: Sequence[str]):
         self._done: list[str] = []
         self._coordinator = Coordinator(config, folder, facts, RayPool(workers, order, self._done.append))
 
@@ -168,22 +146,3 @@ class CoordinatorActor:
     def progress(self) -> list[str]:
         """Clients that are done in the round that runs."""
         return list(self._done)
-
-
-def start_workers(config: Config, placement: Placement, timeout: float = 120.0) -> tuple[PlacementGroup, list[Any]]:
-    """The worker actors in one placement group. Raises FedrayError when the cluster does not grant it in time."""
-    bundle = {"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {})
-    group = placement_group([bundle] * placement.workers, strategy="PACK")
-    if not group.wait(timeout):
-        remove_placement_group(group)
-        raise FedrayError(f"the cluster did not grant {placement.workers} x {bundle} within {timeout:.0f} s: other jobs hold it")
-    workers = [
-        WorkerActor.options(
-            num_cpus=placement.cpus,
-            num_gpus=placement.gpus,
-            max_restarts=-1,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
-        ).remote(Worker, config, placement.device, placement.cpus)
-        for i in range(placement.workers)
-    ]
-    return group, workers

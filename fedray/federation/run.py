@@ -26,9 +26,10 @@ from fedray.errors import ConfigError, FedrayError
 from fedray.federation.coordinator import Coordinator
 from fedray.federation.placement import Placement, place
 from fedray.federation.pool_inline import InlinePool
-from fedray.federation.pool_ray import CoordinatorActor, start_workers
+from fedray.federation.pool_ray import CoordinatorActor
 from fedray.federation.results import load_state, read_run_config, summarise, write
 from fedray.federation.worker import Worker
+from fedray.federation.worker_ray import start_workers
 from fedray.methods import Spec
 from fedray.training.model import skeleton
 

@@ -4,37 +4,17 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from fedray.adapters import ADAPTERS
+from fedray.adapters import ADAPTERS, Layer
 from fedray.config import Config, make_method
 from fedray.data.partition import FederatedData
+from fedray.federation.messages import Failure, Report
 from fedray.federation.wire import Header, Packet, decode, pack, unpack
 from fedray.methods import Spec, View
-from fedray.training.local import LocalTrainer, ModelFacts
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a client's round gives beside its update; no data, only sizes and means."""
-
-    client: str
-    examples: int
-    train_loss: float
-    base_lost: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A client's error as a value, so that it reaches the person as a sentence and not as a remote traceback."""
-
-    client: str
-    cause: str
-    details: str
+from fedray.training.local import LocalTrainer
 
 
 class Worker:
@@ -46,8 +26,8 @@ class Worker:
         self.spec = Spec(ADAPTERS[config.adapter.kind], self.trainer.layers, config.seed)
         self._increments: dict[int, dict[str, Tensor]] = {}
 
-    def describe(self) -> ModelFacts:
-        """What the coordinator must know of the model."""
+    def describe(self) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:
+        """The adapted layers and the heads' initial values."""
         return self.trainer.describe()
 
     def train(

@@ -26,14 +26,6 @@ from fedray.training.engine import StepEngine, make_engine
 from fedray.training.model import load_model, load_tokenizer
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the coordinator must know of the model: the adapted layers and the heads' initial values (fp32, CPU)."""
-
-    layers: tuple[Layer, ...]
-    heads: dict[str, Tensor]
-
-
 @dataclass
 class LocalResult:
     """What local training gives: the trained tensors (fp32, CPU), the number of examples held, the mean loss."""
@@ -90,9 +82,9 @@ class LocalTrainer:
         self._base_lost = 0.0
         self._encoded: dict[tuple[str, str], list[Example]] = {}
 
-    def describe(self) -> ModelFacts:
-        """The adapted layers and the heads' initial values."""
-        return ModelFacts(self.layers, self._initial_heads)
+    def describe(self) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:
+        """What the coordinator must know of the model: the adapted layers, and the heads' initial values (fp32, CPU)."""
+        return self.layers, self._initial_heads
 
     def examples(self, part: str, client: str = "") -> list[Example]:
         """Encoded examples of `train` or `held-out` (a client's) or `test` (the coordinator's); encoded once a worker."""

@@ -1,0 +1,51 @@
+"""The Ray engine's workers: actors in one placement group. Apart from `pool_ray.py`, so that only they import a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from fedray.config import Config
+from fedray.errors import FedrayError
+from fedray.federation.placement import Placement
+from fedray.federation.wire import Header, Packet
+from fedray.federation.worker import Worker
+
+
+@ray.remote
+class WorkerActor:
+    """A `Worker` with its references resolved: increments are fetched only when this worker lacks them."""
+
+    def __init__(self, make_worker: type[Worker], config: Config, device: str, threads: int):
+        self.worker = make_worker(config, device, threads)
+
+    def describe(self) -> tuple:
+        return self.worker.describe()
+
+    def train(self, client: str, round: int, header: Header, packet: Packet, increments: dict[int, Any], optimizer: Packet | None):
+        return self.worker.train(client, round, header, packet, lambda v: ray.get(increments[v]), optimizer)
+
+    def evaluate(self, part: str, client: str | None, share: tuple[int, int], header: Header, packet: Packet, increments: dict[int, Any]):
+        return self.worker.evaluate(part, client, share, header, packet, lambda v: ray.get(increments[v]))
+
+
+def start_workers(config: Config, placement: Placement, timeout: float = 120.0) -> tuple[PlacementGroup, list[Any]]:
+    """The worker actors in one placement group. Raises FedrayError when the cluster does not grant it in time."""
+    bundle = {"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {})
+    group = placement_group([bundle] * placement.workers, strategy="PACK")
+    if not group.wait(timeout):
+        remove_placement_group(group)
+        raise FedrayError(f"the cluster did not grant {placement.workers} x {bundle} within {timeout:.0f} s: other jobs hold it")
+    workers = [
+        WorkerActor.options(
+            num_cpus=placement.cpus,
+            num_gpus=placement.gpus,
+            max_restarts=-1,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
+        ).remote(Worker, config, placement.device, placement.cpus)
+        for i in range(placement.workers)
+    ]
+    return group, workers
