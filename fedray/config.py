@@ -130,13 +130,13 @@ class FederationSection(Section):
     """Clients drawn a round (default: all)."""
     local_steps: int = Field(20, ge=1)
     """Optimizer steps a client takes a round."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(4, ge=1)
     """Examples an optimizer step."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches that make up one batch."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Local optimizer."""
-    lr: float = Field(3e-3, gt=0)
+    lr: float = Field(5e-3, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay (adamw) or L2 (sgd)."""
@@ -224,6 +224,8 @@ class Config(Section):
                 raise ValueError(
                     f"federation.accumulate {federation.accumulate} does not divide {where}.batch_size {batch}: choose a divisor"
                 )
+        if federation.deadline is not None and self.engine == "inline":
+            raise ValueError("federation.deadline needs engine ray: inline clients run one after the other")
         if data.partition == "column" and data.column is None and data.source != BUILTIN:
             raise ValueError("data.partition column needs data.column, the column whose values are the clients")
         if self.model.task == "classification" and data.source == BUILTIN:

@@ -68,7 +68,7 @@ def step(console: Console, rounds: int) -> None:
     """A client's local step on the built-in model, engines in turn so that drift of the machine hits both alike."""
     trainers = {}
     for backend in ("torch", "deepspeed"):
-        config = from_dict({"worker": {"backend": backend}, "engine": "inline", "federation": {"local_steps": 4}})
+        config = from_dict({"worker": {"backend": backend}, "engine": "inline", "federation": {"local_steps": 4, "batch_size": 8}})
         trainer = LocalTrainer(config, "cpu", torch.get_num_threads())
         method = make_method(config)
         state = method.init(Spec(ADAPTERS["lora"], trainer.layers, 0), trainer.describe()[1])

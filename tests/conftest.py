@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # set before ray is imported, here and in every process the tests start
+os.environ["RAY_worker_niceness"] = "0"  # a starved worker makes a test slow, not right
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 

@@ -49,6 +49,7 @@ def test_every_key_has_a_line_of_help():
         ("--clients.a.batch_size 3 --federation.accumulate 2", "federation.accumulate 2 does not divide"),
         ("--data.source x.csv --data.partition column", "data.partition column needs data.column"),
         ("--model.task classification", "the built-in corpus is for causal-lm"),
+        ("--engine inline --federation.deadline 3", "federation.deadline needs engine ray"),
         ("--config nowhere.yaml", "config file 'nowhere.yaml' does not exist"),
         ("stray", "'stray' is not a flag"),
         ("--data.source nowhere.csv", "data source 'nowhere.csv' does not exist"),
@@ -92,7 +93,7 @@ def test_an_output_directory_that_holds_something_else(tmp_path, capsys):
     assert main(["run", "--output.dir", str(tmp_path / "mine")]) == 2
     assert "holds another run" in capsys.readouterr().err
     assert main(["run", "--output.dir", str(tmp_path / "mine"), "--output.resume", "--federation.lr", "0.5"]) == 2
-    assert "another federation.lr (0.003, now 0.5)" in capsys.readouterr().err
+    assert "another federation.lr (0.005, now 0.5)" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["config.yaml"]
 
 

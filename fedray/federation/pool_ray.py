@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 
 from fedray.config import Config
 from fedray.errors import FedrayError
 from fedray.federation.coordinator import Coordinator, Outcome, evaluate_shares
-from fedray.federation.failures import Action, ClientState, after_client
+from fedray.federation.failures import WORKER_ATTEMPTS, Action, ClientState, after_client
 from fedray.federation.messages import Failure
 from fedray.federation.wire import Header, Message, Packet
 
@@ -37,6 +37,8 @@ class RayPool:
         owned = len(self.workers) >= len(order)
         self._owner = {client: i for i, client in enumerate(order)} if owned else {}
         self._increments: dict[int, Any] = {}
+        self._restarting: dict[Any, int] = {}  # reference that resolves when a worker is back -> its index
+        self._lost: set[int] = set()  # workers that cannot be restarted
 
     def publish(self, message: Message) -> Published:
         self._increments = {
@@ -47,16 +49,30 @@ class RayPool:
     def train(
         self, handle: Published, round: int, clients: Sequence[str], optimizer: dict[str, Any], deadline: float | None
     ) -> list[Outcome]:
-        """All clients at once, as far as workers go; a client that waits takes the first worker that is free."""
+        """All clients at once, as far as workers go; a client that waits takes the first worker that is free.
+
+        A worker that died or was stopped gets work again when its restart is done; until then it is in `_restarting`.
+        """
         ends = time.monotonic() + deadline if deadline is not None else None
         states = dict.fromkeys(clients, ClientState.WAITING)
         attempts = dict.fromkeys(clients, 0)
         outcomes: dict[str, Outcome] = {}
-        idle, running = list(range(len(self.workers))), {}
+        idle = [i for i in range(len(self.workers)) if i not in self._restarting.values() and i not in self._lost]
+        running: dict[Any, tuple[str, int, Any, Any]] = {}
+
+        def waiting() -> list[str]:
+            return [c for c in clients if states[c] is ClientState.WAITING]
+
+        def give_up(client: str, state: ClientState, cause: str = "") -> None:
+            states[client] = state
+            reason = after_client(state, client, WORKER_ATTEMPTS, cause).reason
+            outcomes[client] = Outcome(client, Failure(client, reason, ""))
 
         while not all(state.terminal for state in states.values()):
-            for client in [c for c in clients if states[c] is ClientState.WAITING]:
+            for client in waiting():
                 index = self._owner.get(client, idle[0] if idle else None)
+                if index in self._lost:
+                    give_up(client, ClientState.WORKER_DIED, "it could not be restarted")
                 if index not in idle:
                     continue
                 idle.remove(index)
@@ -68,54 +84,83 @@ class RayPool:
                     .remote(client, round, handle.header, handle.packet, handle.increments, optimizer.get(client))
                 )
                 running[report] = (client, index, update, kept)
+            pending = [*running, *self._restarting]
+            if not pending:
+                for client in waiting():
+                    give_up(client, ClientState.WORKER_DIED, "no worker is left")
+                continue
             left = None if ends is None else max(0.0, ends - time.monotonic())
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=left)
+            ready, _ = ray.wait(pending, num_returns=1, timeout=left)
             if not ready:
-                late = [(c, i) for c, i, _, _ in running.values()] + [(c, None) for c in clients if states[c] is ClientState.WAITING]
-                for client, index in late:
-                    states[client] = ClientState.LATE
-                    outcomes[client] = Outcome(client, Failure(client, after_client(ClientState.LATE, client, attempts[client]).reason, ""))
-                    if index is not None:
-                        ray.kill(self.workers[index], no_restart=False)  # what it computes will not be used
+                for client, index, _, _ in running.values():
+                    give_up(client, ClientState.LATE)
+                    ray.kill(self.workers[index], no_restart=False)  # what it computes will not be used
+                    self._await_restart(index)
+                for client in waiting():
+                    give_up(client, ClientState.LATE)
                 break
             for reference in ready:
+                if reference in self._restarting:
+                    index = self._restarting.pop(reference)
+                    (idle.append if self._restarted(reference) else self._lost.add)(index)
+                    continue
                 client, index, update, kept = running.pop(reference)
-                idle.append(index)
                 states[client], outcome = self._finish(reference, client, update, kept, attempts[client])
+                if states[client] in (ClientState.WAITING, ClientState.WORKER_DIED):
+                    self._await_restart(index)
+                else:
+                    idle.append(index)
                 if outcome is not None:
                     outcomes[client] = outcome
                     self.progress(client)
         return [outcomes[client] for client in clients]
 
+    def _await_restart(self, index: int) -> None:
+        # Ray refuses calls to an actor that is restarting unless they may be retried.
+        self._restarting[self.workers[index].ready.options(max_task_retries=-1).remote()] = index
+
+    @staticmethod
+    def _restarted(reference: Any) -> bool:
+        try:
+            return ray.get(reference)
+        except _ACTOR_GONE:
+            return False
+
     def _finish(self, reference, client: str, update, kept, attempt: int) -> tuple[ClientState, Outcome | None]:
+        """The client's next state, and its outcome unless it is to be repeated."""
         try:
             report = ray.get(reference)
         except _ACTOR_GONE as error:
-            cause = " ".join(str(error).split()).split(" class_name:")[0][:200]
-            decision = after_client(ClientState.WORKER_DIED, client, attempt, cause)
-            if decision.action is Action.REPEAT:
-                return ClientState.WAITING, None
-            return ClientState.WORKER_DIED, Outcome(client, Failure(client, decision.reason, str(error)))
-        if isinstance(report, Failure):
-            return ClientState.RAISED, Outcome(client, report)
-        return ClientState.REPORTED, Outcome(client, report, update, kept)
+            cause = _one_line(error)
+        except RayTaskError as error:  # the broadcast could not be fetched: its owner or node is gone
+            cause = _one_line(error)
+        else:
+            if isinstance(report, Failure):
+                return ClientState.RAISED, Outcome(client, report)
+            return ClientState.REPORTED, Outcome(client, report, update, kept)
+        decision = after_client(ClientState.WORKER_DIED, client, attempt, cause)
+        if decision.action is Action.REPEAT:
+            return ClientState.WAITING, None
+        return ClientState.WORKER_DIED, Outcome(client, Failure(client, decision.reason, cause))
 
     def fetch(self, update: Any) -> Packet:
         return ray.get(update) if isinstance(update, ray.ObjectRef) else update
 
     def evaluate(self, handle: Published, part: str, client: str | None) -> tuple[list[dict], float]:
-        for attempt in (1, 2, 3):
-            shares = [
-                worker.evaluate.remote(part, client, (i, len(self.workers)), handle.header, handle.packet, handle.increments)
-                for i, worker in enumerate(self.workers)
-            ]
-            try:
-                results = ray.get(shares)
-                return evaluate_shares(results), max(lost for _, lost in results)
-            except _ACTOR_GONE:
-                if attempt == 3:  # the worker is restarted by Ray; evaluation is a pure function, so it is simply asked again
-                    raise
-        raise AssertionError("unreachable")
+        # Evaluation is a pure function, so Ray itself may repeat it on a worker that was restarted.
+        usable = [worker for i, worker in enumerate(self.workers) if i not in self._lost]
+        shares = [
+            worker.evaluate.options(max_task_retries=3).remote(
+                part, client, (i, len(usable)), handle.header, handle.packet, handle.increments
+            )
+            for i, worker in enumerate(usable)
+        ]
+        results = ray.get(shares)
+        return evaluate_shares(results), max(lost for _, lost in results)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).split(" class_name:")[0][:200]
 
 
 @ray.remote(num_cpus=0, max_concurrency=2)

@@ -25,6 +25,10 @@ class WorkerActor:
     def describe(self) -> tuple:
         return self.worker.describe()
 
+    def ready(self) -> bool:
+        """Answers when the actor is up, after a restart too."""
+        return True
+
     def train(self, client: str, round: int, header: Header, packet: Packet, increments: dict[int, Any], optimizer: Packet | None):
         return self.worker.train(client, round, header, packet, lambda v: ray.get(increments[v]), optimizer)
 

@@ -1,0 +1,22 @@
+"""The benchmark runs and its ways of aggregating agree; its ratios are for people, not for tests."""
+
+import sys
+
+sys.path.insert(0, str(__import__("pathlib").Path(__file__).parent.parent / "jobs"))
+
+import bench
+import pytest
+from rich.console import Console
+
+
+def test_the_ways_of_aggregating_agree(capsys):
+    bench.aggregation(Console(width=140), 96, 64, clients=5, rank=4)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "form" in line or "factored (" in line]
+    gaps = [float(row.rstrip(" │").split()[-1]) for row in rows]
+    assert len(gaps) == 3 and gaps[0] < 1e-5 and gaps[2] == 0.0
+    assert gaps[1] == pytest.approx(0, abs=0.05)  # randomised, and no gap in a random spectrum
+
+
+def test_the_step_benchmark_runs(capsys):
+    bench.step(Console(width=140), rounds=2)
+    assert "DeepSpeed, ZeRO 0" in capsys.readouterr().out

@@ -1,0 +1,60 @@
+"""Processes die: the whole job, the coordinator. Nothing is lost, and the result is the same to the last bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from test_federation import rounds, run, same_bits
+
+from fedray.federation import run as runs
+from fedray.federation.run import Silent, execute, prepare
+
+
+@pytest.mark.parametrize("engine", ["ray", "inline"])
+def test_a_job_killed_during_round_3_resumes_to_the_same_bits(make_config, engine, tmp_path):
+    options = dict(federation__clients=5, federation__cohort=3, federation__rounds=4, federation__local_steps=40)
+    whole = run(make_config(**options))
+    config = make_config(engine=engine, **options)
+    folder = Path(config.output.dir)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    command = [sys.executable, "-m", "fedray.cli", "run", "--config", str(tmp_path / "config.yaml")]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (folder / "rounds.jsonl").is_file() or len((folder / "rounds.jsonl").read_text().splitlines()) < 2:
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    job.send_signal(signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL
+    assert len(rounds(folder)) < 4 and not (folder / "summary.json").exists()
+    subprocess.run([*command, "--output.resume"], env=environment, check=True, timeout=250, stdout=subprocess.DEVNULL)
+    same_bits(whole, folder)
+
+
+def test_a_coordinator_that_dies_is_restarted_from_the_last_checkpoint(make_config, ray_session, monkeypatch):
+    started, notes = [], []
+
+    class Spy:
+        @staticmethod
+        def remote(*args, real=runs.CoordinatorActor):
+            started.append(real.remote(*args))
+            return started[-1]
+
+    class Killer(Silent):
+        def round(self, record):
+            if record["round"] == 2 and len(started) == 1:
+                ray.kill(started[0])
+
+        def note(self, text):
+            notes.append(text)
+
+    monkeypatch.setattr(runs, "CoordinatorActor", Spy)
+    config = make_config(engine="ray", federation__keep_optimizer=True)
+    execute(prepare(config), Killer())
+    assert len(started) == 2 and "restarted from the last checkpoint" in notes[0]
+    same_bits(run(make_config(federation__keep_optimizer=True)), Path(config.output.dir))
