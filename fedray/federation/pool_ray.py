@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 
 from fedray.config import Config
-from fedray.errors import FedrayError
+from fedray.errors import FedrayError, RoundError
 from fedray.federation.coordinator import Coordinator, Outcome, evaluate_shares
 from fedray.federation.failures import WORKER_ATTEMPTS, Action, ClientState, after_client
 from fedray.federation.messages import Failure
@@ -147,16 +147,26 @@ class RayPool:
         return ray.get(update) if isinstance(update, ray.ObjectRef) else update
 
     def evaluate(self, handle: Published, part: str, client: str | None) -> tuple[list[dict], float]:
-        # Evaluation is a pure function, so Ray itself may repeat it on a worker that was restarted.
-        usable = [worker for i, worker in enumerate(self.workers) if i not in self._lost]
-        shares = [
-            worker.evaluate.options(max_task_retries=3).remote(
-                part, client, (i, len(usable)), handle.header, handle.packet, handle.increments
-            )
-            for i, worker in enumerate(usable)
-        ]
-        results = ray.get(shares)
-        return evaluate_shares(results), max(lost for _, lost in results)
+        """Shared by all workers; a pure function, so it is simply asked again when a worker dies over it."""
+        for _ in range(WORKER_ATTEMPTS):
+            for reference in list(self._restarting):
+                index = self._restarting.pop(reference)
+                if not self._restarted(reference):
+                    self._lost.add(index)
+            usable = [i for i in range(len(self.workers)) if i not in self._lost]
+            shares = {
+                i: self.workers[i].evaluate.remote(part, client, (turn, len(usable)), handle.header, handle.packet, handle.increments)
+                for turn, i in enumerate(usable)
+            }
+            results = []
+            for i, share in shares.items():
+                try:
+                    results.append(ray.get(share))
+                except _ACTOR_GONE:
+                    self._await_restart(i)
+            if usable and len(results) == len(usable):
+                return evaluate_shares(results), max(lost for _, lost in results)
+        raise RoundError(f"the evaluation failed: workers died over it {WORKER_ATTEMPTS} times")
 
 
 def _one_line(error: Exception) -> str:
