@@ -19,6 +19,7 @@ from fedray.errors import ConfigError
 from fedray.methods import METHODS, NEEDS_ADAPTER, FedExKeep, Method
 
 BUILTIN = "builtin"
+DEFAULT_CLIENTS = 5
 
 
 def _names(value: Any) -> Any:
@@ -59,7 +60,7 @@ class AdapterSection(Section):
     """Dropout on the adapter's input."""
     targets: Annotated[str | tuple[str, ...], BeforeValidator(_names)] = "all-linear"
     """Layers to adapt: PEFT's names, comma-separated (q_proj,v_proj), a regular expression, or all-linear."""
-    heads: Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) and "," not in v else _names(v))] = ()
+    heads: Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(n for n in v.split(",") if n) if isinstance(v, str) else v)] = ()
     """Modules trained whole beside PEFT's own choice for the task (the classifier)."""
 
 
@@ -122,8 +123,8 @@ class DataSection(Section):
 class FederationSection(Section):
     """The federated rounds and each client's local training."""
 
-    clients: int = Field(5, ge=1)
-    """Number of clients (iid and dirichlet; otherwise the data or the `clients` section says)."""
+    clients: int | None = Field(None, ge=1)
+    """Number of clients (default: 5 for iid and dirichlet; otherwise as the column or the `clients` section says)."""
     rounds: int = Field(6, ge=1)
     """Number of rounds."""
     cohort: int | None = Field(None, ge=1)
@@ -228,6 +229,8 @@ class Config(Section):
             raise ValueError("federation.deadline needs engine ray: inline clients run one after the other")
         if data.partition == "column" and data.column is None and data.source != BUILTIN:
             raise ValueError("data.partition column needs data.column, the column whose values are the clients")
+        if data.text_pair is not None and self.model.task != "classification":
+            raise ValueError("data.text_pair belongs to classification; for causal-lm give data.completion")
         if self.model.task == "classification" and data.source == BUILTIN:
             raise ValueError("the built-in corpus is for causal-lm: give data.source for classification")
         if self.model.task == "classification" and data.completion is not None:
@@ -238,6 +241,12 @@ class Config(Section):
         if sources and len(sources) < len(self.clients):
             without = next(name for name in self.clients if name not in sources)
             raise ValueError(f"clients.{without} has no source, while others have: give every client its own")
+        if sources:
+            for key, unused in (("data.limit", data.limit is None), ("data.partition", data.partition == "iid")):
+                if not unused:
+                    raise ValueError(f"{key} deals out one source, but every client has its own: leave it out")
+            if federation.clients not in (None, len(sources)):
+                raise ValueError(f"federation.clients is {federation.clients}, but {len(sources)} clients have a source: leave it out")
         return self
 
     def client(self, name: str) -> FederationSection:
@@ -329,7 +338,7 @@ def read_file(path: str) -> dict[str, Any]:
         raise ConfigError(f"config file '{path}' does not exist")
     try:
         values = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file '{path}' is not YAML: {' '.join(str(error).split())}") from None
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"config file '{path}' must hold sections such as 'model:' and 'data:'")

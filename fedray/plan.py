@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fedray.adapters import ADAPTERS, attach
-from fedray.config import BUILTIN, Config, from_dict, make_method
+from fedray.config import DEFAULT_CLIENTS, Config, from_dict, make_method
 from fedray.methods import METHODS, Spec
 from fedray.training.model import read_model_config, skeleton
 
@@ -57,6 +57,7 @@ class Plan:
     adapted_layers: int
     heads: int
     cohort: int
+    clients: int
     costs: tuple[MethodCost, ...]
     memory: Memory
 
@@ -72,13 +73,14 @@ def plan(config: Config, cohort: int | None = None, classes: int = 2) -> Plan:
     adapters = sum(p.numel() for p in attach.factors(model).values())
     base = sum(p.numel() for p in model.parameters()) - adapters - heads
     if cohort is None:
-        cohort = config.federation.cohort or len(config.clients) or config.federation.clients
+        cohort = config.federation.cohort or len(config.clients) or config.federation.clients or DEFAULT_CLIENTS
     return Plan(
         model=config.model.path,
         base_parameters=base,
         adapted_layers=len(spec.layers),
         heads=heads,
         cohort=cohort,
+        clients=max(cohort, len(config.clients) or config.federation.clients or DEFAULT_CLIENTS),
         costs=tuple(_cost(c, spec, heads, cohort) for c in _variants(config)),
         memory=_memory(config, spec, base, heads),
     )
@@ -126,9 +128,3 @@ def _memory(config: Config, spec: Spec, base: int, heads: int) -> Memory:
         activations=width * tokens * layers * (10 * hidden + 3 * inner) + logits,
         host_copy_of_moved_layers=width * sum(layer.m * layer.n for layer in spec.layers) if moves else 0,
     )
-
-
-def needs_data(config: Config) -> bool:
-    """Whether the number of clients or classes can only be known from the data."""
-    by_data = config.data.source == BUILTIN or config.data.partition == "column"
-    return by_data or (config.model.task == "classification" and config.data.source != BUILTIN)

@@ -42,6 +42,9 @@ def tiny(tmp_path_factory) -> Path:
     for name, model in (("llama", llama), ("bert", bert)):
         model.save_pretrained(root / name)
         ByT5Tokenizer(extra_ids=0).save_pretrained(root / name)
+    llama.config.pad_token_id = 2  # the tokenizer's is 0
+    llama.save_pretrained(root / "llama-other-pad")
+    ByT5Tokenizer(extra_ids=0).save_pretrained(root / "llama-other-pad")
     draw = random.Random(0)
     words = "the a cat dog sat ran on under mat road green red and then".split()
     with (root / "text.jsonl").open("w") as file:

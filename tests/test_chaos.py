@@ -36,7 +36,7 @@ def test_a_job_killed_during_round_3_resumes_to_the_same_bits(make_config, engin
     same_bits(whole, folder)
 
 
-def test_a_coordinator_that_dies_is_restarted_from_the_last_checkpoint(make_config, ray_session, monkeypatch):
+def test_a_coordinator_that_dies_in_a_round_is_restarted_from_the_last_checkpoint(make_config, ray_session, monkeypatch):
     started, notes = [], []
 
     class Spy:
@@ -46,15 +46,16 @@ def test_a_coordinator_that_dies_is_restarted_from_the_last_checkpoint(make_conf
             return started[-1]
 
     class Killer(Silent):
-        def round(self, record):
-            if record["round"] == 2 and len(started) == 1:
+        def progress(self, round, done, cohort):
+            if round == 2 and len(started) == 1:
                 ray.kill(started[0])
 
         def note(self, text):
             notes.append(text)
 
     monkeypatch.setattr(runs, "CoordinatorActor", Spy)
-    config = make_config(engine="ray", federation__keep_optimizer=True)
+    options = dict(federation__keep_optimizer=True, federation__local_steps=60)
+    config = make_config(engine="ray", **options)
     execute(prepare(config), Killer())
     assert len(started) == 2 and "restarted from the last checkpoint" in notes[0]
-    same_bits(run(make_config(federation__keep_optimizer=True)), Path(config.output.dir))
+    same_bits(run(make_config(**options)), Path(config.output.dir))

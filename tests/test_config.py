@@ -50,6 +50,14 @@ def test_every_key_has_a_line_of_help():
         ("--data.source x.csv --data.partition column", "data.partition column needs data.column"),
         ("--model.task classification", "the built-in corpus is for causal-lm"),
         ("--engine inline --federation.deadline 3", "federation.deadline needs engine ray"),
+        ("--data.text_pair x", "data.text_pair belongs to classification"),
+        ("--model.path mistral-7b", "is a shape for `fedray plan`, without weights"),
+        ("--data.max_length 4000", "data.max_length 4000 is more than the model's 1024 positions"),
+        ("--adapter.targets [", "adapter.targets '[' is no regular expression"),
+        ("--adapter.targets lm_head", "shares its weight with another layer"),
+        ("--adapter.heads lm_head", "shares its weight with another layer"),
+        ("--data.completion answer", "data.completion 'answer' is not a column"),
+        ("--output.dir /proc/none/here", "cannot be made"),
         ("--config nowhere.yaml", "config file 'nowhere.yaml' does not exist"),
         ("stray", "'stray' is not a flag"),
         ("--data.source nowhere.csv", "data source 'nowhere.csv' does not exist"),
@@ -106,3 +114,46 @@ def test_method_values():
     assert isinstance(make_method(from_dict({"method": {"assignment": "keep"}})), FedExKeep)
     assert make_method(from_dict({"method": {"name": "fra-ffa"}, "federation": {"rounds": 8}})).fra_rounds == 4
     assert make_method(from_dict({"method": {"name": "flora", "residual_rank": 3}})).residual_rank == 3
+
+
+@pytest.mark.parametrize(
+    "train, test, flags, sentence",
+    [
+        (['{"text": "ab", "label": 0}', '{"text": "cd", "label": 1}'], ['{"text": "ef", "label": -1}'], "c", "of the held-out data holds -1"),
+        (['{"text": "ab", "label": 0}', '{"text": null, "label": 1}'], ['{"text": "ef", "label": 1}'], "c", "data.text 'text' has rows without a value"),
+        (['{"text": "ab", "label": 0}', '{"text": "cd"}'], ['{"text": "ef", "label": 0}'], "c", "data.label 'label' has rows without a value"),
+        (['{"text": "ab", "label": 0}', '{"text": "cd", "label": 0}'], ['{"text": "ef", "label": 0}'], "c", "holds 1 class"),
+        (['{"text": "ab"}', '{"text": "cd"}'], ['{"body": "ef"}'], "l", "data.text 'text' is not a column"),
+        (['{"text": "ab"}', '{"text": "cd"}'], ['{"text": ""}'], "l", "holds no text in the held-out data"),
+        (['{"text": "ab", "w": "x"}', '{"text": "cd", "w": null}'], ['{"text": "ef"}'], "w", "data.column 'w' has rows without a value"),
+    ],
+)
+def test_bad_data_is_found_before_anything_is_touched(train, test, flags, sentence, tmp_path, tiny, capsys):
+    (tmp_path / "train.jsonl").write_text("\n".join(train))
+    (tmp_path / "test.jsonl").write_text("\n".join(test))
+    extra = {
+        "c": f"--model.task classification --model.path {tiny}/bert --federation.clients 1", "l": "--federation.clients 1",
+        "w": "--data.partition column --data.column w",
+    }[flags]
+    command = f"run --data.source {tmp_path} --data.max_length 32 --output.dir {tmp_path}/out {extra}"
+    assert main(command.split()) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and sentence in error[0] and not (tmp_path / "out").exists()
+
+
+def test_more_bad_input(tmp_path, tiny, capsys):
+    (tmp_path / "latin.yaml").write_bytes("seed: 1 # \xe4".encode("latin-1"))
+    (tmp_path / "file").touch()
+    (tmp_path / "one.jsonl").write_text('{"text": "abc"}')
+    (tmp_path / "empty-model").mkdir()
+    (tmp_path / "empty-model" / "config.json").write_text((tiny / "bert" / "config.json").read_text())
+    for flags, sentence in (
+        (f"--config {tmp_path}/latin.yaml", "is not YAML"),
+        (f"--output.dir {tmp_path}/file/run", "cannot be made"),
+        (f"--data.source {tmp_path}/one.jsonl", "holds 1 example: too few to hold some out"),
+        (f"--model.path {tmp_path}/empty-model", "holds no weights"),
+        (f"--data.source {tiny}/text.jsonl --data.subset x", "data.subset belongs to hub data sets"),
+        (f"--data.source {tiny}/text.jsonl --clients.a.source x --data.limit 3", "data.limit deals out one source"),
+    ):
+        assert main(["run", *flags.split()]) == 2
+        assert sentence in capsys.readouterr().err

@@ -73,6 +73,13 @@ def played(make_config):
     return get
 
 
+def effective(folder: Path) -> dict[str, torch.Tensor]:
+    """Factors, heads, and the dense base update of each layer (its factors are not unique)."""
+    config = results.read_run_config(folder)
+    view = results.global_view(config, results.load_state(folder, config, results.classes_of(config)))
+    return view.tensors | {name: delta.dense() for name, delta in view.base.items()}
+
+
 # --- engines ----------------------------------------------------------------------------------------------------
 
 
@@ -107,10 +114,10 @@ def test_a_client_does_not_depend_on_who_else_its_worker_serves(make_config, ray
 def test_zero_stages_and_plain_pytorch_agree_after_three_rounds(task, make_config):
     """With SGD: Adam would magnify the last digit of gradients near zero (see test_training)."""
     options = {"task": task, "federation__optimizer": "sgd", "federation__lr": 0.1}
-    plain = final_tensors(run(make_config(**options, worker={"cpus": 1, "backend": "torch"})))
+    plain = effective(run(make_config(**options, worker={"cpus": 1, "backend": "torch"})))
     for stage in range(4):
-        deep = final_tensors(run(make_config(**options, worker={"cpus": 1, "zero_stage": stage})))
-        assert max((plain[n] - deep[n]).abs().max().item() for n in plain if "increments" not in n) < 1e-6
+        deep = effective(run(make_config(**options, worker={"cpus": 1, "zero_stage": stage})))
+        assert max((plain[n] - deep[n]).abs().max().item() for n in plain) < 1e-6
 
 
 # --- what a round reports ----------------------------------------------------------------------------------------
@@ -192,7 +199,17 @@ def test_evaluate_every_skips_rounds_but_never_the_last(make_config):
 # --- resume -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"method__name": "fedex"}, {"method__name": "fra-ffa"}, {"federation__keep_optimizer": True, "method__name": "flora"}, {"method__name": "fedex", "method__assignment": "keep"}], ids=str)
+RESUMED = {
+    "fedex": {"method__name": "fedex"},
+    "fra-ffa, ZeRO 2, kept": {"method__name": "fra-ffa", "federation__keep_optimizer": True, "worker": {"cpus": 1, "zero_stage": 2}},
+    "flora, kept": {"federation__keep_optimizer": True, "method__name": "flora"},
+    "sgd, kept": {"federation__keep_optimizer": True, "federation__optimizer": "sgd"},
+    "ZeRO 3, kept": {"federation__keep_optimizer": True, "worker": {"cpus": 1, "zero_stage": 3}},
+    "keep": {"method__name": "fedex", "method__assignment": "keep"},
+}
+
+
+@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
 def test_a_resumed_run_ends_in_the_same_bits(make_config, options, monkeypatch):
     options = {**options, "federation__clients": 5, "federation__cohort": 3, "federation__rounds": 4}
     whole = run(make_config(**options))
@@ -218,27 +235,33 @@ def test_a_resumed_run_ends_in_the_same_bits(make_config, options, monkeypatch):
 # --- failures ---------------------------------------------------------------------------------------------------
 
 
-class Sabotaged(Worker):
-    """Client 1 raises; in the second flavour the process of client 1 dies on its first try; in the third it is late."""
-
-    def train(self, client, round, *args):
-        flag = Path(self.trainer.config.output.dir) / "flag"
-        kind = self.trainer.config.data.text_pair
-        if client == "client-1" and round == 1:
-            if kind == "raises":
-                return None, None, Failure(client, "KeyError: 'ward'", "Traceback ...")
-            if kind == "dies" and not flag.exists():
-                flag.touch()
-                os.kill(os.getpid(), 9)
-            if kind == "late" and not flag.exists():
-                flag.touch()
-                time.sleep(60)
-        return super().train(client, round, *args)
-
-
 def sabotaged(make_config, monkeypatch, kind, **options):
+    """In round 2 client 1 raises; or its process dies, or it is late, once; or a process dies over an evaluation, once."""
+
+    class Sabotaged(Worker):
+        def once(self):
+            flag = Path(self.trainer.config.output.dir) / "flag"
+            first = not flag.exists()
+            flag.touch()
+            return first
+
+        def train(self, client, round, *args):
+            if client == "client-1" and round == 1:
+                if kind == "raises":
+                    return None, None, Failure(client, "KeyError: 'ward'", "Traceback ...")
+                if kind == "dies" and self.once():
+                    os.kill(os.getpid(), 9)
+                if kind == "late" and self.once():
+                    time.sleep(60)
+            return Worker.train(self, client, round, *args)
+
+        def evaluate(self, part, client, share, header, *args):
+            if kind == "dies evaluating" and header.round == 2 and share[0] == 1 and self.once():
+                os.kill(os.getpid(), 9)
+            return Worker.evaluate(self, part, client, share, header, *args)
+
     monkeypatch.setattr(worker_ray, "Worker", Sabotaged)
-    return make_config(engine="ray", data__text_pair=kind, **options)
+    return make_config(engine="ray", **options)
 
 
 def test_a_failing_client_is_named_with_its_cause(make_config, ray_session, monkeypatch):
@@ -258,9 +281,12 @@ def test_with_a_quorum_a_failing_client_is_left_out_and_said(make_config, ray_se
     assert rounds(folder)[1]["bytes_up"] == rounds(folder)[0]["bytes_up"] * 2 // 3
 
 
-def test_a_worker_that_is_killed_is_restarted_and_its_round_repeated_to_the_same_bits(make_config, ray_session, monkeypatch):
-    whole = run(make_config())
-    folder = run(sabotaged(make_config, monkeypatch, "dies"))
+@pytest.mark.parametrize("kind", ["dies", "dies evaluating"])
+def test_a_worker_that_is_killed_is_restarted_and_its_work_repeated_to_the_same_bits(make_config, ray_session, monkeypatch, kind):
+    """With kept optimizer states, under ZeRO 1: a fresh worker must take them up too."""
+    options = dict(federation__keep_optimizer=True, worker={"cpus": 1, "zero_stage": 1})
+    whole = run(make_config(**options))
+    folder = run(sabotaged(make_config, monkeypatch, kind, **options))
     assert (folder / "flag").exists()
     a, b = final_tensors(whole), final_tensors(folder)
     assert all(torch.equal(a[n], b[n]) for n in a)
@@ -339,6 +365,20 @@ def test_export_lora_refuses_an_adapter_that_alone_is_wrong(name, played, tmp_pa
 def test_evaluate_repeats_the_last_rounds_metrics(played):
     _, folder = played("fedex")
     assert results.evaluate(folder)["metrics"] == pytest.approx(rounds(folder)[-1]["metrics"], rel=1e-5)
+
+
+def test_a_run_by_column_can_be_read_back(make_config, tmp_path):
+    """Its config is written with every key, and the number of clients is the column's."""
+    source = tmp_path / "d.jsonl"
+    source.write_text("".join(json.dumps({"text": f"text {i} of ward {i % 4}", "ward": i % 4}) + "\n" for i in range(40)))
+    federation = {"rounds": 1, "local_steps": 1, "batch_size": 2}
+    config = make_config(data={"source": str(source), "partition": "column", "column": "ward", "max_length": 32}, federation=federation)
+    folder = run(config)
+    again = results.read_run_config(folder)
+    assert results.evaluate(folder)["groups"].keys() == {"0", "1", "2", "3"}
+    wall = json.loads((folder / "summary.json").read_text())["wall_seconds"]
+    run(again.model_copy(update={"output": again.output.model_copy(update={"resume": True})}))
+    assert json.loads((folder / "summary.json").read_text())["wall_seconds"] == wall
 
 
 def test_exports_refuse_bad_targets(played, tmp_path):

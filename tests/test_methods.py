@@ -159,6 +159,14 @@ def test_keep_leaves_every_client_its_own_factors_to_the_bit_and_does_not_grow()
         assert state.tensors["tall.stack_B"].shape[1] == 3 * 4  # k r: full participation telescopes
 
 
+def test_keep_stays_bounded_under_changing_cohorts():
+    cohorts = [[f"c{(t + i) % 7}" for i in range(3)] for t in range(20)]
+    for miss, _, state, _ in play(FedExKeep(), 7, 20, torch.float64, cohorts):
+        assert miss < 1e-10
+        assert state.tensors["tall.stack_B"].shape[1] <= 7 * 4
+        assert all(d.k <= 7 * 4 + min(d.shape) for d in FedExKeep().view(state.spec, state, None).base.values())
+
+
 def test_the_total_base_update_is_bounded_by_the_dense_matrix():
     for miss, _, state, _ in play(FLoRA(), 7, 6, torch.float64):
         assert miss < 1e-10

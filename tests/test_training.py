@@ -88,7 +88,10 @@ def test_a_kept_optimizer_state_goes_on_where_it_stopped(make_config, worker, op
     second = trainer.train(View(view.tensors | first.tensors, {}, view.trained), "client-0", 1, first.optimizer_state)
     forgot = trainer.train(View(view.tensors | first.tensors, {}, view.trained), "client-0", 1)
     whole = trainer_and_view(make_config(**options, federation__local_steps=4))[0].train(view, "client-0", 0)
+    fresh, _ = trainer_and_view(make_config(**options, federation__local_steps=2))  # as after a kill
+    third = fresh.train(View(view.tensors | first.tensors, {}, view.trained), "client-0", 1, first.optimizer_state)
     assert distance(second.tensors, whole.tensors) < 1e-6
+    assert distance(second.tensors, third.tensors) == 0.0
     if optimizer == "adamw":
         assert distance(forgot.tensors, whole.tensors) > 1e-5
 
@@ -201,3 +204,35 @@ def test_the_bases_own_dropout_can_be_switched_off(make_config):
         assert (0.1 in probabilities) == (dropout is None)
         losses[dropout] = trainer.train(view, "client-0", 0).loss
     assert losses[None] != losses[0.0]
+
+
+def test_heads_train_in_fp32_on_a_bf16_base(make_config):
+    trainer, view = trainer_and_view(make_config(task="classification", model__dtype="bfloat16", federation__lr=1e-4))
+    after = trainer.train(view, "client-0", 0).tensors["classifier.weight"]
+    assert all(p.dtype == torch.float32 for p in attach.heads(trainer.model).values())
+    assert (after != view.tensors["classifier.weight"]).all()  # bf16 would round most of these steps away
+
+
+def test_a_decoders_head_reads_the_same_token_however_much_is_padded(make_config, tiny):
+    config = make_config(task="classification")
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tiny / "llama-other-pad")})})
+    trainer, view = trainer_and_view(config)
+    alone = trainer.task.tokenizer(["good bad"], return_tensors="pt")
+    padded = trainer.task.tokenizer(["good bad", "good " * 5], padding=True, return_tensors="pt")
+    one = trainer.logits(view, {k: alone[k] for k in ("input_ids", "attention_mask")})
+    two = trainer.logits(view, {k: padded[k] for k in ("input_ids", "attention_mask")})
+    torch.testing.assert_close(one[0], two[0], rtol=1e-5, atol=1e-5)
+
+
+def test_heads_have_no_adapters_inside():
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+
+    from fedray.config import AdapterSection
+
+    small = dict(vocab_size=99, num_labels=3)
+    distil = DistilBertForSequenceClassification(DistilBertConfig(**small, dim=32, n_layers=1, n_heads=2, hidden_dim=48))
+    roberta = RobertaForSequenceClassification(RobertaConfig(**small, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48))
+    for model, heads in ((distil, {"pre_classifier", "classifier"}), (roberta, {"classifier.dense", "classifier.out_proj"})):
+        wrapped = attach.attach(model, AdapterSection(rank=2), "classification")
+        assert {n.rsplit(".", 1)[0] for n in attach.heads(wrapped)} == heads
+        assert len(attach.layers(wrapped)) >= 6 and not any("classifier" in layer.name for layer in attach.layers(wrapped))

@@ -45,6 +45,7 @@ def test_a_broadcast_survives_the_wire_and_packs_an_increment_once(method):
     first = encode(method.broadcast(state), {})
     again = encode(method.broadcast(state), first.increments)
     assert all(again.increments[v] is p for v, p in first.increments.items())
+    assert [i[2] for i in first.header.increments] == [first.increments[i[0]].digest for i in first.header.increments]
     got = decode(first.header, first.packet, {v: unpack(p) for v, p in first.increments.items()})
     for client in ("a", None):
         one, other = method.view(SPEC, got, client), method.view(SPEC, state, client)
@@ -55,11 +56,11 @@ def test_a_broadcast_survives_the_wire_and_packs_an_increment_once(method):
 @pytest.mark.parametrize("method", [FedEx(), FRAFFA(fra_rounds=1)], ids=lambda m: m.name)
 def test_a_checkpoint_gives_back_the_state_and_only_whole_ones_count(method, tmp_path):
     state = played(method)
-    saved = checkpoint.Checkpoint(state, {"a": 1}, {"a/b": {"x/exp_avg": torch.ones(2), "step": torch.tensor([3.0])}}, ({"round": 2},))
+    saved = checkpoint.Checkpoint(state, {"a": 1}, {"a//b": {"x/exp_avg": torch.ones(2), "step": torch.tensor([3.0])}}, ({"round": 2},))
     checkpoint.save(tmp_path, saved)
     (tmp_path / ".writing-99").mkdir()  # what a kill in the middle of the next one leaves
     found = checkpoint.latest(tmp_path, SPEC)
-    assert found.seen == {"a": 1} and found.records == ({"round": 2},) and torch.equal(found.optimizer["a/b"]["x/exp_avg"], torch.ones(2))
+    assert found.seen == {"a": 1} and found.records == ({"round": 2},) and torch.equal(found.optimizer["a//b"]["x/exp_avg"], torch.ones(2))
     assert found.state.round == state.round and found.state.trained == state.trained and found.state.draw == state.draw
     assert all(torch.equal(found.state.tensors[n], t) for n, t in state.tensors.items())
     assert [i.version for i in found.state.increments] == [i.version for i in state.increments]

@@ -6,6 +6,7 @@ the base model itself gives its modules.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,11 @@ def attach(model: nn.Module, adapter: AdapterSection, task: str) -> PeftModel:
     targets = list(adapter.targets) if isinstance(adapter.targets, tuple) else adapter.targets
     if isinstance(targets, str) and targets != "all-linear" and targets.isidentifier():
         targets = [targets]  # one name; any other string is a regular expression
+    elif isinstance(targets, str) and targets != "all-linear":
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ConfigError(f"adapter.targets '{targets}' is no regular expression: {error}") from None
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -39,6 +45,8 @@ def attach(model: nn.Module, adapter: AdapterSection, task: str) -> PeftModel:
         use_rslora=adapter.rslora,
         target_modules=targets,
         modules_to_save=list(adapter.heads) or None,
+        # PEFT trains a classifier whole; what is trained whole has no adapter inside.
+        exclude_modules=r"(.*\.)?[^.]*(classifier|score)(\..*)?" if task == "classification" else None,
         task_type=_TASKS[task],
     )
     linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
@@ -48,6 +56,8 @@ def attach(model: nn.Module, adapter: AdapterSection, task: str) -> PeftModel:
         if "target modules" in str(error).lower():
             raise ConfigError(f"adapter.targets {adapter.targets} match no layer that can be adapted: this model has {', '.join(linear)}") from None
         raise
+    except TypeError as error:
+        raise ConfigError(f"adapter.targets and adapter.heads overlap: {error}") from None
     for name in adapter.heads:
         if not any(isinstance(m, ModulesToSaveWrapper) and n.split(".")[-1] == name.split(".")[-1] for n, m in wrapped.named_modules()):
             raise ConfigError(f"adapter.heads '{name}' is no module of this model")
@@ -56,7 +66,31 @@ def attach(model: nn.Module, adapter: AdapterSection, task: str) -> PeftModel:
             raise ConfigError(
                 f"adapter.rank {layer.rank} is above the size of layer {layer.name} ({layer.m} x {layer.n}): at most {min(layer.m, layer.n)}"
             )
+    _refuse_tied(wrapped)
+    _heads_in_fp32(wrapped)
     return wrapped
+
+
+def _refuse_tied(model: PeftModel) -> None:
+    """A weight that two modules share cannot take one's update without moving the other."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    tied = {name for names in owners.values() if len(names) > 1 for name in names}
+    for name, module in model.named_modules():
+        inner = "base_layer.weight" if isinstance(module, LoraLayer) else "original_module.weight"
+        if isinstance(module, (LoraLayer, ModulesToSaveWrapper)) and f"{name}.{inner}" in tied:
+            raise ConfigError(f"{name.removeprefix(PREFIX)} shares its weight with another layer (tied embeddings): leave it out of targets and heads")
+
+
+def _heads_in_fp32(model: PeftModel) -> None:
+    """Heads train in fp32 whatever the base's dtype; their inputs are cast on the way in."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            head = module.modules_to_save[ADAPTER]
+            if any(p.dtype != torch.float32 for p in head.parameters()):
+                head.float()
+                head.register_forward_pre_hook(lambda _, inputs: tuple(x.float() if torch.is_floating_point(x) else x for x in inputs))
 
 
 def _lora_layers(model: PeftModel) -> list[tuple[str, LoraLayer]]:

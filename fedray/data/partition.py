@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from fedray.config import BUILTIN, Config, nearest
+from fedray.config import BUILTIN, DEFAULT_CLIENTS, Config, nearest
 from fedray.data.sources import load_splits, require_column, text_column
 from fedray.errors import ConfigError
 from fedray.seeding import derive
@@ -47,6 +47,8 @@ def load_data(config: Config) -> FederatedData:
     else:
         everything, test = load_splits(config.data)
         if test is None:
+            if len(everything) < 2:
+                raise ConfigError(f"data source '{config.data.source}' holds {len(everything)} example: too few to hold some out")
             halves = everything.train_test_split(test_size=config.data.held_out, seed=derive(config.seed, "held-out") % 2**32)
             everything, test = halves["train"], halves["test"]
         if config.data.limit is not None:
@@ -55,8 +57,10 @@ def load_data(config: Config) -> FederatedData:
     for name in config.clients:
         if name not in train:
             raise ConfigError(f"clients.{name} is not a client of this run{nearest(name, train)}")
-    first = next(iter(train.values()))
-    classes = _classes(config, [*train.values(), test])
+    text = text_column(config, next(iter(train.values())))
+    for where, part in [*((f"client '{name}'", part) for name, part in train.items()), ("the held-out data", test)]:
+        _check(config, part, text, where)
+    classes = _classes(config, train, test)
     if config.data.test_limit is not None:
         test = _draw(test, config.data.test_limit, config.seed, "test")
     held_out = {}
@@ -68,7 +72,7 @@ def load_data(config: Config) -> FederatedData:
             halves = examples.train_test_split(test_size=max(1, round(config.data.client_held_out * len(examples))), seed=seed)
             train[name], held_out[name] = halves["train"], halves["test"]
     group = "package" if config.data.source == BUILTIN else config.data.column
-    return FederatedData(train, held_out, test, text_column(config, first), group if group in test.column_names else None, classes)
+    return FederatedData(train, held_out, test, text, group if group in test.column_names else None, classes)
 
 
 def _draw(examples: Dataset, count: int, seed: int, purpose: str) -> Dataset:
@@ -79,10 +83,12 @@ def _deal(config: Config, examples: Dataset) -> dict[str, Dataset]:
     # Imported here: it brings plotting libraries, which every worker would wait for.
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner
 
-    data, clients = config.data, config.federation.clients
+    data, clients = config.data, config.federation.clients or DEFAULT_CLIENTS
     by_column = "package" if data.source == BUILTIN else data.column if data.partition == "column" else None
     if by_column is not None:
         require_column(examples, by_column, "data.column")
+        if examples.data.column(by_column).null_count:
+            raise ConfigError(f"data.column '{by_column}' has rows without a value: fill them in or leave them out")
         partitioner = NaturalIdPartitioner(partition_by=by_column)
         partitioner.dataset = examples
         with redirect_stderr(io.StringIO()):  # a progress bar that nothing switches off
@@ -90,7 +96,7 @@ def _deal(config: Config, examples: Dataset) -> dict[str, Dataset]:
             parts = [partitioner.load_partition(i) for i in range(count)]
         parts = {str(partitioner.partition_id_to_natural_id[i]): part for i, part in enumerate(parts)}
         parts = {name: parts[name] for name in sorted(parts)}
-        if "clients" in config.federation.model_fields_set and clients != count:
+        if config.federation.clients not in (None, count):
             raise ConfigError(f"federation.clients is {clients}, but column '{by_column}' has {count} values: leave federation.clients out")
         return parts
     if len(examples) < clients:
@@ -114,13 +120,30 @@ def _deal(config: Config, examples: Dataset) -> dict[str, Dataset]:
         raise ConfigError(f"data.alpha {data.alpha} leaves a client with too few examples: raise it, or lower federation.clients ({error})") from error
 
 
-def _classes(config: Config, parts: list[Dataset]) -> tuple:
+def _check(config: Config, part: Dataset, text: str, where: str) -> None:
+    """Every column that the task reads is there and holds values."""
+    data = config.data
+    keys = {"data.text": text, "data.text_pair": data.text_pair, "data.completion": data.completion}
+    if config.model.task == "classification":
+        keys["data.label"] = data.label
+    for key, column in keys.items():
+        if column is not None and part.data.column(require_column(part, column, key)).null_count:
+            raise ConfigError(f"{key} '{column}' has rows without a value in {where}: fill them in or leave them out")
+    if not any(len(str(value)) > 1 for value in part[text]):
+        raise ConfigError(f"data.text '{text}' holds no text in {where}")
+
+
+def _classes(config: Config, train: dict[str, Dataset], test: Dataset) -> tuple:
+    """The label values of the training data, sorted. Raises ConfigError for held-out labels that are not among them."""
     if config.model.task != "classification":
         return ()
-    values = set()
-    for part in parts:
-        values |= set(part.unique(require_column(part, config.data.label, "data.label")))
-    classes = tuple(sorted(values, key=lambda v: (str(type(v)), v)))
-    if len(classes) < 2:
-        raise ConfigError(f"data.label '{config.data.label}' holds {len(classes)} class: classification needs at least two")
-    return classes
+    label = config.data.label
+    values = {value for part in train.values() for value in part.unique(label)}
+    if len(values) < 2:
+        raise ConfigError(f"data.label '{label}' holds {len(values)} class: classification needs at least two")
+    if strange := set(test.unique(label)) - values:
+        raise ConfigError(
+            f"data.label '{label}' of the held-out data holds {sorted(map(repr, strange))[0]}, which no training example has "
+            f"({', '.join(sorted(map(repr, values)))}): give data.test_split a split with the same labels"
+        )
+    return tuple(sorted(values, key=lambda v: (str(type(v)), v)))

@@ -30,6 +30,8 @@ def load_splits(data: DataSection, source: str | None = None) -> tuple[Dataset, 
             raise ConfigError(str(error)) from None
         return Dataset.from_list(train), Dataset.from_list(held_out)
     path = Path(source)
+    if data.subset is not None and path.exists():
+        raise ConfigError(f"data.subset belongs to hub data sets, but '{source}' is local: leave it out")
     if path.is_dir():
         splits = DatasetDict({split: _read(file) for split in (data.train_split, data.test_split) if (file := _split_file(path, split))})
         known = f"the folder holds no {data.train_split}{{{','.join(_LOADERS)}}}"

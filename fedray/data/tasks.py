@@ -149,7 +149,8 @@ class CausalLM(_Base):
         # A prompt that is too long loses its beginning, never the answer.
         question = self._ids(prompt)[-max(0, length - len(answer)) :] if len(answer) < length else []
         ids, labels = (question + answer)[:length], ([IGNORED] * len(question) + answer)[:length]
-        return [Example(ids, labels, float(len(completion.encode())), group)] if len(ids) > 1 else []
+        kept = sum(y != IGNORED for y in labels) / len(answer) if answer else 0.0  # an answer that is too long is cut
+        return [Example(ids, labels, kept * len(completion.encode()), group)] if len(ids) > 1 else []
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         return self._inputs(examples) | {"labels": _pad([e.labels for e in examples], IGNORED)}

@@ -41,8 +41,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     tensors = {f"tensors/{n}": t for n, t in state.tensors.items()}
     for increment in state.increments:
         tensors |= {f"increments/{increment.version}/{n}": t for n, t in increment.tensors.items()}
-    for client, own in checkpoint.optimizer.items():
-        tensors |= {f"optimizer/{client}//{n}": t for n, t in own.items()}
+    for i, own in enumerate(checkpoint.optimizer.values()):
+        tensors |= {f"optimizer/{i}/{n}": t for n, t in own.items()}
     save_file({n: t.contiguous() for n, t in tensors.items()}, part / "tensors.safetensors")
     plain = {
         "round": state.round,
@@ -52,6 +52,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "heads": state.heads,
         "increments": [[i.version, i.resets] for i in state.increments],
         "seen": checkpoint.seen,
+        "optimizer": list(checkpoint.optimizer),
         "records": checkpoint.records,
     }
     (part / "state.json").write_text(json.dumps(plain))
@@ -90,10 +91,10 @@ def latest(folder: Path, spec: Spec) -> Checkpoint | None:
         Increment(v, {n.split("/", 1)[1]: t for n, t in by_kind["increments"].items() if n.startswith(f"{v}/")}, resets)
         for v, resets in plain["increments"]
     )
-    optimizer: dict[str, dict[str, Tensor]] = {}
+    optimizer: dict[str, dict[str, Tensor]] = {client: {} for client in plain["optimizer"]}
     for name, tensor in by_kind["optimizer"].items():
-        client, rest = name.split("//", 1)
-        optimizer.setdefault(client, {})[rest] = tensor
+        number, rest = name.split("/", 1)
+        optimizer[plain["optimizer"][int(number)]][rest] = tensor
     state = State(
         plain["round"], by_kind["tensors"], increments, tuple(plain["trained"]), plain["draw"], plain["plain"], spec, tuple(plain["heads"])
     )

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.adapters import ADAPTERS, attach
 from fedray.config import Config, make_method
@@ -31,7 +32,7 @@ from fedray.federation.results import load_state, read_run_config, summarise, wr
 from fedray.federation.worker import Worker
 from fedray.federation.worker_ray import start_workers
 from fedray.methods import Spec
-from fedray.training.model import skeleton
+from fedray.training.model import check_loadable, skeleton
 
 COORDINATOR_ATTEMPTS = 3
 
@@ -82,6 +83,7 @@ def prepare(config: Config) -> Prepared:
     data = load_data(config)
     if (config.federation.cohort or 0) > len(data.clients):
         raise ConfigError(f"federation.cohort {config.federation.cohort} is more than the {len(data.clients)} clients: lower it")
+    check_loadable(config)
     model = skeleton(config, len(data.classes) or 2)
     spec = Spec(ADAPTERS[config.adapter.kind], attach.layers(model), config.seed)
     heads = sum(p.numel() for p in attach.heads(model).values())
@@ -100,6 +102,9 @@ def _folder(config: Config) -> tuple[Path, bool]:
     folder = Path(config.output.dir).absolute()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output.dir '{config.output.dir}' is a file: choose a directory")
+    parent = next(p for p in folder.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"output.dir '{config.output.dir}' cannot be made: {parent} is no directory that can be written to")
     if not folder.is_dir() or not any(folder.iterdir()):
         return folder, False
     if not (folder / "config.yaml").is_file():
@@ -150,7 +155,10 @@ def execute(prepared: Prepared, listener: Listener | None = None) -> dict[str, A
     listener = listener or Silent()
     started = time.monotonic()
     folder = prepared.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output.dir '{folder}' cannot be made: {error.strerror}") from error
     if not prepared.resuming:
         (folder / "config.yaml").write_text(prepared.config.to_yaml())
     listener.started(prepared)
@@ -163,6 +171,8 @@ def execute(prepared: Prepared, listener: Listener | None = None) -> dict[str, A
         else:
             listener.round(record)
         _write_rounds(folder / "rounds.jsonl", records)
+    if prepared.resuming and (folder / "summary.json").is_file():
+        return json.loads((folder / "summary.json").read_text())  # it was finished
     config, classes = prepared.config, len(prepared.data.classes)
     write(config, load_state(folder, config, classes), folder / "adapter", "peft", classes)
     summary = summarise(config, prepared.trainable, len(prepared.data.clients), records, time.monotonic() - started)
@@ -201,11 +211,15 @@ def _ray_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str, An
     config, order = prepared.config, prepared.data.clients
     with _ray_session():
         group, workers = start_workers(config, prepared.placement)
+        coordinator = None
         try:
             facts = _answer(workers[0].describe.remote(), "a worker could not start")
 
+            # On the driver's node, where the run directory is.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
             def coordinate():
-                return CoordinatorActor.remote(config, str(prepared.folder), facts, workers, order)
+                return CoordinatorActor.options(scheduling_strategy=here).remote(config, str(prepared.folder), facts, workers, order)
 
             coordinator, deaths, told = coordinate(), 0, -1
             while True:
@@ -233,6 +247,8 @@ def _ray_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str, An
                     listener.note("the coordinator died: it is restarted from the last checkpoint")
                     coordinator = coordinate()
         finally:
+            if coordinator is not None:
+                ray.kill(coordinator)  # first: it must not take the workers' end for dropped clients
             for worker in workers:
                 ray.kill(worker)
             ray.util.remove_placement_group(group)
@@ -257,7 +273,7 @@ def _ray_session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         yield
     finally:

@@ -6,9 +6,11 @@ of these vectors.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,11 @@ class Packet:
     @property
     def nbytes(self) -> int:
         return self.vector.nbytes
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the numbers."""
+        return hashlib.sha256(self.vector.data).hexdigest()
 
 
 def pack(tensors: Mapping[str, Tensor]) -> Packet:
@@ -62,13 +69,16 @@ def unpack(packet: Packet) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Header:
-    """The part of a broadcast that is no tensor. `increments`: (version, resets) of those that are live."""
+    """The part of a broadcast that is no tensor. `increments`: (version, resets, digest) of those that are live.
+
+    The digest is of the content: a round that is repeated after a coordinator's death may make another increment of the same version.
+    """
 
     round: int
     trained: tuple[str, ...]
     draw: dict[str, int]
     plain: dict[str, Any]
-    increments: tuple[tuple[int, bool], ...]
+    increments: tuple[tuple[int, bool, str], ...]
 
     @property
     def base_key(self) -> tuple:
@@ -87,18 +97,13 @@ class Message:
 
 def encode(broadcast: Broadcast, known: Mapping[int, Packet]) -> Message:
     """`known`: packets of increments made before, so that each is packed once."""
-    header = Header(
-        broadcast.round,
-        broadcast.trained,
-        broadcast.draw,
-        broadcast.plain,
-        tuple((i.version, i.resets) for i in broadcast.increments),
-    )
     packets = {i.version: known[i.version] if i.version in known else pack(i.tensors) for i in broadcast.increments}
+    increments = tuple((i.version, i.resets, packets[i.version].digest) for i in broadcast.increments)
+    header = Header(broadcast.round, broadcast.trained, broadcast.draw, broadcast.plain, increments)
     return Message(header, pack(broadcast.tensors), packets)
 
 
 def decode(header: Header, packet: Packet, increments: Mapping[int, dict[str, Tensor]]) -> Broadcast:
     """`increments`: unpacked tensors by version; only the live ones are looked up."""
-    live = tuple(Increment(version, increments[version], resets) for version, resets in header.increments)
+    live = tuple(Increment(version, increments[version], resets) for version, resets, _ in header.increments)
     return Broadcast(header.round, unpack(packet), live, header.trained, header.draw, header.plain)

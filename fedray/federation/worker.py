@@ -24,7 +24,7 @@ class Worker:
         self.trainer = LocalTrainer(config, device, threads, data)
         self.method = make_method(config)
         self.spec = Spec(ADAPTERS[config.adapter.kind], self.trainer.layers, config.seed)
-        self._increments: dict[int, dict[str, Tensor]] = {}
+        self._increments: dict[tuple[int, str], dict[str, Tensor]] = {}  # by version and digest
 
     def describe(self) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:
         """The adapted layers and the heads' initial values."""
@@ -41,7 +41,7 @@ class Worker:
         except Exception as error:  # whatever a client's data or step raises is that client's failure, and is reported as such
             self.trainer.reset()
             return None, None, Failure(client, _cause(error), traceback.format_exc())
-        kept = pack(result.optimizer_state) if result.optimizer_state else None
+        kept = pack(result.optimizer_state) if self.trainer.config.federation.keep_optimizer else None
         return pack(result.tensors), kept, Report(client, result.examples, result.loss, result.base_lost, result.seconds)
 
     def evaluate(
@@ -53,11 +53,12 @@ class Worker:
         return statistics, self.trainer.base_lost
 
     def _view(self, client: str | None, header: Header, packet: Packet, fetch: Callable[[int], Packet]) -> tuple[View, Any]:
-        live = {version for version, _ in header.increments}
-        self._increments = {v: t for v, t in self._increments.items() if v in live}
-        for version in sorted(live - self._increments.keys()):
-            self._increments[version] = unpack(fetch(version))
-        view = self.method.view(self.spec, decode(header, packet, self._increments), client)
+        live = {(version, digest) for version, _, digest in header.increments}
+        self._increments = {k: t for k, t in self._increments.items() if k in live}
+        for version, digest in sorted(live - self._increments.keys()):
+            self._increments[version, digest] = unpack(fetch(version))
+        increments = {version: t for (version, _), t in self._increments.items()}
+        view = self.method.view(self.spec, decode(header, packet, increments), client)
         return view, None if self.method.personal else header.base_key
 
 

@@ -42,7 +42,7 @@ def start_workers(config: Config, placement: Placement, timeout: float = 120.0) 
     group = placement_group([bundle] * placement.workers, strategy="PACK")
     if not group.wait(timeout):
         remove_placement_group(group)
-        raise FedrayError(f"the cluster did not grant {placement.workers} x {bundle} within {timeout:.0f} s: other jobs hold it")
+        raise FedrayError(f"the cluster did not grant {placement.workers} x {bundle} within {timeout:.0f} s: other jobs hold it, or no node has that much")
     workers = [
         WorkerActor.options(
             num_cpus=placement.cpus,

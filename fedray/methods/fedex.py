@@ -78,9 +78,9 @@ class FedExKeep(Method):
     """FedEx, assignment `keep`: client i goes on with its own (A_i, B_i) over the base W + sum_j p_j delta_j - delta_i.
 
     All clients' effective weights agree: W0 + E, with E_new = E + sum_j p_j (delta_j_new - delta_j_old). E is a stack
-    of the clients' unscaled factors with one coefficient each (old ones cancel when weights repeat), so a client finds its own
-    factors in the stack to the bit, and k r (m + n) numbers travel down in all.
-    `plain["blocks"]` names the stack's blocks: [client, coefficient, is current].
+    of the clients' unscaled last factors with one coefficient each, so a client finds its own in it to the bit, and
+    k r (m + n) numbers travel down in all. Older factors cancel when cohort and weights repeat; what is left of them otherwise
+    becomes a base update, sent once. `plain["blocks"]` names the stack's blocks: [client, coefficient].
     """
 
     name = "fedex"
@@ -92,17 +92,16 @@ class FedExKeep(Method):
 
     def view(self, spec: Spec, message: Broadcast, client: str | None) -> View:
         blocks = message.plain.get("blocks", [])
-        own = next((i for i, (name, _, current) in enumerate(blocks) if current and name == client), None)
+        own = next((i for i, (name, _) in enumerate(blocks) if name == client), None)
         start = super().view(spec, message, client)
         tensors = {name: t for name, t in start.tensors.items() if not name.endswith((".stack_A", ".stack_B"))}
         base = {}
         for layer in spec.layers if blocks else ():
             stack_A, stack_B = message.tensors[f"{layer.name}.stack_A"], message.tensors[f"{layer.name}.stack_B"]
             width = layer.rank
-            coefficients = torch.tensor([c - (i == own) for i, (_, c, _) in enumerate(blocks)], dtype=torch.float64)
-            base[layer.name] = LowRank(
-                stack_B * (layer.scale * coefficients.repeat_interleave(width)).to(stack_B.dtype), stack_A
-            )
+            coefficients = torch.tensor([c - (i == own) for i, (_, c) in enumerate(blocks)], dtype=torch.float64)
+            stack = LowRank(stack_B * (layer.scale * coefficients.repeat_interleave(width)).to(stack_B.dtype), stack_A)
+            base[layer.name] = start.base[layer.name] + stack if layer.name in start.base else stack
             if own is not None:
                 cut = slice(own * width, (own + 1) * width)
                 tensors[key(layer, "lora_A")] = stack_A[cut].clone()
@@ -112,30 +111,28 @@ class FedExKeep(Method):
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         spec, blocks = state.spec, [list(b) for b in state.plain.get("blocks", [])]
         weight = dict(zip(cohort.clients, cohort.weights, strict=True))
-        for block in blocks:
-            if block[2] and block[0] in weight:
-                block[1], block[2] = block[1] - weight[block[0]], False
-        stays = [i for i, (_, coefficient, current) in enumerate(blocks) if current or coefficient != 0.0]
-        plain = {"blocks": [blocks[i] for i in stays] + [[c, p, True] for c, p in weight.items()]}
-        sent = cohort.cast({name: cohort.means[name] for name in state.heads})
-        landed = {}
+        stays = [i for i, (client, _) in enumerate(blocks) if client not in weight]
+        leaves = [(i, c - weight[client]) for i, (client, c) in enumerate(blocks) if client in weight and c != weight[client]]
+        plain = {"blocks": [blocks[i] for i in stays] + [[client, p] for client, p in weight.items()]}
+        sent, left = {name: cohort.means[name] for name in state.heads}, {}
         for layer in spec.layers:
-            old_B, old_A = (state.tensors.get(f"{layer.name}.stack_{side}") for side in "BA")
-            cuts = [slice(i * layer.rank, (i + 1) * layer.rank) for i in stays]
-            new = [spec.factors(layer, f) for f in cohort.factors]
-            stack = {
-                f"{layer.name}.stack_B": torch.cat([*(old_B[:, c] for c in cuts), *(f["lora_B"] for f in new)], 1),
-                f"{layer.name}.stack_A": torch.cat([*(old_A[c] for c in cuts), *(f["lora_A"] for f in new)], 0),
-            }
-            sent |= cohort.cast(stack)
-        merged = state.replace(round=state.round + 1, tensors=sent, plain=plain)
+            r, new = layer.rank, [spec.factors(layer, f) for f in cohort.factors]
+            B, A = (state.tensors.get(f"{layer.name}.stack_{side}") for side in "BA")
+            sent[f"{layer.name}.stack_B"] = torch.cat([*(B[:, i * r : (i + 1) * r] for i in stays), *(f["lora_B"] for f in new)], 1)
+            sent[f"{layer.name}.stack_A"] = torch.cat([*(A[i * r : (i + 1) * r] for i in stays), *(f["lora_A"] for f in new)], 0)
+            if leaves:
+                parts = [LowRank(layer.scale * B[:, i * r : (i + 1) * r].double(), A[i * r : (i + 1) * r].double()) for i, _ in leaves]
+                left[layer.name] = LowRank.sum(parts, [c for _, c in leaves])
+        increments = add_increment(state, cohort.cast(base_tensors(left))) if left else state.increments
+        merged = state.replace(round=state.round + 1, tensors=cohort.cast(sent), plain=plain, increments=increments)
         before = self.view(spec, self.broadcast(state), None).base
         after = self.view(spec, self.broadcast(merged), None).base
+        starts = [self.view(spec, self.broadcast(state), c).tensors for c in cohort.clients]
+        landed = {}
         for layer in spec.layers:
             change = after[layer.name].to(torch.float64)
             if layer.name in before:
                 change = change - before[layer.name].to(torch.float64)
-            starts = [self.view(spec, self.broadcast(state), c).tensors for c in cohort.clients]
             old = [spec.adapter.delta(layer, spec.factors(layer, t)).to(torch.float64) for t in starts]
             landed[layer.name] = change + LowRank.sum(old, cohort.weights)
         return merged, landed

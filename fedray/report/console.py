@@ -51,6 +51,8 @@ def print_plan(console: Console, costs: Plan, placement: str | None = None) -> N
     if placement:
         console.print(f"workers  {placement}")
     console.print(plan_table(costs))
+    if costs.clients > costs.cohort:
+        console.print("a client that sat rounds out also downloads the base updates it missed (fedex, flora)")
 
 
 class ConsoleListener:
@@ -134,4 +136,5 @@ class ConsoleListener:
         self.console.print(f"results in {folder} (adapter/ loads with plain PEFT)", soft_wrap=True)
 
     def close(self) -> None:
-        self.progress_bar.stop()
+        if self._task is not None:
+            self.progress_bar.stop()

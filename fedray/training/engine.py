@@ -136,6 +136,14 @@ class DeepSpeedEngine:
         self._fragments = sys.modules["deepspeed.utils"]
         optimizer = self.engine.optimizer
         self._torch_optimizer = getattr(optimizer, "optimizer", optimizer)
+        if config.keep_optimizer and zero_stage > 0:
+            self._materialise()
+
+    def _materialise(self) -> None:
+        """ZeRO makes its momenta at the first step: take one with gradient and rate 0, so that they can be restored."""
+        device = next(self.model.parameters()).device
+        inputs = {"input_ids": torch.ones(1, 2, dtype=torch.long, device=device)}
+        self.step([inputs] * self.config.accumulate, lambda forward, batch: 0.0 * forward(batch).sum(), 0.0)
 
     def gathered(self, parameters: Sequence[nn.Parameter]):
         """A context in which the parameters are whole and may be written."""
@@ -163,7 +171,6 @@ class DeepSpeedEngine:
                 own = {k: saved[f"{name}/{k}"].to(parameter.device, copy=True) for k in kinds}
                 self._torch_optimizer.state[parameter] = own | {"step": saved["step"].reshape(()).clone()}
             return
-        # ZeRO makes its optimizer state when it is built or at the first step; momenta are then written through its API.
         for state in self._torch_optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(saved["step"].item())

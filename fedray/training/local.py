@@ -92,7 +92,7 @@ class LocalTrainer:
             dataset = {"train": self.data.train, "held-out": self.data.held_out}.get(part, {}).get(client, self.data.test)
             encoded = self.task.encode(dataset)
             if not encoded:
-                raise ValueError(f"its {part} data holds no text of at least two tokens")
+                raise ValueError(f"{f'client {client!r}: ' if client and part != 'train' else ''}its {part} data holds no text of at least two tokens")
             if part != "train":  # similar lengths together: less padding, and a fixed order
                 encoded = sorted(encoded, key=lambda e: len(e.input_ids))
             self._encoded[part, client] = encoded

@@ -42,12 +42,26 @@ def read_model_config(config: Config, classes: int = 0):
     try:
         found = AutoConfig.from_pretrained(str(shape) if shape.is_file() else resolve(path), **options)
         if config.model.dropout is not None:  # every architecture has its own names for it
-            for name in [n for n, v in vars(found).items() if "drop" in n and isinstance(v, float)]:
+            for name in [n for n, v in vars(found).items() if "drop" in n and isinstance(v, (int, float)) and not isinstance(v, bool)]:
                 setattr(found, name, config.model.dropout)
         return found
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.path '{path}' cannot be read: {reason}") from error
+
+
+def check_loadable(config: Config) -> None:
+    """Weights and tokenizer are there, and positions reach. Raises ConfigError; reads no weights."""
+    path = config.model.path
+    if (SHAPES / f"{path}.json").is_file() and not Path(path).exists():
+        raise ConfigError(f"model.path '{path}' is a shape for `fedray plan`, without weights: give a folder or a hub id")
+    folder = Path(resolve(path))
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise ConfigError(f"model.path '{path}' holds no weights (*.safetensors or pytorch_model*.bin)")
+    load_tokenizer(config)
+    positions = getattr(read_model_config(config), "max_position_embeddings", None)
+    if positions is not None and config.data.max_length > positions:
+        raise ConfigError(f"data.max_length {config.data.max_length} is more than the model's {positions} positions: lower it")
 
 
 def skeleton(config: Config, classes: int = 2):
@@ -69,8 +83,8 @@ def load_base(config: Config, classes: int = 0):
     model = _CLASSES[config.model.task].from_pretrained(
         resolve(config.model.path), config=read_model_config(config, classes), dtype=getattr(torch, config.model.dtype)
     )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = model.config.eos_token_id if isinstance(model.config.eos_token_id, int) else 0
+    # The head of a decoder reads the last token that is no padding: model and tokenizer must mean the same token.
+    model.config.pad_token_id = load_tokenizer(config).pad_token_id
     return model
 
 
@@ -83,7 +97,10 @@ def load_model(config: Config, classes: int = 0):
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The model's own tokenizer; a missing pad token becomes the end token."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve(config.model.path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(config.model.path))
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # AutoTokenizer's ways to say that there is none
+        raise ConfigError(f"model.path '{config.model.path}' has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
