@@ -143,7 +143,8 @@ class DeepSpeedEngine:
         """ZeRO makes its momenta at the first step: take one with gradient and rate 0, so that they can be restored."""
         device = next(self.model.parameters()).device
         inputs = {"input_ids": torch.ones(1, 2, dtype=torch.long, device=device)}
-        self.step([inputs] * self.config.accumulate, lambda forward, batch: 0.0 * forward(batch).sum(), 0.0)
+        with torch.enable_grad():  # the engine may be built for an evaluation
+            self.step([inputs] * self.config.accumulate, lambda forward, batch: 0.0 * forward(batch).sum(), 0.0)
 
     def gathered(self, parameters: Sequence[nn.Parameter]):
         """A context in which the parameters are whole and may be written."""
