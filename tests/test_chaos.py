@@ -40,9 +40,14 @@ def test_a_coordinator_that_dies_in_a_round_is_restarted_from_the_last_checkpoin
     started, notes = [], []
 
     class Spy:
-        @staticmethod
-        def remote(*args, real=runs.CoordinatorActor):
-            started.append(real.remote(*args))
+        def __init__(self, real):
+            self.real = real
+
+        def options(self, **options):
+            return Spy(self.real.options(**options))
+
+        def remote(self, *args):
+            started.append(self.real.remote(*args))
             return started[-1]
 
     class Killer(Silent):
@@ -53,7 +58,7 @@ def test_a_coordinator_that_dies_in_a_round_is_restarted_from_the_last_checkpoin
         def note(self, text):
             notes.append(text)
 
-    monkeypatch.setattr(runs, "CoordinatorActor", Spy)
+    monkeypatch.setattr(runs, "CoordinatorActor", Spy(runs.CoordinatorActor))
     options = dict(federation__keep_optimizer=True, federation__local_steps=60)
     config = make_config(engine="ray", **options)
     execute(prepare(config), Killer())

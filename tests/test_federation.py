@@ -298,16 +298,11 @@ def test_a_client_past_the_deadline_is_left_out(make_config, ray_session, monkey
     assert [[d["client"] for d in r["dropped"]] for r in rounds(folder)] == [[], ["client-1"], []]
 
 
-def test_a_real_error_in_a_clients_data_reaches_the_person(make_config, ray_session, tiny, tmp_path):
-    """A client whose own file has one empty text cannot train; its name and the cause come out."""
-    for name, text in (("a", "some real text"), ("b", "")):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    config = make_config(
-        engine="ray", data__source=str(tiny), data__train_split="text", data__test_split="text",
-        clients={n: {"source": str(tmp_path / f"{n}.jsonl")} for n in "ab"},
-        data__max_length=48, federation={"rounds": 1, "local_steps": 1, "batch_size": 2},
-    )
-    with pytest.raises((ClientError, ConfigError), match="client 'b' failed: its train data holds no text"):
+@pytest.mark.parametrize("engine", ["ray", "inline"])
+def test_a_real_error_on_a_client_reaches_the_person(make_config, ray_session, engine):
+    """One client's own learning rate makes its loss overflow; its name, the cause and the fix come out."""
+    config = make_config(engine=engine, federation__max_grad_norm=None, clients={"client-2": {"lr": 1e30}})
+    with pytest.raises(ClientError, match=r"client 'client-2' failed: the loss became \w+ at local step 2 of round 1: lower federation.lr"):
         run(config)
 
 
