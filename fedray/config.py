@@ -125,11 +125,11 @@ class FederationSection(Section):
 
     clients: int | None = Field(None, ge=1)
     """Number of clients (default: 5 for iid and dirichlet; otherwise as the column or the `clients` section says)."""
-    rounds: int = Field(6, ge=1)
+    rounds: int = Field(5, ge=1)
     """Number of rounds."""
     cohort: int | None = Field(None, ge=1)
     """Clients drawn a round (default: all)."""
-    local_steps: int = Field(20, ge=1)
+    local_steps: int = Field(16, ge=1)
     """Optimizer steps a client takes a round."""
     batch_size: int = Field(4, ge=1)
     """Examples an optimizer step."""

@@ -90,15 +90,19 @@ class LowRank:
         right = self.A.double() @ other.A.double().T
         return (left * right).sum().item()
 
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Thin SVD: U (m x p), S (p, descending), Vt (p x n) with p = min(k, m, n), in fp64.
+    def svd(self, rank: int | None = None, tolerance: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """U (m x p), S (p, descending), Vt (p x n) in fp64, with p = min(k, m, n, rank).
 
-        QR of both sides, then the SVD of the small core (METHODS.md 6.11); m x n is never formed.
+        Singular values at or below `tolerance` times the largest are left out. QR of both sides, then the SVD of the small core
+        (METHODS.md 6.11); m x n is never formed, and of each Q only its product with the p vectors that are kept.
         """
-        Q_B, R_B = torch.linalg.qr(self.B.double())
-        Q_A, R_A = torch.linalg.qr(self.A.double().T)
+        reflectors_B, R_B = _qr(self.B.double())
+        reflectors_A, R_A = _qr(self.A.double().T)
         U, S, Vt = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-        return Q_B @ U, S, Vt @ Q_A.T
+        p = len(S) if rank is None else min(rank, len(S))
+        if tolerance > 0 and len(S):
+            p = min(p, int((S > tolerance * S[0]).sum()))
+        return _apply_q(reflectors_B, U[:, :p]), S[:p], _apply_q(reflectors_A, Vt[:p].T).T
 
     def compress(self, rank: int | None = None, tolerance: float = 0.0) -> LowRank:
         """The best approximation of at most `rank` (Eckart-Young), in the input's dtype.
@@ -108,11 +112,8 @@ class LowRank:
         """
         if self.k == 0:
             return self
-        U, S, Vt = self.svd()
-        keep = len(S) if rank is None else min(rank, len(S))
-        if tolerance > 0:
-            keep = min(keep, int((S > tolerance * S[0]).sum()))
-        return LowRank(U[:, :keep] * S[:keep], Vt[:keep]).to(self.B.dtype)
+        U, S, Vt = self.svd(rank, tolerance)
+        return LowRank(U * S, Vt).to(self.B.dtype)
 
     def bounded(self) -> LowRank:
         """Itself while k <= min(m, n), else compressed to that: memory stays below twice the dense matrix's."""
@@ -121,6 +122,21 @@ class LowRank:
     def dense(self) -> Tensor:
         """The m x n matrix itself, for tests and for writing into weights."""
         return self.B @ self.A
+
+
+def _qr(thin: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Q as Householder reflectors, and R."""
+    packed, tau = torch.geqrf(thin)
+    size = min(thin.shape)
+    return (packed[:, :size], tau), packed[:size].triu()
+
+
+def _apply_q(reflectors: tuple[Tensor, Tensor], vectors: Tensor) -> Tensor:
+    """Q times the vectors, without forming Q."""
+    packed, tau = reflectors
+    padded = vectors.new_zeros(packed.shape[0], vectors.shape[1])
+    padded[: vectors.shape[0]] = vectors
+    return torch.ormqr(packed, tau, padded)
 
 
 def relative_norm(part: Iterable[LowRank], whole: Iterable[LowRank]) -> float:

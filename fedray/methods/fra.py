@@ -45,7 +45,7 @@ class FRA(Method):
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         spec, sent, tails = state.spec, {}, {}
         for layer, delta in zip(spec.layers, ideal(spec, cohort).values(), strict=True):
-            U, S, Vt = delta.svd()
+            U, S, Vt = delta.svd(None if self.residual == "fold" else layer.rank)
             r = layer.rank
             root = S[:r].sqrt() if self.split == "balanced" else torch.ones_like(S[:r])
             head = LowRank(U[:, :r] * (S[:r] / root.clamp_min(torch.finfo(S.dtype).tiny)), root[:, None] * Vt[:r])
