@@ -5,7 +5,6 @@ import sys
 sys.path.insert(0, str(__import__("pathlib").Path(__file__).parent.parent / "jobs"))
 
 import bench
-import pytest
 from rich.console import Console
 
 
@@ -13,8 +12,7 @@ def test_the_ways_of_aggregating_agree(capsys):
     bench.aggregation(Console(width=140), 96, 64, clients=5, rank=4)
     rows = [line for line in capsys.readouterr().out.splitlines() if "form" in line or "factored (" in line]
     gaps = [float(row.rstrip(" │").split()[-1]) for row in rows]
-    assert len(gaps) == 3 and gaps[0] < 1e-5 and gaps[2] < 1e-12
-    assert gaps[1] == pytest.approx(0, abs=0.05)  # randomised, and no gap in a random spectrum
+    assert len(gaps) == 4 and max(gaps[:3]) < 1e-5 and gaps[3] < 1e-12
 
 
 def test_the_step_benchmark_runs(capsys):
