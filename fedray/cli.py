@@ -110,6 +110,7 @@ def _plan(argv: list[str], console: Console) -> int:
 
 
 def _methods(argv: list[str], console: Console) -> int:
+    from rich.markup import escape
     from rich.table import Table
 
     from fedray.adapters import ADAPTERS
@@ -120,7 +121,7 @@ def _methods(argv: list[str], console: Console) -> int:
         table.add_column(column)
     for name, method in METHODS.items():
         fits = ["yes" if kind in method.adapters else "no" for kind in ADAPTERS]
-        table.add_row(name, *fits, method.exact, " ".join(sys.modules[method.__module__].__doc__.split("\n\n")[0].split()))
+        table.add_row(name, *fits, method.exact, escape(" ".join(method.__doc__.split("\n\n")[0].split())))
     for name, (needs, reason) in NEEDS_ADAPTER.items():
         table.add_row(name, *("no" for _ in ADAPTERS), "-", f"needs {needs}: {reason}")
     console.print(table)
