@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -145,7 +146,7 @@ class Cohort:
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(ABC):
     """Base of all methods. A subclass says what it trains and sends at first, and how a cohort becomes one (`merge`)."""
 
     name: ClassVar[str]
@@ -187,9 +188,9 @@ class Method:
         merged, landed = self.merge(state, cohort)
         return merged, diagnose(state.spec, cohort, landed)
 
+    @abstractmethod
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         """The next state, and per layer the change of the effective weights (against the base of this round) it means."""
-        raise NotImplementedError
 
     def gather(self, state: State, updates: Iterable[Update]) -> Cohort:
         """Read the updates once, in order, complete them with the factors that did not train, and average."""
@@ -217,9 +218,9 @@ class Method:
             tuple(names), tuple(w / total for w in weights), tuple(factors), {n: t / total for n, t in sums.items()}, dtype
         )
 
+    @abstractmethod
     def payload(self, spec: Spec, clients: int) -> Payload:
-        """How many adapter numbers cross the wire per client in a round (METHODS.md section 7), heads not counted."""
-        raise NotImplementedError
+        """How many adapter numbers cross the wire per client in a round, heads not counted."""
 
 
 @dataclass(frozen=True)
