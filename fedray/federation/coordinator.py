@@ -81,7 +81,6 @@ class Coordinator:
         self.seen, self.records = dict(held.seen), list(held.records)
         self._optimizer: dict[str, Any] = {client: pack(t) for client, t in held.optimizer.items()}
         self._packets: dict[int, Packet] = {}
-        self.events: list[dict[str, Any]] = []
         self._publish()
 
     @property

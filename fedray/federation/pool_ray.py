@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from fedray.config import Config
 from fedray.errors import FedrayError, RoundError
@@ -16,8 +16,6 @@ from fedray.federation.coordinator import Coordinator, Outcome, evaluate_shares
 from fedray.federation.failures import WORKER_ATTEMPTS, Action, ClientState, after_client
 from fedray.federation.messages import Failure
 from fedray.federation.wire import Header, Message, Packet
-
-_ACTOR_GONE = (RayActorError, ActorDiedError, ActorUnavailableError)
 
 
 @dataclass
@@ -123,16 +121,14 @@ class RayPool:
     def _restarted(reference: Any) -> bool:
         try:
             return ray.get(reference)
-        except _ACTOR_GONE:
+        except RayActorError:
             return False
 
     def _finish(self, reference, client: str, update, kept, attempt: int) -> tuple[ClientState, Outcome | None]:
         """The client's next state, and its outcome unless it is to be repeated."""
         try:
             report = ray.get(reference)
-        except _ACTOR_GONE as error:
-            cause = _one_line(error)
-        except RayTaskError as error:  # the broadcast could not be fetched: its owner or node is gone
+        except (RayActorError, RayTaskError) as error:  # the second: the broadcast could not be fetched
             cause = _one_line(error)
         else:
             if isinstance(report, Failure):
@@ -162,7 +158,7 @@ class RayPool:
             for i, share in shares.items():
                 try:
                     results.append(ray.get(share))
-                except _ACTOR_GONE:
+                except RayActorError:
                     self._await_restart(i)
             if usable and len(results) == len(usable):
                 return evaluate_shares(results), max(lost for _, lost in results)

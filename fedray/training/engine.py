@@ -37,7 +37,7 @@ class StepEngine(Protocol):
         """`NAME/exp_avg` and the like and `step`, as fp32 CPU tensors."""
 
     def forward(self, inputs: dict) -> Tensor:
-        """Logits, without training."""
+        """Logits of a batch; a `labels` entry is not passed on."""
 
     def close(self) -> None:
         """Let go of the model."""
@@ -74,7 +74,7 @@ class TorchEngine:
             group["lr"] = lr
         self.optimizer.zero_grad()
         for batch in micro_batches:
-            value = loss(self._logits, batch)
+            value = loss(self.forward, batch)
             (value / len(micro_batches)).backward()
             total += value.item() / len(micro_batches)
         if self.config.max_grad_norm is not None:
@@ -95,11 +95,8 @@ class TorchEngine:
                     saved[f"{name}/{k}"] = v.detach().float().cpu().clone()
         return saved
 
-    def _logits(self, inputs: dict) -> Tensor:
-        return self.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
-
     def forward(self, inputs: dict) -> Tensor:
-        return self._logits(inputs)
+        return self.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
 
     def close(self) -> None:
         self.optimizer.zero_grad()
@@ -128,7 +125,6 @@ class DeepSpeedEngine:
                 "gradient_clipping": config.max_grad_norm or 0.0,
                 "zero_optimization": {"stage": zero_stage},
                 "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
                 "steps_per_print": sys.maxsize,
             },
         )
@@ -184,7 +180,7 @@ class DeepSpeedEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         for batch in micro_batches:
-            value = loss(self._logits, batch)
+            value = loss(self.forward, batch)
             self.engine.backward(value)
             self.engine.step()
             total += value.item() / len(micro_batches)
@@ -209,11 +205,8 @@ class DeepSpeedEngine:
                 saved[f"{name}/{k}"] = value.detach().reshape(values_shape(parameter)).float().cpu().clone()
         return saved
 
-    def _logits(self, inputs: dict) -> Tensor:
-        return self.engine(**{k: v for k, v in inputs.items() if k != "labels"}).logits
-
     def forward(self, inputs: dict) -> Tensor:
-        return self._logits(inputs)
+        return self.engine(**{k: v for k, v in inputs.items() if k != "labels"}).logits
 
     def close(self) -> None:
         self.engine.destroy()
