@@ -19,6 +19,8 @@ _USAGE = """fedray: exact, private, federated low-rank fine-tuning of language m
   fedray run      [--config F.yaml] [--section.key value ...]   one federated run; no arguments: the built-in demo
   fedray plan     the same arguments [--json]                   what it would cost, before it runs
   fedray methods                                                adapters and methods: what fits, what is exact
+  fedray compare  [--methods a,b] [--seeds 0,1,2] [--lrs 1e-3,3e-3,1e-2] [--out DIR] [--jobs N] [--section.key value ...]
+                                                                several methods and seeds, tuned alike: one table, one picture
   fedray evaluate RUN_DIR [--json]                              held-out metrics of a run's last state
   fedray export   RUN_DIR OUT --format lora|peft|merged         write its result for others to load
   fedray run --help                                             every key, its default and what it means
@@ -128,6 +130,16 @@ def _methods(argv: list[str], console: Console) -> int:
     return 0
 
 
+def _compare(argv: list[str], console: Console) -> int:
+    from fedray.compare import compare
+    from fedray.report.console import print_comparison
+
+    results, out = compare(argv, lambda line: console.print(line, markup=False, soft_wrap=True))
+    print_comparison(console, results)
+    console.print(f"written to {out}: compare.json, compare.csv, compare.png", soft_wrap=True)
+    return 0
+
+
 def _evaluate(argv: list[str], console: Console) -> int:
     from fedray.federation.results import evaluate
 
@@ -162,7 +174,7 @@ def _export(argv: list[str], console: Console) -> int:
     return 0
 
 
-_COMMANDS = {"run": _run, "plan": _plan, "methods": _methods, "evaluate": _evaluate, "export": _export}
+_COMMANDS = {"run": _run, "plan": _plan, "methods": _methods, "compare": _compare, "evaluate": _evaluate, "export": _export}
 
 if __name__ == "__main__":
     sys.exit(main())

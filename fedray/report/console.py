@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedray.compare import Result
 from fedray.data.tasks import TASKS
 from fedray.federation.run import Prepared
 from fedray.plan import Plan, plan
@@ -53,6 +54,27 @@ def print_plan(console: Console, costs: Plan, placement: str | None = None) -> N
     console.print(plan_table(costs))
     if costs.clients > costs.cohort:
         console.print("a client that sat rounds out also downloads the base updates it missed (fedex, flora)")
+
+
+def print_comparison(console: Console, results: list[Result]) -> None:
+    """One line an entry; bytes are of the whole run, all clients."""
+    table = Table(title=f"final {results[0].row()['metric'].replace('_', ' ')}, {len(results[0].finals)} seeds", title_justify="left")
+    for column in ("method", "mean", "st. dev.", "seeds", "lr", "trains", "up", "down", "averaging would lose", "lost", "s"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in (result.row() for result in results):
+        table.add_row(
+            row["method"], f"{row['mean']:.4f}", f"{row['st_dev']:.4f}", ", ".join(f"{v:.4f}" for v in row["finals"]),
+            f"{row['lr']:g}{' (edge)' if row['lr_at_edge_of_grid'] else ''}", f"{row['trainable_params']:,}", size(row["bytes_up"]),
+            size(row["bytes_down"]), share(row["aggregation_error"], ".1%"), share(row["exactness"], ".1e"), f"{row['seconds']:.0f}",
+        )
+    console.print(table)
+    if any(result.at_edge for result in results):
+        console.print("(edge): the best learning rate is the grid's first or last; give --lrs that reach further")
+
+
+def share(value: float | None, form: str) -> str:
+    """A relative error, or a word where it cannot be known."""
+    return "not known" if value is None else format(value, form)
 
 
 class ConsoleListener:

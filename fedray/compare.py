@@ -1,0 +1,220 @@
+"""`fedray compare`: several methods and seeds on the same partitions and the same budget of examples, one table and one picture.
+
+The learning rate is tuned for each method by a small grid on a validation split, never on the examples of the final metric: a
+comparison at one learning rate is void (METHODS.md 6.14). Every run is an ordinary run directory under `--out`; a finished one
+is not repeated and one that was cut off is resumed, so a comparison can be stopped and started at will.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedray.config import read_config
+from fedray.data.tasks import TASKS
+from fedray.errors import ConfigError, FedrayError
+from fedray.methods import METHODS
+
+_OWN = {"methods": "fedit,ffa,fedex,fra,flora", "seeds": "0,1,2", "lrs": "1e-3,3e-3,1e-2", "out": "runs/compare", "jobs": "1", "validation": "validation"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the comparison: `[ADAPTER+]METHOD[@RANK]`; the adapter is the method's first unless it is named."""
+
+    text: str
+    adapter: str
+    method: str
+    rank: str | None
+
+    @staticmethod
+    def parse(text: str) -> Entry:
+        """Raises ConfigError for anything else."""
+        found = re.fullmatch(r"(?:([\w-]+)\+)?([\w-]+)(?:@(\d+))?", text)
+        if not found or found[2] not in METHODS:
+            raise ConfigError(f"--methods '{text}' is not known: write [ADAPTER+]METHOD[@RANK] with a method of {', '.join(METHODS)}")
+        return Entry(text, found[1] or METHODS[found[2]].adapters[0], found[2], found[3])
+
+    def flags(self) -> list[str]:
+        return ["--method.name", self.method, "--adapter.kind", self.adapter, *(["--adapter.rank", self.rank] if self.rank else [])]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One entry's outcome: the tuned rate, what each rate gave on the validation split (None: it diverged), and a summary a seed."""
+
+    entry: Entry
+    lr: float
+    tuning: dict[float, float | None]
+    summaries: list[dict[str, Any]]
+
+    @property
+    def finals(self) -> list[float]:
+        return [s["final"] for s in self.summaries]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best rate is the grid's first or last: the grid may have missed a better one."""
+        return len(self.tuning) > 2 and self.lr in (min(self.tuning), max(self.tuning))
+
+    def row(self) -> dict[str, Any]:
+        """The line of the table. Bytes are of the whole run and all clients; seconds the median run."""
+        summaries = self.summaries
+        return {
+            "method": self.entry.text,
+            "metric": summaries[0]["metric"],
+            "mean": statistics.mean(self.finals),
+            "st_dev": statistics.stdev(self.finals) if len(self.finals) > 1 else 0.0,
+            "finals": self.finals,
+            "lr": self.lr,
+            "lr_at_edge_of_grid": self.at_edge,
+            "trainable_params": summaries[0]["trainable_params"],
+            "bytes_up": statistics.median(s["bytes_up"] for s in summaries),
+            "bytes_down": statistics.median(s["bytes_down"] for s in summaries),
+            "aggregation_error": _most(s["aggregation_error"] for s in summaries),
+            "exactness": _most(s["exactness"] for s in summaries),
+            "seconds": statistics.median(s["wall_seconds"] for s in summaries),
+        }
+
+
+def _most(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return max(known) if known else None
+
+
+def split_flags(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The comparison's own flags (with defaults) and those of the runs."""
+    own, rest = dict(_OWN), []
+    queue = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while queue:
+        word = queue.pop(0)
+        if word.startswith("--") and word[2:] in own:
+            if not queue:
+                raise ConfigError(f"{word} needs a value")
+            own[word[2:]] = queue.pop(0)
+        else:
+            rest.append(word)
+    return own, rest
+
+
+def compare(argv: list[str], say: Callable[[str], None]) -> tuple[list[Result], Path]:
+    """Run everything and write `compare.json`, `compare.csv` and `compare.png`. `say` is told of each run that ends.
+
+    Raises ConfigError before anything runs when one of the configs is bad, FedrayError when a final run fails.
+    """
+    own, rest = split_flags(argv)
+    entries = [Entry.parse(text) for text in own["methods"].split(",")]
+    try:
+        seeds, rates, jobs = [int(s) for s in own["seeds"].split(",")], sorted(float(x) for x in own["lrs"].split(",")), int(own["jobs"])
+    except ValueError as error:
+        raise ConfigError(f"--seeds, --lrs and --jobs hold numbers: {error}") from None
+    for flag in ("--seed", "--federation.lr", "--output.dir", "--method.name"):
+        if flag in rest:
+            raise ConfigError(f"{flag} is set by the comparison itself: use --seeds, --lrs, --out or --methods")
+    out = Path(own["out"])
+    higher = {e: TASKS[read_config([*rest, *e.flags()]).model.task].higher_is_better for e in entries}
+
+    def folder(entry: Entry, name: str) -> Path:
+        return out / entry.text.replace("+", "-").replace("@", "-rank-") / name
+
+    def tune(job: tuple[Entry, float]) -> float | None:
+        entry, lr = job
+        flags = [*rest, *entry.flags(), "--federation.lr", str(lr), "--seed", str(seeds[0]), "--data.test_split", own["validation"]]
+        summary = _run(flags, folder(entry, f"tune-{lr:g}"), must=False)
+        say(f"{entry.text}  lr {lr:g}: " + (f"{summary['final']:.4f} on {own['validation']}" if summary else "diverged or failed"))
+        return summary["final"] if summary else None
+
+    def final(job: tuple[Entry, float, int]) -> dict[str, Any]:
+        entry, lr, seed = job
+        summary = _run([*rest, *entry.flags(), "--federation.lr", str(lr), "--seed", str(seed)], folder(entry, f"seed-{seed}"), must=True)
+        say(f"{entry.text}  lr {lr:g}, seed {seed}: {summary['final']:.4f}")
+        return summary
+
+    with ThreadPoolExecutor(jobs) as pool:
+        grid = [(entry, lr) for entry in entries for lr in rates] if len(rates) > 1 else []
+        tuned: dict[Entry, dict[float, float | None]] = {entry: {} for entry in entries}
+        for (entry, lr), value in zip(grid, pool.map(tune, grid), strict=True):
+            tuned[entry][lr] = value
+        best = {entry: _best(entry, tuned[entry], higher[entry]) if grid else rates[0] for entry in entries}
+        work = [(entry, best[entry], seed) for entry in entries for seed in seeds]
+        summaries = list(pool.map(final, work))
+    results = [
+        Result(entry, best[entry], tuned[entry], [s for (e, _, _), s in zip(work, summaries, strict=True) if e == entry]) for entry in entries
+    ]
+    rows = [result.row() for result in results]
+    (out / "compare.json").write_text(json.dumps([row | {"tuning": r.tuning} for row, r in zip(rows, results, strict=True)], indent=2))
+    with (out / "compare.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    picture(rows, out / "compare.png")
+    return results, out
+
+
+def _best(entry: Entry, values: dict[float, float | None], higher: bool) -> float:
+    known = {lr: v for lr, v in values.items() if v is not None and math.isfinite(v)}
+    if not known:
+        raise FedrayError(f"{entry.text} failed at every learning rate of the grid: look into its run.log, or give other --lrs")
+    return (max if higher else min)(known, key=known.__getitem__)
+
+
+def _run(flags: list[str], folder: Path, must: bool) -> dict[str, Any] | None:
+    """The summary of one run, from its directory where it is there already. None when it failed and need not succeed."""
+    summary = folder / "summary.json"
+    if not summary.is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log = folder.parent / f"{folder.name}.log"
+        with log.open("w") as file:
+            command = [sys.executable, "-m", "fedray.cli", "run", *flags, "--output.dir", str(folder), "--output.resume"]
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        if code == 2:
+            raise ConfigError(f"{log.read_text().strip().splitlines()[-1].removeprefix('fedray: ')} (see {log})")
+        if code and must:
+            raise FedrayError(f"a run failed: {log.read_text().strip().splitlines()[-1].removeprefix('fedray: ')} (see {log})")
+        if code:
+            return None
+    return json.loads(summary.read_text())
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Final metric (mean, and smallest to largest over the seeds) against all bytes of a run, both directions."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    low, high = min(min(r["finals"]) for r in rows), max(max(r["finals"]) for r in rows)
+    span = (high - low) or 1.0
+    taken: list[tuple[float, float]] = []
+    for i, row in enumerate(sorted(rows, key=lambda r: (r["bytes_up"] + r["bytes_down"], r["mean"]))):
+        x, y = (row["bytes_up"] + row["bytes_down"]) / 2**20, row["mean"]
+        error = [[y - min(row["finals"])], [max(row["finals"]) - y]]
+        axes.errorbar(x, y, yerr=error, fmt="o", capsize=3, color=f"C{i % 10}", alpha=0.8)
+        # A label moves up until it is clear of those already placed (in decades of x and shares of the y range).
+        place = (math.log10(x), (y - low) / span)
+        while any(abs(place[0] - t[0]) < 0.32 and abs(place[1] - t[1]) < 0.05 for t in taken):
+            place = (place[0], place[1] + 0.01)
+        taken.append(place)
+        axes.annotate(
+            row["method"], (x, y), (10**place[0] * 1.04, low + place[1] * span), color=f"C{i % 10}", fontsize=9, va="center",
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": f"C{i % 10}"},
+        )
+    axes.set_xscale("log")
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right * 2.2)
+    axes.set_xlabel("MiB moved in the whole run, all clients, up and down (start included)")
+    axes.set_ylabel(f"final {rows[0]['metric'].replace('_', ' ')}: mean, smallest to largest")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
