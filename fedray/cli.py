@@ -116,7 +116,7 @@ def _methods(argv: list[str], console: Console) -> int:
     from rich.table import Table
 
     from fedray.adapters import ADAPTERS
-    from fedray.methods import METHODS, NEEDS_ADAPTER
+    from fedray.methods import METHODS, why_not
 
     table = Table()
     for column in ("method", *ADAPTERS, "exact", "what it does"):
@@ -124,9 +124,12 @@ def _methods(argv: list[str], console: Console) -> int:
     for name, method in METHODS.items():
         fits = ["yes" if kind in method.adapters else "no" for kind in ADAPTERS]
         table.add_row(name, *fits, method.exact, escape(" ".join(method.__doc__.split("\n\n")[0].split())))
-    for name, (needs, reason) in NEEDS_ADAPTER.items():
-        table.add_row(name, *("no" for _ in ADAPTERS), "-", f"needs {needs}: {reason}")
     console.print(table)
+    console.print("why not")
+    for name in METHODS:
+        for kind in ADAPTERS:
+            if reason := why_not(name, kind):
+                console.print(f"  {name} with {kind}: {reason}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -93,12 +93,12 @@ def _most(values: Iterable[float | None]) -> float | None:
 
 
 def split_flags(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The comparison's own flags (with defaults) and those of the runs."""
+    """The comparison's own flags (with defaults; `--lrs.ENTRY` is one entry's own grid) and those of the runs."""
     own, rest = dict(_OWN), []
     queue = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     while queue:
         word = queue.pop(0)
-        if word.startswith("--") and word[2:] in own:
+        if word.startswith("--lrs.") or (word.startswith("--") and word[2:] in own):
             if not queue:
                 raise ConfigError(f"{word} needs a value")
             own[word[2:]] = queue.pop(0)
@@ -115,9 +115,13 @@ def compare(argv: list[str], say: Callable[[str], None]) -> tuple[list[Result], 
     own, rest = split_flags(argv)
     entries = [Entry.parse(text) for text in own["methods"].split(",")]
     try:
-        seeds, rates, jobs = [int(s) for s in own["seeds"].split(",")], sorted(float(x) for x in own["lrs"].split(",")), int(own["jobs"])
+        seeds, jobs = [int(s) for s in own["seeds"].split(",")], int(own["jobs"])
+        rates = {e: sorted(float(x) for x in own.get(f"lrs.{e.text}", own["lrs"]).split(",")) for e in entries}
     except ValueError as error:
         raise ConfigError(f"--seeds, --lrs and --jobs hold numbers: {error}") from None
+    for flag in own.keys() - _OWN.keys():
+        if flag.removeprefix("lrs.") not in [e.text for e in entries]:
+            raise ConfigError(f"--{flag} names no entry of --methods {own['methods']}")
     for flag in ("--seed", "--federation.lr", "--output.dir", "--method.name"):
         if flag in rest:
             raise ConfigError(f"{flag} is set by the comparison itself: use --seeds, --lrs, --out or --methods")
@@ -141,11 +145,11 @@ def compare(argv: list[str], say: Callable[[str], None]) -> tuple[list[Result], 
         return summary
 
     with ThreadPoolExecutor(jobs) as pool:
-        grid = [(entry, lr) for entry in entries for lr in rates] if len(rates) > 1 else []
+        grid = [(entry, lr) for entry in entries if len(rates[entry]) > 1 for lr in rates[entry]]
         tuned: dict[Entry, dict[float, float | None]] = {entry: {} for entry in entries}
         for (entry, lr), value in zip(grid, pool.map(tune, grid), strict=True):
             tuned[entry][lr] = value
-        best = {entry: _best(entry, tuned[entry], higher[entry]) if grid else rates[0] for entry in entries}
+        best = {e: _best(e, tuned[e], higher[e]) if tuned[e] else rates[e][0] for e in entries}
         work = [(entry, best[entry], seed) for entry in entries for seed in seeds]
         summaries = list(pool.map(final, work))
     results = [

@@ -8,22 +8,33 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from fedray.adapters import ADAPTERS
+from fedray.adapters import ADAPTERS, Layer, make_adapter
 from fedray.errors import ConfigError
-from fedray.methods import METHODS, NEEDS_ADAPTER, FedExKeep, Method
+from fedray.methods import METHODS, FedExKeep, Method, ServerOptimizer, Spec, why_not
 
 BUILTIN = "builtin"
 DEFAULT_CLIENTS = 5
 
 
+def _ranks(value: Any) -> Any:
+    """`8`, `8,4,4` or `{ward: 4, icu: 8}` (on the command line: ward=4,icu=8)."""
+    if isinstance(value, str) and "=" in value:
+        return dict(part.split("=", 1) for part in value.split(","))
+    return _names(value)
+
+
 def _names(value: Any) -> Any:
     return tuple(v.strip() for v in value.split(",")) if isinstance(value, str) and "," in value else value
+
+
+Rank = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -49,13 +60,27 @@ class AdapterSection(Section):
     """The low-rank adapter."""
 
     kind: str = "lora"
-    """Parametrisation of the update."""
-    rank: int = Field(8, ge=1)
-    """Rank r of every layer's adapter."""
-    alpha: float = Field(16, gt=0)
-    """Scale: alpha / rank multiplies the product of the factors."""
+    """Parametrisation of the update: lora, lora-sb, abba or ravan."""
+    rank: Annotated[Rank | tuple[Rank, ...] | dict[str, Rank], BeforeValidator(_ranks)] = 8
+    """Rank r of every layer's adapter; a list in client order (8,4,4) or NAME=RANK pairs where clients differ (flora, flexlora, hetlora)."""
+    alpha: float | None = Field(None, gt=0)
+    """alpha / rank multiplies the product of the factors, abba: alpha^2 / sqrt(r1 r2) (default 16; lora-sb and ravan: the rank)."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023)."""
+    scale: Literal["paper", "released"] | None = None
+    """abba: alpha^2 / sqrt(r1 r2) (paper, default), or alpha, as the authors' released code has it."""
+    cores: int | None = Field(None, ge=1)
+    """ravan: number of bases and cores h, each of the rank (default 4)."""
+    subspace: Literal["weights", "gradient", "gradient-raw", "public"] | None = None
+    """lora-sb: bases from the SVD of the weights (default), the clients' summed gradient with or without sign, or a public data set."""
+    subspace_examples: int | None = Field(None, ge=1)
+    """lora-sb: examples a client takes the gradient over (default 64)."""
+    subspace_source: str | None = None
+    """lora-sb, subspace public: the public data set (a hub id, a folder or a file), with the columns of the data section."""
+    subspace_oversample: int | None = Field(None, ge=0)
+    """lora-sb, subspace gradient-raw and public: columns beyond the rank of the range finder (default 16)."""
+    subspace_passes: int | None = Field(None, ge=0)
+    """lora-sb, subspace gradient-raw and public: power iterations of the range finder, two uploads each (default 1)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     targets: Annotated[str | tuple[str, ...], BeforeValidator(_names)] = "all-linear"
@@ -64,23 +89,61 @@ class AdapterSection(Section):
     """Modules trained whole beside PEFT's own choice for the task (the classifier)."""
 
 
+    @property
+    def largest_rank(self) -> int:
+        """The rank that every model hosts; clients of a smaller one use its first components."""
+        if isinstance(self.rank, int):
+            return self.rank
+        return max(self.rank.values() if isinstance(self.rank, dict) else self.rank)
+
+    def ranks(self, clients: Sequence[str]) -> dict[str, int]:
+        """The rank of each client where they differ, else empty. Raises ConfigError when they do not fit the clients."""
+        if isinstance(self.rank, int):
+            return {}
+        if isinstance(self.rank, tuple):
+            if len(self.rank) != len(clients):
+                raise ConfigError(f"adapter.rank lists {len(self.rank)} ranks for {len(clients)} clients: give one for each, or NAME=RANK pairs")
+            return dict(zip(clients, self.rank, strict=True))
+        if strange := [name for name in self.rank if name not in clients]:
+            raise ConfigError(f"adapter.rank names '{strange[0]}', which is not a client of this run{nearest(strange[0], clients)}")
+        return {name: self.rank.get(name, self.largest_rank) for name in clients}
+
+
 class MethodSection(Section):
     """How the clients' updates become one."""
 
     name: str = "fedex"
-    """fedit, ffa, fedex, fra, fra-ffa or flora."""
+    """One of those that `fedray methods` lists."""
     weights: Literal["examples", "equal"] = "examples"
     """Weigh a client by its number of training examples, or all alike."""
     assignment: Literal["average", "reinit", "keep"] | None = None
     """fedex: the factors that clients go on with (default average)."""
     residual_rank: int | None = Field(None, ge=1)
-    """fedex: truncate the base update to this rank; what is cut off is reported as exactness."""
+    """fedex, flora: truncate the base update to this rank; what is cut off is reported as exactness."""
     split: Literal["orthonormal", "balanced"] | None = None
-    """fra, fra-ffa: where the singular values go (default orthonormal: all on B)."""
+    """fra, fra-ffa, flexlora, florist: where the singular values go (default orthonormal: all on B)."""
     residual: Literal["drop", "fold"] | None = None
-    """fra: drop the tail beyond rank r (the paper, default) or fold it into the base."""
+    """fra, florist: drop the tail beyond rank r (the paper, default) or fold it into the base."""
     fra_rounds: int | None = Field(None, ge=1)
     """fra-ffa: rounds of FRA before A is frozen (default: half of all rounds)."""
+    energy: float | None = Field(None, gt=0, le=1)
+    """florist: share of sum S_j^2 that a layer's rank keeps (default 0.99)."""
+    oversample: int | None = Field(None, ge=0)
+    """fedask: columns of the sketch beyond the rank (default 8)."""
+    correction: float | None = Field(None, gt=0)
+    """lora-fair: weight of ||dB||^2 against the fit, relative to A's rows (default 0.01)."""
+    sparse_scale: float | None = Field(None, gt=0)
+    """fedrpca: how much the clients' own (sparse) part counts (default 2)."""
+    server_optimizer: Literal["avgm", "adam", "yogi"] | None = None
+    """Step of FedAvgM, FedAdam or FedYogi along the mean's change, for methods whose aggregate is a mean (default: take the mean)."""
+    server_lr: float | None = Field(None, gt=0)
+    """Server optimizer: learning rate (default 1)."""
+    server_beta1: float | None = Field(None, ge=0, lt=1)
+    """Server optimizer: momentum (default 0.9)."""
+    server_beta2: float | None = Field(None, ge=0, lt=1)
+    """Server optimizer, adam and yogi: decay of the second moment (default 0.99)."""
+    server_tau: float | None = Field(None, gt=0)
+    """Server optimizer, adam and yogi: what is added to its root (default 1e-3)."""
 
 
 class DataSection(Section):
@@ -149,6 +212,8 @@ class FederationSection(Section):
     """Share of the schedule spent warming up linearly."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Clip the norm of a step's gradient; null switches it off."""
+    proximal: float = Field(0.0, ge=0)
+    """FedProx: mu of mu/2 ||w - w_broadcast||^2 in each client's loss, over all that trains."""
     keep_optimizer: bool = False
     """Keep each client's optimizer state from round to round instead of starting it afresh."""
     evaluate_every: int = Field(1, ge=1)
@@ -259,43 +324,91 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-# Which keys of the method section belong to which method: any other use is refused.
+# Which keys belong to which method or adapter: any other use is refused.
 _OPTIONS = {
     "assignment": ("fedex",),
     "residual_rank": ("fedex", "flora"),
-    "split": ("fra", "fra-ffa"),
-    "residual": ("fra",),
+    "split": ("fra", "fra-ffa", "flexlora", "florist"),
+    "residual": ("fra", "florist"),
     "fra_rounds": ("fra-ffa",),
+    "energy": ("florist",),
+    "oversample": ("fedask",),
+    "correction": ("lora-fair",),
+    "sparse_scale": ("fedrpca",),
 }
+_ADAPTER_OPTIONS = {
+    "scale": ("abba",),
+    "cores": ("ravan",),
+    **dict.fromkeys(("subspace", "subspace_examples", "subspace_source", "subspace_oversample", "subspace_passes"), ("lora-sb",)),
+}
+
+
+def _check_adapter(section: AdapterSection) -> None:
+    if section.kind not in ADAPTERS:
+        raise ValueError(f"adapter.kind '{section.kind}' is not known{nearest(section.kind, ADAPTERS)}")
+    for option, kinds in _ADAPTER_OPTIONS.items():
+        if getattr(section, option) is not None and section.kind not in kinds:
+            raise ValueError(f"adapter.{option} belongs to {' and '.join(kinds)}, not to {section.kind}: leave it out")
+    try:
+        make_adapter(section).width(section.largest_rank)
+    except ValueError as error:
+        raise ValueError(str(error)) from None
+    subspace = section.subspace or "weights"
+    if subspace == "public" and section.subspace_source is None:
+        raise ValueError("adapter.subspace public needs adapter.subspace_source, the public data set")
+    for option, subspaces in (
+        ("subspace_source", ("public",)),
+        ("subspace_examples", ("public", "gradient", "gradient-raw")),
+        ("subspace_oversample", ("public", "gradient-raw")),
+        ("subspace_passes", ("public", "gradient-raw")),
+    ):
+        if getattr(section, option) is not None and subspace not in subspaces:
+            raise ValueError(f"adapter.{option} belongs to adapter.subspace {' and '.join(subspaces)}, not to {subspace}: leave it out")
 
 
 def make_method(config: Config) -> Method:
     """The method value that a config means. Raises ValueError, with the reason, for what is not sound."""
     section, kind = config.method, config.adapter.kind
-    if section.name in NEEDS_ADAPTER and kind != NEEDS_ADAPTER[section.name][0]:
-        needs, reason = NEEDS_ADAPTER[section.name]
-        raise ValueError(f"method '{section.name}' does not fit adapter '{kind}': {reason}; it needs adapter.kind {needs}, or use fedex or ffa")
-    if kind not in ADAPTERS:
-        raise ValueError(f"adapter.kind '{kind}' is not known{nearest(kind, ADAPTERS)}")
+    _check_adapter(config.adapter)
     if section.name not in METHODS:
         raise ValueError(f"method.name '{section.name}' is not known{nearest(section.name, METHODS)}")
-    method = METHODS[section.name]
-    if kind not in method.adapters:
-        raise ValueError(f"method '{section.name}' does not fit adapter '{kind}': use one of {', '.join(method.adapters)}")
-    options = section.model_dump(exclude={"name", "weights"}, exclude_none=True)
-    for option in options:
-        if section.name not in _OPTIONS[option]:
+    if reason := why_not(section.name, kind):
+        raise ValueError(f"method '{section.name}' does not fit adapter '{kind}': {reason}")
+    method, options, server = METHODS[section.name], {}, {}
+    for option, value in section.model_dump(exclude={"name", "weights"}, exclude_none=True).items():
+        if option.startswith("server_"):
+            server[option.removeprefix("server_")] = value
+        elif section.name not in _OPTIONS[option]:
             raise ValueError(f"method.{option} belongs to {' and '.join(_OPTIONS[option])}, not to {section.name}: leave it out")
+        else:
+            options[option] = value
+    if not isinstance(config.adapter.rank, int) and not method.mixed_ranks:
+        several = ", ".join(name for name, m in METHODS.items() if m.mixed_ranks)
+        raise ValueError(f"adapter.rank differs between clients, and {section.name} needs one rank for all: use {several}")
     if options.get("assignment") == "keep":
+        if kind != "lora":
+            raise ValueError(f"method.assignment keep needs adapter.kind lora, not {kind}: use average or reinit")
         if "residual_rank" in options:
             raise ValueError(
                 "method.assignment keep cannot be truncated by residual_rank: each client's base differs, and what is cut off would "
                 "differ too; use average or reinit"
             )
-        return FedExKeep()
+        method, options = FedExKeep, {}
+    if server and "optimizer" not in server:
+        raise ValueError(f"method.server_{next(iter(server))} needs method.server_optimizer: avgm, adam or yogi")
+    if server and not method.linear:
+        means = ", ".join(name for name, m in METHODS.items() if m.linear)
+        raise ValueError(f"method.server_optimizer steps along a mean, and {section.name} broadcasts none: use it with {means}")
     if section.name == "fra-ffa":
         options.setdefault("fra_rounds", max(1, config.federation.rounds // 2))
+    if server:
+        options["server"] = ServerOptimizer(server.pop("optimizer"), **server)
     return method(**options)
+
+
+def make_spec(config: Config, layers: Sequence[Layer], clients: Sequence[str]) -> Spec:
+    """What methods must know of the model, with each client's rank. Raises ConfigError when ranks and clients do not fit."""
+    return Spec(make_adapter(config.adapter), tuple(layers), config.seed, config.adapter.ranks(clients))
 
 
 # --- reading --------------------------------------------------------------------------------------------------
@@ -318,6 +431,8 @@ def _unknown(key: str) -> ConfigError:
 def _sentence(error: ValidationError) -> ConfigError:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
+    if path.startswith("adapter.rank."):  # the rest names a branch of its union
+        path = "adapter.rank"
     if first["type"] == "extra_forbidden":
         return _unknown(path)
     message = first["msg"].removeprefix("Value error, ")

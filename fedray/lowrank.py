@@ -124,6 +124,49 @@ class LowRank:
         return self.B @ self.A
 
 
+_CHUNK = 1 << 17
+"""Numbers at a time in `weighted_sum`: the fp64 accumulator stays in a core's cache, so memory is read once and written once."""
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_i w_i T_i of tensors of one shape, added in fp64 in the order given; fp64, on their device."""
+    shape, flat = tensors[0].shape, [t.reshape(-1) for t in tensors]
+    total = torch.empty(flat[0].numel(), dtype=torch.float64, device=flat[0].device)
+    for start in range(0, total.numel(), _CHUNK):
+        part = total[start : start + _CHUNK]
+        torch.mul(flat[0][start : start + _CHUNK].double(), weights[0], out=part)
+        for tensor, weight in zip(flat[1:], weights[1:], strict=True):
+            part.add_(tensor[start : start + _CHUNK].double(), alpha=weight)
+    return total.reshape(shape)
+
+
+def khatri_rao_rows(left: Tensor, right: Tensor) -> Tensor:
+    """Row-wise Khatri-Rao product: (m x p), (m x q) -> m x (p q), column p' q + q' is left[:, p'] * right[:, q']."""
+    return (left[:, :, None] * right[:, None, :]).reshape(left.shape[0], -1)
+
+
+def khatri_rao_columns(left: Tensor, right: Tensor) -> Tensor:
+    """Column-wise Khatri-Rao product: (p x n), (q x n) -> (p q) x n, so that rows @ columns is the Hadamard product of the
+    two matrices (METHODS.md 2.1)."""
+    return (left[:, None, :] * right[None, :, :]).reshape(-1, left.shape[1])
+
+
+def top_svd(matrix: Tensor, rank: int, generator: torch.Generator, oversample: int = 16, iterations: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m x rank), S, Vt (rank x n) of a dense matrix, fp32: exact up to 512 on the shorter side, beyond it a randomised range
+    finder with power iterations (Halko, Martinsson, Tropp, 2011)."""
+    matrix = matrix.float()
+    if min(matrix.shape) <= 512:
+        U, S, Vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    else:
+        sketch = torch.randn(matrix.shape[1], min(rank + oversample, *matrix.shape), generator=generator).to(matrix.device)
+        Q = torch.linalg.qr(matrix @ sketch).Q
+        for _ in range(iterations):
+            Q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ Q).Q).Q
+        U, S, Vt = torch.linalg.svd((Q.T @ matrix).double(), full_matrices=False)
+        U = Q.double() @ U
+    return U[:, :rank].float(), S[:rank].float(), Vt[:rank].float()
+
+
 def _qr(thin: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Q as Householder reflectors, and R."""
     packed, tau = torch.geqrf(thin)

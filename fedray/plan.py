@@ -5,14 +5,16 @@ Works from a model's `config.json` alone: the model is built on the meta device 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from fedray.adapters import ADAPTERS, attach
-from fedray.config import DEFAULT_CLIENTS, Config, from_dict, make_method
-from fedray.methods import METHODS, Spec
+from fedray.adapters import attach
+from fedray.config import DEFAULT_CLIENTS, Config, from_dict, make_method, make_spec
+from fedray.federation import start
+from fedray.methods import METHODS, FedEx, FedExKeep, Spec
 from fedray.training.model import read_model_config, skeleton
 
 BYTES = 4  # the wire is fp32
@@ -20,9 +22,11 @@ BYTES = 4  # the wire is fp32
 
 @dataclass(frozen=True)
 class MethodCost:
-    """Bytes per client and round in the steady state with every client of the cohort reporting, heads included.
+    """Bytes per client and round in the steady state with every client of the cohort reporting, heads included; of the largest rank
+    where ranks differ.
 
-    `first_down`: the first round's download (no base update yet); `once`: sent to each client once in a run.
+    `first_down`: the first round's download (no base update yet), without `once`: what a run sends to each client a single time (bases,
+    factors that rest). `start_up`, `start_down`: before round 1 (lora-sb's gradient). `run_up`, `run_down`: all of a run of `rounds`.
     """
 
     method: str
@@ -32,6 +36,11 @@ class MethodCost:
     down: int
     first_down: int
     once: int
+    start_up: int
+    start_down: int
+    run_up: int
+    run_down: int
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -68,62 +77,77 @@ class Plan:
 def plan(config: Config, cohort: int | None = None, classes: int = 2) -> Plan:
     """The costs of a config. `cohort`: clients a round (default: as the config says). Raises ConfigError as `skeleton` does."""
     model = skeleton(config, classes)
-    spec = Spec(ADAPTERS[config.adapter.kind], attach.layers(model), config.seed)
     heads = sum(p.numel() for p in attach.heads(model).values())
     adapters = sum(p.numel() for p in attach.factors(model).values())
     base = sum(p.numel() for p in model.parameters()) - adapters - heads
+    count = len(config.clients) or config.federation.clients or DEFAULT_CLIENTS
+    if isinstance(config.adapter.rank, tuple):
+        count = len(config.adapter.rank)
     if cohort is None:
-        cohort = config.federation.cohort or len(config.clients) or config.federation.clients or DEFAULT_CLIENTS
+        cohort = config.federation.cohort or count
+    names = list(config.adapter.rank) if isinstance(config.adapter.rank, dict) else []
+    names += [f"client {i}" for i in range(len(names), max(count, cohort))]
+    spec = make_spec(config, attach.layers(model), names[: max(count, cohort, len(names))])
+    # The client whose costs are shown has the largest rank.
+    names.sort(key=lambda name: -spec.ranks.get(name, 0))
     return Plan(
         model=config.model.path,
         base_parameters=base,
         adapted_layers=len(spec.layers),
         heads=heads,
         cohort=cohort,
-        clients=max(cohort, len(config.clients) or config.federation.clients or DEFAULT_CLIENTS),
-        costs=tuple(_cost(c, spec, heads, cohort) for c in _variants(config)),
+        clients=max(cohort, count),
+        costs=tuple(_cost(c, spec, heads, names[:cohort]) for c in _variants(config)),
         memory=_memory(config, spec, base, heads),
     )
 
 
 def _variants(config: Config) -> list[Config]:
     """The config itself, and every other method that fits its adapter with default options."""
-    variants = [config]
+    variants, several = [config], not isinstance(config.adapter.rank, int)
     for name, method in METHODS.items():
-        if name != config.method.name and config.adapter.kind in method.adapters:
+        if name != config.method.name and config.adapter.kind in method.adapters and (method.mixed_ranks or not several):
             plain = config.model_dump(mode="json", exclude_unset=True)
             variants.append(from_dict(plain | {"method": {"name": name, "weights": config.method.weights}}))
     return variants
 
 
-def _cost(config: Config, spec: Spec, heads: int, cohort: int) -> MethodCost:
-    method = make_method(config)
-    payload, trained = method.payload(spec, cohort), method.trained(spec)
-    sent = [factor for factor in trained if factor not in method.drawn(spec)]
+def _cost(config: Config, spec: Spec, heads: int, cohort: Sequence[str]) -> MethodCost:
+    method, rounds = make_method(config), config.federation.rounds
+    moves = [method.payload(spec, cohort, cohort[0], round) for round in range(rounds)]
+    # Two late rounds, of which one trains A and the other B where a method alternates.
+    late = [method.payload(spec, cohort, cohort[0], round) for round in (10**6, 10**6 + 1)]
+    start_up, start_down = start.numbers(config, spec)
     return MethodCost(
         method=config.method.name,
         exact=method.exact,
-        trainable=spec.size(*trained) + heads,
-        up=BYTES * (payload.up + heads),
-        down=BYTES * (payload.down + heads),
-        first_down=BYTES * ((spec.size(*sent) if sent else 0) + heads),
-        once=BYTES * payload.once,
+        trainable=spec.size(*method.trained(spec)) + heads,
+        up=BYTES * (sum(p.up for p in late) // 2 + heads),
+        down=BYTES * (sum(p.down for p in late) // 2 + heads),
+        first_down=BYTES * (moves[0].down + heads),
+        once=BYTES * sum(p.once for p in moves),
+        start_up=BYTES * start_up,
+        start_down=BYTES * start_down,
+        run_up=BYTES * (start_up + sum(p.up + heads for p in moves)),
+        run_down=BYTES * (start_down + sum(p.down + p.once + heads for p in moves)),
+        rounds=rounds,
     )
 
 
 def _memory(config: Config, spec: Spec, base: int, heads: int) -> Memory:
     width = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
-    trained = spec.size(*make_method(config).trained(spec)) + heads
+    moving = spec.size(*make_method(config).trained(spec))
+    trained = moving + heads
     shape = read_model_config(config)
     layers, hidden = getattr(shape, "num_hidden_layers", 0), getattr(shape, "hidden_size", 0)
     inner = getattr(shape, "intermediate_size", 4 * hidden) or 4 * hidden
     tokens = config.federation.batch_size // config.federation.accumulate * config.data.max_length
     logits = 2 * 4 * tokens * getattr(shape, "vocab_size", 0) if config.model.task == "causal-lm" else 0
-    moves = config.method.name in ("fedex", "flora") or config.method.residual == "fold"
+    moves = isinstance(make_method(config), (FedEx, FedExKeep)) or config.method.residual == "fold"
     return Memory(
         base=width * base,
-        # fp32: value, gradient, and two moments
-        adapter_and_optimizer=16 * trained,
+        # fp32: value, gradient, and two moments; factors at rest: their value
+        adapter_and_optimizer=16 * trained + 4 * (spec.size() - moving),
         # about 10 hidden-sized and 3 inner-sized tensors a layer are kept for the backward pass, logits twice in fp32
         activations=width * tokens * layers * (10 * hidden + 3 * inner) + logits,
         host_copy_of_moved_layers=width * sum(layer.m * layer.n for layer in spec.layers) if moves else 0,

@@ -15,8 +15,11 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from fedray.adapters import make_adapter
 from fedray.adapters.base import Layer
+from fedray.adapters.modules import FactoredLinear, peft_layer
 from fedray.errors import ConfigError
 from fedray.lowrank import LowRank
 
@@ -28,9 +31,10 @@ PREFIX = "base_model.model."
 _TASKS = {"classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
 
 
-def attach(model: nn.Module, adapter: AdapterSection, task: str) -> PeftModel:
-    """The model with frozen base and fp32 adapters. Raises ConfigError for targets or ranks that do not fit it."""
-    targets = list(adapter.targets) if isinstance(adapter.targets, tuple) else adapter.targets
+def lora_config(section: AdapterSection, task: str) -> LoraConfig:
+    """PEFT's config of an adapter, our layer class registered in it: what `PeftModel.from_pretrained(..., config=...)` needs to
+    read an adapter that is not plain LoRA back."""
+    targets = list(section.targets) if isinstance(section.targets, tuple) else section.targets
     if isinstance(targets, str) and targets != "all-linear" and targets.isidentifier():
         targets = [targets]  # one name; any other string is a regular expression
     elif isinstance(targets, str) and targets != "all-linear":
@@ -38,33 +42,44 @@ def attach(model: nn.Module, adapter: AdapterSection, task: str) -> PeftModel:
             re.compile(targets)
         except re.error as error:
             raise ConfigError(f"adapter.targets '{targets}' is no regular expression: {error}") from None
+    adapter, rank = make_adapter(section), section.largest_rank
     config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        use_rslora=adapter.rslora,
+        r=rank,
+        lora_alpha=section.alpha if section.alpha is not None else adapter.alpha(rank),
+        lora_dropout=section.dropout,
+        use_rslora=section.rslora,
         target_modules=targets,
-        modules_to_save=list(adapter.heads) or None,
+        modules_to_save=list(section.heads) or None,
         # PEFT trains a classifier whole; what is trained whole has no adapter inside.
         exclude_modules=r"(.*\.)?[^.]*(classifier|score)(\..*)?" if task == "classification" else None,
         task_type=_TASKS[task],
     )
+    if section.kind != "lora":
+        config._register_custom_module(dict.fromkeys((nn.Linear, Conv1D), peft_layer(adapter)))
+    return config
+
+
+def attach(model: nn.Module, section: AdapterSection, task: str) -> PeftModel:
+    """The model with frozen base and fp32 adapters. Raises ConfigError for targets or ranks that do not fit it."""
+    config, adapter = lora_config(section, task), make_adapter(section)
     linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
     try:
         wrapped = get_peft_model(model, config)
     except ValueError as error:
         if "target modules" in str(error).lower():
-            raise ConfigError(f"adapter.targets {adapter.targets} match no layer that can be adapted: this model has {', '.join(linear)}") from None
+            raise ConfigError(f"adapter.targets {section.targets} match no layer that can be adapted: this model has {', '.join(linear)}") from None
         raise
     except TypeError as error:
         raise ConfigError(f"adapter.targets and adapter.heads overlap: {error}") from None
-    for name in adapter.heads:
+    for name in section.heads:
         if not any(isinstance(m, ModulesToSaveWrapper) and n.split(".")[-1] == name.split(".")[-1] for n, m in wrapped.named_modules()):
             raise ConfigError(f"adapter.heads '{name}' is no module of this model")
     for layer in layers(wrapped):
-        if layer.rank > min(layer.m, layer.n):
+        width, room = adapter.width(layer.rank), min(layer.m, layer.n)
+        if width > room:
+            bases = f" ({width} columns in all)" if width > layer.rank else ""
             raise ConfigError(
-                f"adapter.rank {layer.rank} is above the size of layer {layer.name} ({layer.m} x {layer.n}): at most {min(layer.m, layer.n)}"
+                f"adapter.rank {layer.rank}{bases} is above the size of layer {layer.name} ({layer.m} x {layer.n}): at most {room * layer.rank // width}"
             )
     _refuse_tied(wrapped)
     _heads_in_fp32(wrapped)
@@ -102,17 +117,26 @@ def layers(model: PeftModel) -> tuple[Layer, ...]:
     """The adapted layers by name, rank and scale read from the adapter itself. Works on the meta device."""
     result = []
     for name, module in _lora_layers(model):
-        if ADAPTER not in module.lora_A or module.lora_A[ADAPTER].weight.ndim != 2:
+        if ADAPTER not in module.lora_A or any(p.ndim > 3 for p in module.lora_A[ADAPTER].parameters()):
             raise ConfigError(f"adapter.targets match {name}, which is no linear layer: leave embeddings and convolutions out")
-        m, n = module.lora_B[ADAPTER].out_features, module.lora_A[ADAPTER].in_features
-        result.append(Layer(name, m, n, module.r[ADAPTER], module.scaling[ADAPTER]))
+        result.append(Layer(name, module.out_features, module.in_features, module.r[ADAPTER], module.scaling[ADAPTER]))
     return tuple(result)
 
 
 def factors(model: PeftModel) -> dict[str, nn.Parameter]:
-    """`LAYER.lora_A` (r x n) and `LAYER.lora_B` (m x r), sorted by name."""
-    named = {f"{name}.{f}": getattr(module, f)[ADAPTER].weight for name, module in _lora_layers(model) for f in ("lora_A", "lora_B")}
+    """`LAYER.FACTOR` of every layer, sorted by name: `lora_A` (r x n) and `lora_B` (m x r), or what the adapter calls its own."""
+    named = {}
+    for name, module in _lora_layers(model):
+        if isinstance(module, FactoredLinear):
+            named |= {f"{name}.{factor}": parameter for factor, parameter in module.lora_A[ADAPTER].named_parameters()}
+        else:
+            named |= {f"{name}.{factor}": getattr(module, factor)[ADAPTER].weight for factor in ("lora_A", "lora_B")}
     return dict(sorted(named.items()))
+
+
+def base_layers(model: PeftModel) -> dict[str, nn.Module]:
+    """The frozen layer under each adapter, by name."""
+    return {name: module.get_base_layer() for name, module in _lora_layers(model)}
 
 
 def heads(model: PeftModel) -> dict[str, nn.Parameter]:

@@ -1,15 +1,18 @@
 """What an adapter is: how one layer's update is parametrised by named factors, and the delta they mean.
 
-Pure values over tensors. What ties them to a real model is in `attach.py`; what writes them out is in `export.py`.
+Pure values over tensors. The module that computes a factored product inside a model is in `modules.py`, what ties it to a real
+model in `attach.py`, what writes it out in `export.py`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fedray.lowrank import LowRank
 
@@ -27,22 +30,81 @@ class Layer:
     scale: float
 
 
-class Adapter(Protocol):
-    """A parametrisation of the delta. Stateless: every tensor is an argument."""
+@dataclass(frozen=True)
+class Adapter(ABC):
+    """A parametrisation of the delta. Holds options, never tensors: every tensor is an argument.
 
-    kind: str
+    `trains`: the factors that train unless a method says otherwise. `pair`: the names (B, A) of two factors whose product the delta
+    is linear in while the others rest (None where a single core trains). `started`: factors that come from the base
+    weights or from gradients before round 1, not from the seed. `stacked`: the clients' factors are fewer numbers than their deltas' thin factors.
+    """
 
-    def shapes(self, layer: Layer) -> dict[str, tuple[int, int]]:
+    kind: ClassVar[str]
+    trains: ClassVar[tuple[str, ...]]
+    pair: ClassVar[tuple[str, str] | None] = None
+    started: ClassVar[tuple[str, ...]] = ()
+    stacked: ClassVar[bool] = False
+
+    def scaling(self, rank: int, alpha: float, rslora: bool) -> float:
+        """What the product is multiplied by: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+        return alpha / rank**0.5 if rslora else alpha / rank
+
+    def alpha(self, rank: int) -> float:
+        """The alpha of a config that names none."""
+        return 16.0
+
+    def width(self, rank: int) -> int:
+        """The longest side that two layers' bases share; at most min(m, n). Raises ValueError for a rank that cannot be."""
+        return rank
+
+    def delta_columns(self, rank: int) -> int:
+        """Columns of the thin factors of a delta: the largest rank it can have."""
+        return rank
+
+    @abstractmethod
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """Factor name -> shape. The number of trained values of a method follows from these."""
 
+    @abstractmethod
     def draw(self, layer: Layer, seed: int) -> dict[str, Tensor]:
-        """Fresh fp32 factors whose delta is zero, the same on every client for the same seed."""
+        """Fresh fp32 factors, all but the `started` ones, the same on every client for the same seed; the delta is zero."""
 
+    def start(self, layer: Layer, weight: Tensor, seed: int) -> dict[str, Tensor]:
+        """The `started` factors from the base weight W0 (m x n) alone."""
+        return {}
+
+    @abstractmethod
     def delta(self, layer: Layer, factors: Factors) -> LowRank:
         """The m x n update that the factors mean, scale included."""
 
-    def factors(self, layer: Layer, delta: LowRank) -> dict[str, Tensor]:
-        """Factors whose delta is the given one. Raises ValueError when its k is above the layer's rank."""
+    def lift(self, layer: Layer, factors: Factors, inner: LowRank) -> LowRank:
+        """The delta if the product of the `pair` were `inner`; linear in it. `factors`: those at rest."""
+        raise NotImplementedError(f"{self.kind} has no pair")
 
     def averaging_error(self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors) -> LowRank:
-        """sum_i p_i delta(client_i) - delta(means), in the fewest columns that hold it exactly."""
+        """sum_i p_i delta(client_i) - delta(means)."""
+        terms = [self.delta(layer, c) for c in clients]
+        return LowRank.sum([*terms, self.delta(layer, means)], [*weights, -1.0])
+
+    def module(self, layer: Layer) -> nn.Module | None:
+        """The module that computes scale-free x -> product x, its parameters named as the factors; None for PEFT's own LoRA."""
+        return None
+
+
+def covariance(clients: Sequence[Factors], weights: Sequence[float], means: Factors, B: str, A: str) -> LowRank:
+    """sum_i p_i B_i A_i - Bbar Abar as sum_{i<k} p_i (B_i - Bbar)(A_i - A_k) (METHODS.md 4.2).
+
+    (k - 1) r columns, and no cancellation of large terms, unlike the difference of the two sums.
+    """
+    last = clients[-1]
+    terms = [LowRank(c[B] - means[B], c[A] - last[A]) for c in clients[:-1]]
+    if not terms:
+        return LowRank(last[B][:, :0], last[A][:0])
+    return LowRank.sum(terms, weights[:-1])
+
+
+def pad_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros after the last row and column up to a shape; the tensor itself when it has that shape."""
+    if tuple(tensor.shape) == tuple(shape):
+        return tensor
+    return torch.nn.functional.pad(tensor, [x for have, want in zip(tensor.shape[::-1], shape[::-1], strict=True) for x in (0, want - have)])

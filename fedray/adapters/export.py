@@ -34,7 +34,7 @@ class Learned:
     def change(self, layer: Layer) -> LowRank:
         """The whole change of the layer's weight: the adapter's delta and the base update."""
         delta = self.adapter.delta(layer, self.factors(layer))
-        return (delta + self.base[layer.name]).bounded() if layer.name in self.base else delta
+        return (delta + self.base[layer.name] if layer.name in self.base else delta).bounded()
 
 
 def write_lora(folder: Path, learned: Learned, peft_config: LoraConfig) -> None:
@@ -48,25 +48,25 @@ def write_lora(folder: Path, learned: Learned, peft_config: LoraConfig) -> None:
 
 
 def write_peft(folder: Path, learned: Learned, peft_config: LoraConfig) -> None:
-    """A PEFT LoRA adapter that is right by itself. A base update is carried as further rank.
+    """A PEFT LoRA adapter that is right by itself and needs no fedray: lora-sb as (s B R, A), abba as its Khatri-Rao pair of
+    rank r1 r2, a base update as further rank.
 
-    `peft_config`: the one the run trained with. Plain factors keep its rank and alpha; with a base update alpha equals the
+    `peft_config`: the one the run trained with. LoRA's own factors keep its rank and alpha; all else has alpha equal to the
     rank, so the scale is 1.
     """
     peft_config = copy.deepcopy(peft_config)
     tensors: dict[str, Tensor] = {f"{PREFIX}{name}": learned.tensors[name] for name in learned.heads}
-    ranks = {}
+    ranks, plain = {}, learned.adapter.kind == "lora" and not learned.base
     for layer in learned.layers:
-        if learned.base:
+        if plain:
+            B_mr, A_rn = learned.factors(layer)["lora_B"], learned.factors(layer)["lora_A"]
+        else:
             change = learned.change(layer)
             B_mr, A_rn = change.B, change.A
-        else:
-            own = learned.adapter.factors(layer, learned.change(layer))
-            B_mr, A_rn = own["lora_B"], own["lora_A"]
         ranks[layer.name] = A_rn.shape[0]
         tensors[f"{PREFIX}{layer.name}.lora_B.weight"] = B_mr
         tensors[f"{PREFIX}{layer.name}.lora_A.weight"] = A_rn
-    if learned.base:
+    if not plain:
         peft_config.r = max(ranks.values())
         peft_config.lora_alpha, peft_config.use_rslora = peft_config.r, False
         peft_config.rank_pattern = {n: k for n, k in ranks.items() if k != peft_config.r}

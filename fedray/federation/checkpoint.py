@@ -23,12 +23,14 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after a round, the increments each client has seen, clients' optimizer states, and the run's records."""
+    """The state after a round, the increments each client has seen, what clients keep (optimizer states, own factors), the run's
+    records, and what the adapter's start cost."""
 
     state: State
     seen: dict[str, int]
-    optimizer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     records: tuple[dict[str, Any], ...] = ()
+    start: dict[str, Any] | None = None
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -41,8 +43,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     tensors = {f"tensors/{n}": t for n, t in state.tensors.items()}
     for increment in state.increments:
         tensors |= {f"increments/{increment.version}/{n}": t for n, t in increment.tensors.items()}
-    for i, own in enumerate(checkpoint.optimizer.values()):
-        tensors |= {f"optimizer/{i}/{n}": t for n, t in own.items()}
+    tensors |= {f"memory/{n}": t for n, t in state.memory.items()}
+    for i, own in enumerate(checkpoint.kept.values()):
+        tensors |= {f"kept/{i}/{n}": t for n, t in own.items()}
     save_file({n: t.contiguous() for n, t in tensors.items()}, part / "tensors.safetensors")
     plain = {
         "round": state.round,
@@ -52,8 +55,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "heads": state.heads,
         "increments": [[i.version, i.resets] for i in state.increments],
         "seen": checkpoint.seen,
-        "optimizer": list(checkpoint.optimizer),
+        "kept": list(checkpoint.kept),
         "records": checkpoint.records,
+        "start": checkpoint.start,
     }
     (part / "state.json").write_text(json.dumps(plain))
     for path in (part / "tensors.safetensors", part / "state.json", part):
@@ -83,7 +87,7 @@ def latest(folder: Path, spec: Spec) -> Checkpoint | None:
     if not found:
         return None
     plain = json.loads((found[-1] / "state.json").read_text())
-    by_kind: dict[str, dict[str, Tensor]] = {"tensors": {}, "increments": {}, "optimizer": {}}
+    by_kind: dict[str, dict[str, Tensor]] = {"tensors": {}, "increments": {}, "memory": {}, "kept": {}}
     for name, tensor in load_file(found[-1] / "tensors.safetensors").items():
         kind, rest = name.split("/", 1)
         by_kind[kind][rest] = tensor
@@ -91,11 +95,12 @@ def latest(folder: Path, spec: Spec) -> Checkpoint | None:
         Increment(v, {n.split("/", 1)[1]: t for n, t in by_kind["increments"].items() if n.startswith(f"{v}/")}, resets)
         for v, resets in plain["increments"]
     )
-    optimizer: dict[str, dict[str, Tensor]] = {client: {} for client in plain["optimizer"]}
-    for name, tensor in by_kind["optimizer"].items():
+    kept: dict[str, dict[str, Tensor]] = {client: {} for client in plain["kept"]}
+    for name, tensor in by_kind["kept"].items():
         number, rest = name.split("/", 1)
-        optimizer[plain["optimizer"][int(number)]][rest] = tensor
+        kept[plain["kept"][int(number)]][rest] = tensor
     state = State(
-        plain["round"], by_kind["tensors"], increments, tuple(plain["trained"]), plain["draw"], plain["plain"], spec, tuple(plain["heads"])
+        plain["round"], by_kind["tensors"], increments, tuple(plain["trained"]), plain["draw"], plain["plain"], spec,
+        tuple(plain["heads"]), by_kind["memory"],
     )
-    return Checkpoint(state, plain["seen"], optimizer, tuple(plain["records"]))
+    return Checkpoint(state, plain["seen"], kept, tuple(plain["records"]), plain["start"])

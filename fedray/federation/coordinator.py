@@ -5,9 +5,10 @@ The same code runs inside an actor (`pool_ray.py`) and in one process (`pool_inl
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,17 @@ from typing import Any, Protocol
 import torch
 
 from fedray import seeding
-from fedray.adapters import ADAPTERS, Layer
-from fedray.config import Config, make_method
+from fedray.adapters import Layer
+from fedray.config import Config, make_method, make_spec
 from fedray.data.partition import FederatedData, load_data
 from fedray.data.tasks import TASKS, grouped
 from fedray.errors import ClientError, RoundError
 from fedray.federation import checkpoint as checkpoints
-from fedray.federation.failures import Action, after_round
-from fedray.federation.messages import Failure, Report
+from fedray.federation.failures import ROUND_ATTEMPTS, Action, after_round
+from fedray.federation.messages import Ask, Failure, Question, Report
+from fedray.federation.start import raise_failure, start
 from fedray.federation.wire import Message, Packet, encode, pack, unpack
-from fedray.methods import Spec, State, Update
+from fedray.methods import State, Update
 
 #: CPU threads of the aggregation: a constant of the machine, so that both engines give the same bits.
 AGGREGATION_THREADS = min(8, os.cpu_count() or 1)
@@ -33,12 +35,15 @@ AGGREGATION_THREADS = min(8, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one client's round ended: `update` and `optimizer` are handles for `Pool.fetch` and the next round, or None."""
+    """How one client's round ended: `update` and `kept` are handles for `Pool.fetch` and the next round, or None.
+
+    `kept`: what stays with the client, its optimizer state and its own factors.
+    """
 
     client: str
     report: Report | Failure
     update: Any = None
-    optimizer: Any = None
+    kept: Any = None
 
 
 class Pool(Protocol):
@@ -47,13 +52,16 @@ class Pool(Protocol):
     def publish(self, message: Message) -> Any:
         """Make a broadcast available to all workers; returns a handle."""
 
-    def train(self, handle: Any, round: int, clients: Sequence[str], optimizer: dict[str, Any], deadline: float | None) -> list[Outcome]:
+    def train(self, handle: Any, round: int, clients: Sequence[str], kept: dict[str, Any], deadline: float | None) -> list[Outcome]:
         """Run the clients' round; outcomes in the order of `clients`, with failures and late clients among them."""
+
+    def ask(self, question: Question, clients: Sequence[str], kept: dict[str, Any], deadline: float | None) -> list[Outcome]:
+        """Put a question to the clients; answers are the outcomes' `update`."""
 
     def fetch(self, update: Any) -> Packet:
         """One client's update, when it is its turn to be added."""
 
-    def evaluate(self, handle: Any, part: str, client: str | None) -> tuple[list[dict], float]:
+    def evaluate(self, handle: Any, part: str, client: str | None, kept: Any = None) -> tuple[list[dict], float]:
         """Statistics of all examples in a fixed order, and what the base's dtype lost."""
 
 
@@ -73,14 +81,21 @@ class Coordinator:
         self.method = make_method(config)
         self.data = data if data is not None else load_data(config)
         self.task = TASKS[config.model.task](config, self.data, None)
-        spec = Spec(ADAPTERS[config.adapter.kind], layers, config.seed)
-        found = checkpoints.latest(self.folder / "checkpoint", spec)
-        start = checkpoints.Checkpoint(self.method.init(spec, heads), dict.fromkeys(self.data.clients, 0))
-        held = found or start
-        self.state: State = held.state
-        self.seen, self.records = dict(held.seen), list(held.records)
-        self._optimizer: dict[str, Any] = {client: pack(t) for client, t in held.optimizer.items()}
+        self._heads, self._spec = heads, make_spec(config, layers, self.data.clients)
+        held = checkpoints.latest(self.folder / "checkpoint", self._spec)
+        self.start: dict[str, Any] | None = None
+        self.seen, self.records = dict.fromkeys(self.data.clients, 0), []
+        self._kept: dict[str, Any] = {}
         self._packets: dict[int, Packet] = {}
+        if held is not None:
+            self._begin(held.state)
+            self.seen, self.records, self.start = dict(held.seen), list(held.records), held.start
+            self._kept = {client: pack(t) for client, t in held.kept.items()}
+        elif not self._spec.adapter.started:
+            self._begin(self.method.init(self._spec, heads))
+
+    def _begin(self, state: State) -> None:
+        self.state = state
         self._publish()
 
     @property
@@ -95,13 +110,34 @@ class Coordinator:
         return [clients[i] for i in sorted(order.tolist())]
 
     def evaluate_start(self) -> dict[str, Any]:
-        """Metrics before the first round, kept as record 0."""
-        if not self.records:
-            started = time.monotonic()
-            record = {"round": 0, **self._evaluate()}
-            record["seconds"] = {"evaluate": time.monotonic() - started}
-            self.records.append(record)
-        return self.records[0]
+        """The adapter's start where it has one, and metrics before the first round, kept as record 0. A second call changes nothing.
+
+        Raises ClientError when a client cannot give its part of the start.
+        """
+        if self.records:
+            return self.records[0]
+        seconds: dict[str, float] = {}
+        if not hasattr(self, "state"):
+            with _timed(seconds, "start"), threads(AGGREGATION_THREADS):
+                found = start(self.config, self._spec, self.data.clients, self._answers)
+                self._begin(self.method.init(self._spec, self._heads, found.tensors))
+                self.start = found.record()
+        with _timed(seconds, "evaluate"):
+            record = {"round": 0, **self._evaluate(), "start": self.start}
+        record["seconds"] = seconds
+        self.records.append(record)
+        if self.start is not None:
+            self._save()  # a start may cost as much as a round
+        return record
+
+    def _answers(self, question: Question, clients: Sequence[str]) -> list[tuple[Report, dict[str, torch.Tensor], int]]:
+        result = []
+        for outcome in self.pool.ask(question, clients, {}, None):
+            if isinstance(outcome.report, Failure):
+                raise_failure(outcome.report)
+            packet = self.pool.fetch(outcome.update)
+            result.append((outcome.report, unpack(packet), packet.nbytes))
+        return result
 
     def run_round(self) -> dict[str, Any]:
         """Broadcast, local training, updates, aggregation, evaluation, checkpoint; the record that `rounds.jsonl` holds.
@@ -114,10 +150,16 @@ class Coordinator:
             outcomes, dropped = self._train(round, cohort)
         down = self._bytes_down(cohort)
         before = self.state
-        with _timed(seconds, "aggregate"), _threads(AGGREGATION_THREADS):
+        with _timed(seconds, "aggregate"), threads(AGGREGATION_THREADS):
             sizes: list[int] = []
-            self.state, diagnostics = self.method.aggregate(before, self._updates(outcomes, sizes))
+            updates: Iterable[Update] = self._updates(outcomes, sizes)
+            if self.method.asks:
+                before, outcomes, updates, asked = self._second(before, outcomes, list(updates), sizes, dropped)
+                down += asked
+            self.state, diagnostics = self.method.aggregate(before, updates)
             self._publish()
+        if self.config.federation.keep_optimizer or self.method.keeps(self._spec):
+            self._kept |= {o.client: o.kept for o in outcomes}
         reports = [o.report for o in outcomes]
         examples = sum(r.examples for r in reports)
         record = {
@@ -148,7 +190,7 @@ class Coordinator:
     # --- parts of a round -----------------------------------------------------------------------------------
 
     def _publish(self) -> None:
-        message = encode(self.method.broadcast(self.state), self._packets)
+        message = encode(self.method.broadcast(self.state), self._packets, self._spec)
         self._packets = message.increments
         self._message, self._handle = message, self.pool.publish(message)
 
@@ -159,16 +201,13 @@ class Coordinator:
         while True:
             attempt += 1
             missing = [c for c in cohort if c not in done]
-            outcomes = self.pool.train(self._handle, round, missing, self._optimizer, self.config.federation.deadline)
+            outcomes = self.pool.train(self._handle, round, missing, self._kept, self.config.federation.deadline)
             failures = [o.report for o in outcomes if isinstance(o.report, Failure)]
             done |= {o.client: o for o in outcomes if isinstance(o.report, Report)}
             reasons = [f"client '{f.client}': {f.cause}" for f in failures]
             decision = after_round(len(cohort), len(done), self.config.federation.quorum, attempt, reasons)
             if decision.action is Action.AGGREGATE:
-                reported = [done[c] for c in cohort if c in done]
-                if self.config.federation.keep_optimizer:
-                    self._optimizer |= {o.client: o.optimizer for o in reported}
-                return reported, [{"client": f.client, "reason": f.cause} for f in failures]
+                return [done[c] for c in cohort if c in done], [{"client": f.client, "reason": f.cause} for f in failures]
             if decision.action is Action.FAIL:
                 if len(failures) == 1 and self.config.federation.quorum == 1.0:
                     raise ClientError(failures[0].client, f"{failures[0].cause} (round {round + 1})", failures[0].details)
@@ -183,16 +222,39 @@ class Coordinator:
             weight = float(outcome.report.examples) if self.config.method.weights == "examples" else 1.0
             yield Update(outcome.client, weight, unpack(packet))
 
+    def _second(
+        self, before: State, outcomes: list[Outcome], updates: list[Update], sizes: list[int], dropped: list[dict[str, str]]
+    ) -> tuple[State, list[Outcome], list[Update], int]:
+        """The method's question and the cohort's answers, put into the updates: (state with what was asked, who answered, their
+        updates, bytes down). A client that fails now is left out as far as the quorum allows."""
+        asked = self.method.question(before, updates)
+        packet = pack(asked)
+        kept = {o.client: o.kept for o in outcomes}
+        answers = self.pool.ask(Question(Ask.ANSWER, packet), list(kept), kept, self.config.federation.deadline)
+        failures = [a.report for a in answers if isinstance(a.report, Failure)]
+        told = {a.client: self.pool.fetch(a.update) for a in answers if isinstance(a.report, Report)}
+        reasons = [f"client '{f.client}': {f.cause}" for f in failures]
+        decision = after_round(len(outcomes) + len(dropped), len(told), self.config.federation.quorum, ROUND_ATTEMPTS, reasons)
+        if decision.action is Action.FAIL:
+            raise RoundError(f"round {before.round + 1}, second upload: {decision.reason}")
+        dropped += [{"client": f.client, "reason": f.cause} for f in failures]
+        sizes += [p.nbytes for p in told.values()]
+        both = [Update(u.client, u.weight, {**u.tensors, **unpack(told[u.client])}) for u in updates if u.client in told]
+        rest = [o for o in outcomes if o.client in told]
+        return before.replace(memory=before.memory | unpack(packet)), rest, both, packet.nbytes * len(kept)
+
     def _bytes_down(self, cohort: list[str]) -> int:
         """What the cohort receives: the packet of every round, and each increment a client has not had yet."""
         total = 0
         for client in cohort:
             new = [v for v in self._message.increments if v > self.seen[client]]
-            total += self._message.packet.nbytes + sum(self._message.increments[v].nbytes for v in new)
+            total += self._message.packet_of(client).nbytes + sum(self._message.increments[v].nbytes for v in new)
             self.seen[client] = max([self.seen[client], *new])
         return total
 
     def _evaluate(self) -> dict[str, Any]:
+        if self.method.keeps(self._spec):
+            return self._evaluate_personal()
         statistics, lost = self.pool.evaluate(self._handle, "test", None)
         result = {"metrics": self.task.metrics(statistics), "store_error": lost}
         if groups := grouped(self.task, statistics):
@@ -202,11 +264,20 @@ class Coordinator:
             result["client_metrics"] = {client: self.task.metrics(s) for client, s in local.items()}
         return result
 
+    def _evaluate_personal(self) -> dict[str, Any]:
+        """Each client's own model on its own held-out examples, or where clients hold none back on the common ones; `metrics` is the
+        plain mean over the clients."""
+        part, each, lost = "held-out" if self.data.held_out else "test", {}, 0.0
+        for client in self.data.clients:
+            statistics, own = self.pool.evaluate(self._handle, part, client, self._kept.get(client))
+            each[client], lost = self.task.metrics(statistics), max(lost, own)
+        means = {name: math.fsum(m[name] for m in each.values()) / len(each) for name in next(iter(each.values()))}
+        return {"metrics": means, "store_error": lost, "client_metrics": each}
+
     def _save(self) -> None:
-        optimizer = {client: unpack(self.pool.fetch(handle)) for client, handle in self._optimizer.items()}
-        checkpoints.save(
-            self.folder / "checkpoint", checkpoints.Checkpoint(self.state, self.seen, optimizer, tuple(self.records))
-        )
+        kept = {client: unpack(self.pool.fetch(handle)) for client, handle in self._kept.items()}
+        saved = checkpoints.Checkpoint(self.state, self.seen, kept, tuple(self.records), self.start)
+        checkpoints.save(self.folder / "checkpoint", saved)
 
 
 def evaluate_shares(shares: Sequence[tuple[list[list[dict]], Any]]) -> list[dict]:
@@ -226,7 +297,8 @@ def _timed(seconds: dict[str, float], phase: str):
 
 
 @contextmanager
-def _threads(count: int):
+def threads(count: int):
+    """PyTorch's CPU threads for a while: they are part of what fixes the bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fedray.federation.coordinator import Outcome
+from fedray.federation.coordinator import Outcome, threads
+from fedray.federation.messages import Question
 from fedray.federation.wire import Message, Packet
 from fedray.federation.worker import Worker
 
@@ -19,21 +20,29 @@ class InlinePool:
         return message
 
     def train(
-        self, handle: Message, round: int, clients: Sequence[str], optimizer: dict[str, Packet], deadline: float | None
+        self, handle: Message, round: int, clients: Sequence[str], kept: dict[str, Packet], deadline: float | None
     ) -> list[Outcome]:
         """A deadline means nothing to clients that run one after the other, and is not enforced here."""
         outcomes = []
         for client in clients:
-            update, kept, report = self.worker.train(
-                client, round, handle.header, handle.packet, handle.increments.__getitem__, optimizer.get(client)
+            update, keeps, report = self.worker.train(
+                client, round, handle.header, handle.packet_of(client), handle.increments.__getitem__, kept.get(client)
             )
-            outcomes.append(Outcome(client, report, update, kept))
+            outcomes.append(Outcome(client, report, update, keeps))
             self.progress(client)
+        return outcomes
+
+    def ask(self, question: Question, clients: Sequence[str], kept: dict[str, Packet], deadline: float | None) -> list[Outcome]:
+        outcomes = []
+        with threads(self.worker.threads):
+            for client in clients:
+                answer, _, report = self.worker.ask(client, question, kept.get(client))
+                outcomes.append(Outcome(client, report, answer))
         return outcomes
 
     def fetch(self, update: Packet) -> Packet:
         return update
 
-    def evaluate(self, handle: Message, part: str, client: str | None) -> tuple[list[dict], float]:
-        batches, lost = self.worker.evaluate(part, client, (0, 1), handle.header, handle.packet, handle.increments.__getitem__)
+    def evaluate(self, handle: Message, part: str, client: str | None, kept: Packet | None = None) -> tuple[list[dict], float]:
+        batches, lost = self.worker.evaluate(part, client, (0, 1), handle.header, handle.packet, handle.increments.__getitem__, kept)
         return [s for batch in batches for s in batch], lost

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,22 @@ from fedray.config import Config
 from fedray.errors import FedrayError, RoundError
 from fedray.federation.coordinator import Coordinator, Outcome, evaluate_shares
 from fedray.federation.failures import WORKER_ATTEMPTS, Action, ClientState, after_client
-from fedray.federation.messages import Failure
+from fedray.federation.messages import Failure, Question
 from fedray.federation.wire import Header, Message, Packet
 
 
 @dataclass
 class Published:
-    """A broadcast in the object store: one put for the packet, one for each increment in its life."""
+    """A broadcast in the object store: one put for the packet of each rank, one for each increment in its life."""
 
     header: Header
     packet: Any
     increments: dict[int, Any]
+    cut: dict[int, Any]
+    ranks: dict[str, int]
+
+    def packet_of(self, client: str) -> Any:
+        return self.cut[self.ranks[client]] if client in self.ranks else self.packet
 
 
 class RayPool:
@@ -42,12 +47,30 @@ class RayPool:
         self._increments = {
             v: self._increments[v] if v in self._increments else ray.put(p) for v, p in message.increments.items()
         }
-        return Published(message.header, ray.put(message.packet), self._increments)
+        cut = {rank: ray.put(packet) for rank, packet in message.cut.items()}
+        return Published(message.header, ray.put(message.packet), self._increments, cut, message.ranks)
 
     def train(
-        self, handle: Published, round: int, clients: Sequence[str], optimizer: dict[str, Any], deadline: float | None
+        self, handle: Published, round: int, clients: Sequence[str], kept: dict[str, Any], deadline: float | None
     ) -> list[Outcome]:
-        """All clients at once, as far as workers go; a client that waits takes the first worker that is free.
+        """One local training for each client; see `_each`."""
+
+        def call(worker: Any, client: str) -> tuple:
+            remote = worker.train.options(num_returns=3).remote
+            return remote(client, round, handle.header, handle.packet_of(client), handle.increments, kept.get(client))
+
+        return self._each(clients, call, deadline, self.progress)
+
+    def ask(self, question: Question, clients: Sequence[str], kept: dict[str, Any], deadline: float | None) -> list[Outcome]:
+        """One answer from each client; see `_each`."""
+        shared = ray.put(question)
+        return self._each(clients, lambda w, c: w.ask.options(num_returns=3).remote(c, shared, kept.get(c)), deadline, lambda client: None)
+
+    def _each(
+        self, clients: Sequence[str], call: Callable[[Any, str], tuple], deadline: float | None, progress: Callable[[str], None]
+    ) -> list[Outcome]:
+        """All clients at once, as far as workers go; a client that waits takes the first worker that is free. `call` starts a client's
+        work on a worker: references to its update, to what it keeps, and to its report.
 
         A worker that died or was stopped gets work again when its restart is done; until then it is in `_restarting`.
         """
@@ -76,11 +99,7 @@ class RayPool:
                 idle.remove(index)
                 attempts[client] += 1
                 states[client] = ClientState.TRAINING
-                update, kept, report = (
-                    self.workers[index]
-                    .train.options(num_returns=3)
-                    .remote(client, round, handle.header, handle.packet, handle.increments, optimizer.get(client))
-                )
+                update, kept, report = call(self.workers[index], client)
                 running[report] = (client, index, update, kept)
             pending = [*running, *self._restarting]
             if not pending:
@@ -110,7 +129,7 @@ class RayPool:
                     idle.append(index)
                 if outcome is not None:
                     outcomes[client] = outcome
-                    self.progress(client)
+                    progress(client)
         return [outcomes[client] for client in clients]
 
     def _await_restart(self, index: int) -> None:
@@ -142,7 +161,7 @@ class RayPool:
     def fetch(self, update: Any) -> Packet:
         return ray.get(update) if isinstance(update, ray.ObjectRef) else update
 
-    def evaluate(self, handle: Published, part: str, client: str | None) -> tuple[list[dict], float]:
+    def evaluate(self, handle: Published, part: str, client: str | None, kept: Any = None) -> tuple[list[dict], float]:
         """Shared by all workers; a pure function, so it is simply asked again when a worker dies over it."""
         for _ in range(WORKER_ATTEMPTS):
             for reference in list(self._restarting):
@@ -151,7 +170,7 @@ class RayPool:
                     self._lost.add(index)
             usable = [i for i in range(len(self.workers)) if i not in self._lost]
             shares = {
-                i: self.workers[i].evaluate.remote(part, client, (turn, len(usable)), handle.header, handle.packet, handle.increments)
+                i: self.workers[i].evaluate.remote(part, client, (turn, len(usable)), handle.header, handle.packet, handle.increments, kept)
                 for turn, i in enumerate(usable)
             }
             results = []
@@ -183,8 +202,12 @@ class CoordinatorActor:
     def records(self) -> list[dict]:
         return self._coordinator.records
 
-    def evaluate_start(self) -> dict:
-        return self._coordinator.evaluate_start()
+    def evaluate_start(self) -> dict | FedrayError:
+        """Record 0, or an error meant for a person, as a value."""
+        try:
+            return self._coordinator.evaluate_start()
+        except FedrayError as error:
+            return error
 
     def run_round(self) -> dict | FedrayError:
         """The round's record; an error meant for a person comes back as a value, free of remote tracebacks."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from fedray.adapters import ADAPTERS, attach
+from fedray.adapters import attach
 from fedray.adapters.export import Learned, merge, write_lora, write_peft
-from fedray.config import Config, from_dict, make_method
+from fedray.config import Config, from_dict, make_method, make_spec
 from fedray.data.partition import load_data
 from fedray.data.tasks import TASKS, grouped
 from fedray.errors import ConfigError
 from fedray.federation import checkpoint as checkpoints
-from fedray.methods import Spec, State, View
+from fedray.federation.worker import OWN
+from fedray.methods import State, View
 from fedray.training.local import LocalTrainer
 from fedray.training.model import load_base, load_tokenizer, resolve, skeleton
 
@@ -35,18 +38,38 @@ def classes_of(config: Config) -> int:
     return len(load_data(config).classes) if config.model.task == "classification" else 0
 
 
-def load_state(folder: Path, config: Config, classes: int) -> State:
-    """The last checkpoint's state. Raises ConfigError when there is none."""
-    spec = Spec(ADAPTERS[config.adapter.kind], attach.layers(skeleton(config, classes or 2)), config.seed)
+def load_checkpoint(folder: Path, config: Config, classes: int) -> checkpoints.Checkpoint:
+    """The last checkpoint. Raises ConfigError when there is none."""
+    clients = [] if isinstance(config.adapter.rank, int) else load_data(config).clients
+    spec = make_spec(config, attach.layers(skeleton(config, classes or 2)), clients)
     found = checkpoints.latest(Path(folder) / "checkpoint", spec)
     if found is None:
         raise ConfigError(f"'{folder}' has no checkpoint yet: its first round is not done")
-    return found.state
+    return found
+
+
+def load_state(folder: Path, config: Config, classes: int) -> State:
+    """The last checkpoint's state. Raises ConfigError when there is none."""
+    return load_checkpoint(folder, config, classes).state
 
 
 def global_view(config: Config, state: State) -> View:
     """The global model that a state means."""
     return make_method(config).view(state.spec, state, None)
+
+
+def views(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str | None, View]:
+    """The models a run ended with: the global one (under None), or each client's own where the method keeps factors with them."""
+    method, state = make_method(config), checkpoint.state
+    keeps = method.keeps(state.spec)
+    if not keeps:
+        return {None: method.view(state.spec, state, None)}
+    result: dict[str | None, View] = {}
+    for client in checkpoint.seen:
+        held = {n.removeprefix(OWN): t for n, t in checkpoint.kept.get(client, {}).items() if n.startswith(OWN)}
+        view = method.view(state.spec, state, client)
+        result[client] = View(view.tensors | {n: t for n, t in held.items() if n.rsplit(".", 1)[1] in keeps}, view.base, view.trained)
+    return result
 
 
 def export(folder: Path, out: Path, format: str) -> None:
@@ -60,12 +83,16 @@ def export(folder: Path, out: Path, format: str) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"'{out}' is not empty: choose another place")
     classes = classes_of(config)
-    write(config, load_state(folder, config, classes), out, format, classes)
+    write(config, load_checkpoint(folder, config, classes), out, format, classes)
 
 
-def write(config: Config, state: State, out: Path, format: str, classes: int) -> None:
-    """`export` for a state at hand."""
-    view = global_view(config, state)
+def write(config: Config, checkpoint: checkpoints.Checkpoint, out: Path, format: str, classes: int) -> None:
+    """`export` for a checkpoint at hand; a folder for each client where clients have models of their own."""
+    for client, view in views(config, checkpoint).items():
+        _write_view(config, checkpoint.state, view, out if client is None else out / client, format, classes)
+
+
+def _write_view(config: Config, state: State, view: View, out: Path, format: str, classes: int) -> None:
     learned = Learned(state.spec.adapter, state.spec.layers, view.tensors, view.base, state.heads)
     if format == "merged":
         model = load_base(config, classes)
@@ -82,22 +109,27 @@ def evaluate(folder: Path) -> dict[str, Any]:
     """Metrics of a run's last state on its held-out examples, overall and by group."""
     config = read_run_config(folder)
     data = load_data(config)
-    state = load_state(folder, config, len(data.classes))
+    checkpoint = load_checkpoint(folder, config, len(data.classes))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trainer = LocalTrainer(config, device, torch.get_num_threads(), data)
-    batches = trainer.evaluate(global_view(config, state), "test", "", (0, 1))
-    statistics = [s for batch in batches for s in batch]
-    return {
-        "round": state.round,
-        "metrics": trainer.task.metrics(statistics),
-        "groups": grouped(trainer.task, statistics),
+    found: dict[str | None, list[dict[str, Any]]] = {}
+    for client, view in views(config, checkpoint).items():
+        part = "held-out" if client is not None and data.held_out else "test"
+        found[client] = [s for batch in trainer.evaluate(view, part, client or "", (0, 1)) for s in batch]
+    each = {client: trainer.task.metrics(statistics) for client, statistics in found.items()}
+    result = {
+        "round": checkpoint.state.round,
+        "metrics": {name: math.fsum(m[name] for m in each.values()) / len(each) for name in next(iter(each.values()))},
+        "groups": grouped(trainer.task, found[None]) if None in found else {},
     }
+    return result if None in each else result | {"client_metrics": each}
 
 
 def summarise(config: Config, trainable: int, clients: int, records: list[dict[str, Any]], wall_seconds: float) -> dict[str, Any]:
     """`summary.json` of the records of a run; the first is the evaluation before round 1."""
     metric = TASKS[config.model.task].metric
     start, rounds = records[0], records[1:]
+    begun = start.get("start")
     end = next(r for r in reversed(records) if r["metrics"] is not None)
     return {
         "adapter": config.adapter.kind,
@@ -110,13 +142,19 @@ def summarise(config: Config, trainable: int, clients: int, records: list[dict[s
         "rounds": len(rounds),
         "clients": clients,
         "trainable_params": trainable,
-        "bytes_up": sum(r["bytes_up"] for r in rounds),
-        "bytes_down": sum(r["bytes_down"] for r in rounds),
-        "aggregation_error": max(r["aggregation_error"] for r in rounds),
-        "exactness": max(r["exactness"] for r in rounds),
+        "bytes_up": sum(r["bytes_up"] for r in rounds) + (begun["bytes_up"] if begun else 0),
+        "bytes_down": sum(r["bytes_down"] for r in rounds) + (begun["bytes_down"] if begun else 0),
+        "start": begun,
+        "aggregation_error": _most(r["aggregation_error"] for r in rounds),
+        "exactness": _most(r["exactness"] for r in rounds),
         "store_error": max(r["store_error"] or 0.0 for r in rounds),
         "epsilon": None,
         "delta": None,
         "seed": config.seed,
         "wall_seconds": round(wall_seconds, 2),
     }
+
+
+def _most(values: Iterable[float | None]) -> float | None:
+    """The largest of what is known."""
+    return max((v for v in values if v is not None), default=None)

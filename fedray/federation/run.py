@@ -20,15 +20,15 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fedray.adapters import ADAPTERS, attach
-from fedray.config import Config, make_method
+from fedray.adapters import attach
+from fedray.config import BUILTIN, Config, make_method, make_spec
 from fedray.data.partition import FederatedData, load_data
 from fedray.errors import ConfigError, FedrayError
 from fedray.federation.coordinator import Coordinator
 from fedray.federation.placement import Placement, place
 from fedray.federation.pool_inline import InlinePool
 from fedray.federation.pool_ray import CoordinatorActor
-from fedray.federation.results import load_state, read_run_config, summarise, write
+from fedray.federation.results import load_checkpoint, read_run_config, summarise, write
 from fedray.federation.worker import Worker
 from fedray.federation.worker_ray import start_workers
 from fedray.methods import Spec
@@ -79,18 +79,34 @@ class Prepared:
 
 def prepare(config: Config) -> Prepared:
     """Read and check everything. Raises ConfigError; writes nothing."""
+    config = _rooted(config)
     folder, resuming = _folder(config)
     data = load_data(config)
     if (config.federation.cohort or 0) > len(data.clients):
         raise ConfigError(f"federation.cohort {config.federation.cohort} is more than the {len(data.clients)} clients: lower it")
     check_loadable(config)
     model = skeleton(config, len(data.classes) or 2)
-    spec = Spec(ADAPTERS[config.adapter.kind], attach.layers(model), config.seed)
+    spec = make_spec(config, attach.layers(model), data.clients)
     heads = sum(p.numel() for p in attach.heads(model).values())
     trained = sum(p.numel() for p in attach.factors(model).values())
     base = sum(p.numel() for p in model.parameters()) - trained - heads
     cpus, gpus = _resources(config)
     return Prepared(config, folder, data, spec, heads, base, place(config, len(data.clients), cpus, gpus), resuming)
+
+
+def _rooted(config: Config) -> Config:
+    """The config with absolute local paths: a run directory can then be read from anywhere."""
+    def rooted(path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path not in (None, BUILTIN) and Path(path).exists() else path
+
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": rooted(config.model.path)}),
+            "data": config.data.model_copy(update={"source": rooted(config.data.source)}),
+            "adapter": config.adapter.model_copy(update={"subspace_source": rooted(config.adapter.subspace_source)}),
+            "clients": {name: c.model_copy(update={"source": rooted(c.source)}) for name, c in config.clients.items()},
+        }
+    )
 
 
 def _folder(config: Config) -> tuple[Path, bool]:
@@ -174,7 +190,7 @@ def execute(prepared: Prepared, listener: Listener | None = None) -> dict[str, A
     if prepared.resuming and (folder / "summary.json").is_file():
         return json.loads((folder / "summary.json").read_text())  # it was finished
     config, classes = prepared.config, len(prepared.data.classes)
-    write(config, load_state(folder, config, classes), folder / "adapter", "peft", classes)
+    write(config, load_checkpoint(folder, config, classes), folder / "adapter", "peft", classes)
     summary = summarise(config, prepared.trainable, len(prepared.data.clients), records, time.monotonic() - started)
     _write(folder / "summary.json", json.dumps(summary, indent=2))
     return summary
@@ -224,8 +240,11 @@ def _ray_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str, An
             coordinator, deaths, told = coordinate(), 0, -1
             while True:
                 try:
+                    first = ray.get(coordinator.evaluate_start.remote())  # a coordinator that was restarted begins with it too
+                    if isinstance(first, FedrayError):
+                        raise first
                     if told < 0:
-                        yield _answer(coordinator.evaluate_start.remote(), "the first evaluation failed")
+                        yield first
                         told = 0
                     for record in ray.get(coordinator.records.remote())[told + 1 :]:
                         yield record

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedray.methods import Broadcast, Increment
+from fedray.methods import Broadcast, Increment, Spec
 
 Manifest = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -88,19 +88,30 @@ class Header:
 
 @dataclass(frozen=True)
 class Message:
-    """A broadcast as it travels: a header, the packet of every round, and the increments, each put once."""
+    """A broadcast as it travels: a header, the packet of every round, and the increments, each put once.
+
+    `cut`: by rank, the smaller packets of clients whose rank is not the largest; `ranks`: which clients those are.
+    """
 
     header: Header
     packet: Packet
     increments: dict[int, Packet]
+    cut: dict[int, Packet]
+    ranks: dict[str, int]
+
+    def packet_of(self, client: str) -> Packet:
+        """What a client receives every round."""
+        return self.cut[self.ranks[client]] if client in self.ranks else self.packet
 
 
-def encode(broadcast: Broadcast, known: Mapping[int, Packet]) -> Message:
+def encode(broadcast: Broadcast, known: Mapping[int, Packet], spec: Spec) -> Message:
     """`known`: packets of increments made before, so that each is packed once."""
     packets = {i.version: known[i.version] if i.version in known else pack(i.tensors) for i in broadcast.increments}
     increments = tuple((i.version, i.resets, packets[i.version].digest) for i in broadcast.increments)
     header = Header(broadcast.round, broadcast.trained, broadcast.draw, broadcast.plain, increments)
-    return Message(header, pack(broadcast.tensors), packets)
+    of_rank = {rank: client for client, rank in spec.ranks.items()}
+    cut = {rank: pack(spec.cut(client, broadcast.tensors)) for rank, client in of_rank.items()}
+    return Message(header, pack(broadcast.tensors), packets, cut, dict(spec.ranks))
 
 
 def decode(header: Header, packet: Packet, increments: Mapping[int, dict[str, Tensor]]) -> Broadcast:

@@ -10,6 +10,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fedray.config import Config
 from fedray.errors import FedrayError
+from fedray.federation.messages import Question
 from fedray.federation.placement import Placement
 from fedray.federation.wire import Header, Packet
 from fedray.federation.worker import Worker
@@ -29,11 +30,16 @@ class WorkerActor:
         """Answers when the actor is up, after a restart too."""
         return True
 
-    def train(self, client: str, round: int, header: Header, packet: Packet, increments: dict[int, Any], optimizer: Packet | None):
-        return self.worker.train(client, round, header, packet, lambda v: ray.get(increments[v]), optimizer)
+    def train(self, client: str, round: int, header: Header, packet: Packet, increments: dict[int, Any], kept: Packet | None):
+        return self.worker.train(client, round, header, packet, lambda v: ray.get(increments[v]), kept)
 
-    def evaluate(self, part: str, client: str | None, share: tuple[int, int], header: Header, packet: Packet, increments: dict[int, Any]):
-        return self.worker.evaluate(part, client, share, header, packet, lambda v: ray.get(increments[v]))
+    def ask(self, client: str, question: Question, kept: Packet | None):
+        return self.worker.ask(client, question, kept)
+
+    def evaluate(
+        self, part: str, client: str | None, share: tuple[int, int], header: Header, packet: Packet, increments: dict[int, Any], kept: Packet | None
+    ):
+        return self.worker.evaluate(part, client, share, header, packet, lambda v: ray.get(increments[v]), kept)
 
 
 def start_workers(config: Config, placement: Placement, timeout: float = 120.0) -> tuple[PlacementGroup, list[Any]]:

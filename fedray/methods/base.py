@@ -1,7 +1,8 @@
-"""What a method is: a value with `init`, `broadcast`, `aggregate`, and `view` for the client's side of the wire.
+"""What a method is: a value with `init`, `broadcast`, `aggregate`, and `view` and `upload` for the client's side of the wire.
 
 Symbols (METHODS.md 0.3): k clients with weights p_i (sum 1), factors B_i (m x r) and A_i (r x n), scale s,
-Bbar = sum p_i B_i, Abar = sum p_i A_i, delta_i = s B_i A_i, and the ideal sum p_i delta_i.
+Bbar = sum p_i B_i, Abar = sum p_i A_i, delta_i = s B_i A_i, and the ideal sum p_i delta_i. With another adapter (B, A) is its
+`pair`, and s B A stands for whatever delta its factors mean.
 Sums run in fp64 in the order of the updates, so they do not depend on who came first; results return to the
 updates' own dtype.
 """
@@ -13,15 +14,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fedray import seeding
-from fedray.adapters.base import Adapter, Layer
+from fedray.adapters.base import Adapter, Layer, pad_to
 from fedray.errors import RoundError
-from fedray.lowrank import LowRank, relative_norm
+from fedray.lowrank import LowRank, relative_norm, weighted_sum
+from fedray.methods.server import ServerOptimizer
 
 Tensors = Mapping[str, Tensor]
 Deltas = dict[str, LowRank]
@@ -34,11 +37,20 @@ def key(layer: Layer, factor: str) -> str:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a method must know of the model: its adapter, the adapted layers, the run's seed."""
+    """What a method must know of the model: its adapter, the adapted layers, the run's seed.
+
+    `ranks`: the ranks of clients whose rank is not the layers' own, which is the largest.
+    """
 
     adapter: Adapter
     layers: tuple[Layer, ...]
     seed: int = 0
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The factors of a layer."""
+        return tuple(self.adapter.shapes(self.layers[0]))
 
     def drawn(self, factor: str, draw: int) -> dict[str, Tensor]:
         """One factor of every layer, drawn afresh: no bytes need to travel for it."""
@@ -49,13 +61,32 @@ class Spec:
 
     def factors(self, layer: Layer, tensors: Tensors) -> dict[str, Tensor]:
         """The factors of one layer out of a flat dictionary."""
-        return {name: tensors[key(layer, name)] for name in self.adapter.shapes(layer)}
+        return {name: tensors[key(layer, name)] for name in self.names}
 
-    def size(self, *factors: str) -> int:
-        """How many numbers the named factors (all, when none is named) hold over all layers."""
+    def of(self, client: str | None) -> Spec:
+        """The spec with the client's own rank; the scale stays, so that equal products mean equal deltas."""
+        rank = self.ranks.get(client)
+        if rank is None:
+            return self
+        return dataclasses.replace(self, layers=tuple(dataclasses.replace(layer, rank=rank) for layer in self.layers), ranks={})
+
+    def cut(self, client: str | None, tensors: Tensors) -> dict[str, Tensor]:
+        """Each factor's leading rows and columns, as many as the client's rank has."""
+        if client not in self.ranks:
+            return dict(tensors)
+        shapes = {key(layer, f): s for layer in self.of(client).layers for f, s in self.adapter.shapes(layer).items()}
+        return {n: t[tuple(slice(0, min(size, have)) for size, have in zip(shapes[n], t.shape, strict=True))] if n in shapes else t for n, t in tensors.items()}
+
+    def whole(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Zeros where a factor was cut: the same delta."""
+        shapes = {key(layer, f): s for layer in self.layers for f, s in self.adapter.shapes(layer).items()}
+        return {n: pad_to(t, shapes[n]) if n in shapes else t for n, t in tensors.items()}
+
+    def size(self, *factors: str, client: str | None = None) -> int:
+        """How many numbers the named factors (all, when none is named) hold over all layers, at the client's rank."""
         return sum(
             math.prod(shape)
-            for layer in self.layers
+            for layer in self.of(client).layers
             for name, shape in self.adapter.shapes(layer).items()
             if not factors or name in factors
         )
@@ -63,7 +94,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Increment:
-    """What each client receives once: a base update (`LAYER.base_B`, `LAYER.base_A`) or factors frozen from now on.
+    """What each client receives once: a base update (`LAYER.base_*`) or factors that rest.
 
     `version` counts from 1. `resets` says that all earlier increments are obsolete.
     """
@@ -90,10 +121,14 @@ class Broadcast:
 
 @dataclass(frozen=True)
 class State(Broadcast):
-    """The server's state: the next broadcast and what it is about. It is the checkpoint. `heads`: names of head tensors."""
+    """The server's state: the next broadcast and what it is about. It is the checkpoint. `heads`: names of head tensors.
+
+    `memory`: what only the server keeps (moments of a server optimizer); it never travels.
+    """
 
     spec: Spec = None
     heads: tuple[str, ...] = ()
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     def replace(self, **changes) -> State:
         return dataclasses.replace(self, **changes)
@@ -101,7 +136,7 @@ class State(Broadcast):
 
 @dataclass(frozen=True)
 class Update:
-    """What a client sends: its trained factors and heads, and the weight it counts with (examples, or 1)."""
+    """What a client sends (`Method.upload`), and the weight it counts with (examples, or 1)."""
 
     client: str
     weight: float
@@ -113,30 +148,30 @@ class View:
     """What a client trains from: every factor, the heads, the total base update, and which factors train."""
 
     tensors: dict[str, Tensor]
-    base: Deltas
+    base: Mapping[str, LowRank]
     trained: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Relative Frobenius errors over all layers together.
+    """Relative Frobenius errors over all layers together; None where the server cannot know (each method says why).
 
     `aggregation_error`: what plain factor averaging would have lost against the ideal. `exactness`: what this
-    method's broadcast does lose. `ideal_norm`: ||sum p_i delta_i||, the denominator of both.
+    method's broadcast does lose (before a server optimizer's step). `ideal_norm`: ||sum p_i delta_i||, the denominator of both.
     """
 
-    aggregation_error: float
-    exactness: float
-    ideal_norm: float
+    aggregation_error: float | None
+    exactness: float | None
+    ideal_norm: float | None
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """The updates of a round, in fp64: names, weights p_i, complete factors per client, and their means."""
+    """The updates of a round: names, weights p_i, complete factors per client as they came, and their means in fp64."""
 
     clients: tuple[str, ...]
     weights: tuple[float, ...]
-    factors: tuple[dict[str, Tensor], ...]
+    tensors: tuple[dict[str, Tensor], ...]
     means: dict[str, Tensor]
     dtype: torch.dtype
 
@@ -144,30 +179,59 @@ class Cohort:
         """Back to the dtype the clients train in."""
         return {name: tensor.to(self.dtype).contiguous() for name, tensor in tensors.items()}
 
+    def factors(self, spec: Spec, layer: Layer) -> list[dict[str, Tensor]]:
+        """The clients' factors of one layer, in fp64, each at its own rank."""
+        named = []
+        for client, tensors in zip(self.clients, self.tensors, strict=True):
+            own = {key(layer, f): tensors[key(layer, f)] for f in spec.names}
+            named.append({n.rsplit(".", 1)[1]: t.double() for n, t in spec.cut(client, own).items()})
+        return named
+
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Base of all methods. A subclass says what it trains and sends at first, and how a cohort becomes one (`merge`)."""
+    """Base of all methods. A subclass says what it trains and sends at first, and how a cohort becomes one (`merge`).
+
+    `adapters`: those it is sound with, its own first.
+    """
 
     name: ClassVar[str]
-    adapters: ClassVar[tuple[str, ...]] = ("lora",)
+    adapters: ClassVar[tuple[str, ...]] = ("lora", "abba")
     exact: ClassVar[str]  # "yes", "no", or what it is exact up to; for tables
     personal: ClassVar[bool] = False  # whether `view` differs from client to client
+    mixed_ranks: ClassVar[bool] = False  # whether clients may have different ranks
+    linear: ClassVar[bool] = False  # the aggregate is the mean of the uploads: a server optimizer may step on it
+    asks: ClassVar[bool] = False  # whether the cohort is asked a second time (`question`, `answer`)
+    server: ServerOptimizer | None = field(default=None, kw_only=True)
+
+    # --- what travels ------------------------------------------------------------------------------------------
 
     def trained(self, spec: Spec) -> tuple[str, ...]:
-        """The factors that train in the first round: all of them unless a method says otherwise."""
-        return tuple(spec.adapter.shapes(spec.layers[0]))
+        """The factors that train in the first round: the adapter's own choice unless a method says otherwise."""
+        return spec.adapter.trains
 
     def drawn(self, spec: Spec) -> dict[str, int]:
         """The factors that clients draw from the seed instead of receiving them."""
-        return {name: 0 for name in spec.adapter.shapes(spec.layers[0]) if name not in self.trained(spec)}
+        return {name: 0 for name in spec.names if name not in (*self.trained(spec), *spec.adapter.started)}
 
-    def init(self, spec: Spec, heads: Tensors | None = None) -> State:
-        """The state before round 1. `heads`: the initial values of modules trained whole (fp32)."""
-        draw, heads = self.drawn(spec), dict(heads or {})
-        sent = {name: t for f in self.trained(spec) if f not in draw for name, t in spec.drawn(f, 0).items()}
+    def keeps(self, spec: Spec) -> tuple[str, ...]:
+        """Factors that stay with the client from round to round: each client has a model of its own."""
+        return ()
+
+    def init(self, spec: Spec, heads: Tensors | None = None, start: Tensors | None = None) -> State:
+        """The state before round 1. `heads`: initial values of modules trained whole; `start`: the adapter's `started` factors (fp32).
+
+        What trains and is neither drawn nor kept travels every round; started factors that rest are an increment.
+        """
+        draw, heads, start = self.drawn(spec), dict(heads or {}), dict(start or {})
+        travels = [f for f in self.trained(spec) if f not in draw and f not in self.keeps(spec)]
+        sent = {name: t for f in travels if f not in spec.adapter.started for name, t in spec.drawn(f, 0).items()}
+        sent |= {name: t for name, t in start.items() if name.rsplit(".", 1)[1] in travels}
+        once = {name: t for name, t in start.items() if name not in sent}
+        increments = (Increment(1, once),) if once else ()
+        draw |= dict.fromkeys(self.keeps(spec), 0)
         return State(
-            round=0, tensors=sent | heads, increments=(), trained=self.trained(spec), draw=draw, spec=spec, heads=tuple(heads)
+            round=0, tensors=sent | heads, increments=increments, trained=self.trained(spec), draw=draw, spec=spec, heads=tuple(heads)
         )
 
     def broadcast(self, state: State) -> Broadcast:
@@ -175,57 +239,75 @@ class Method(ABC):
         return Broadcast(**{f.name: getattr(state, f.name) for f in dataclasses.fields(Broadcast)})
 
     def view(self, spec: Spec, message: Broadcast, client: str | None) -> View:
-        """What a client makes of a broadcast; `client=None` is the global model."""
+        """What a client makes of a broadcast; `client=None` is the global model. Factors come whole: zeros beyond a client's own rank."""
         tensors = {name: t for factor, draw in message.draw.items() for name, t in spec.drawn(factor, draw).items()}
         live = live_increments(message.increments)
         for increment in live:
             tensors |= {name: t for name, t in increment.tensors.items() if not is_base(name)}
-        return View(tensors | message.tensors, base_total(spec, live), message.trained)
+        tensors |= message.tensors
+        if spec.ranks:
+            tensors = spec.whole(spec.cut(client, tensors))
+        return View(tensors, BaseTotal(spec, live), message.trained)
+
+    def upload(self, spec: Spec, client: str, tensors: Tensors, round: int) -> dict[str, Tensor]:
+        """What a client sends in a round (from 0) of its trained factors and heads: all that it does not keep, at its own rank."""
+        return spec.cut(client, {name: t for name, t in tensors.items() if name.rsplit(".", 1)[1] not in self.keeps(spec)})
+
+    def question(self, state: State, updates: Sequence[Update]) -> dict[str, Tensor]:
+        """A second message to the same cohort, once its updates are in, where the method `asks`."""
+        raise NotImplementedError(f"{self.name} asks nothing")
+
+    def answer(self, spec: Spec, question: Tensors, trained: Tensors) -> dict[str, Tensor]:
+        """A client's answer to it, from the factors it trained in this round."""
+        raise NotImplementedError(f"{self.name} asks nothing")
+
+    # --- the server --------------------------------------------------------------------------------------------
 
     def aggregate(self, state: State, updates: Iterable[Update]) -> tuple[State, Diagnostics]:
         """The next state and what was lost on the way. Raises RoundError on no updates or non-finite values."""
         cohort = self.gather(state, updates)
         merged, landed = self.merge(state, cohort)
-        return merged, diagnose(state.spec, cohort, landed)
+        diagnostics = diagnose(state.spec, cohort, landed)
+        if self.server is not None:
+            before = self.view(state.spec, self.broadcast(state), None).tensors
+            moves = [n for n in cohort.means if n in state.heads or n.rsplit(".", 1)[1] in state.trained]
+            stepped, memory = self.server.step({n: before[n].double() for n in moves}, {n: cohort.means[n] for n in moves}, state.memory)
+            merged = self.merge(state, dataclasses.replace(cohort, means=cohort.means | stepped))[0].replace(memory=memory)
+        return merged, diagnostics
 
     @abstractmethod
-    def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
-        """The next state, and per layer the change of the effective weights (against the base of this round) it means."""
+    def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas | None]:
+        """The next state, and per layer the change of the effective weights (against the base of this round) it means; None where
+        there is no global model that one could hold against the ideal."""
 
     def gather(self, state: State, updates: Iterable[Update]) -> Cohort:
         """Read the updates once, in order, complete them with the factors that did not train, and average."""
-        names, weights, factors, sums = [], [], [], {}
-        dtype, message = None, self.broadcast(state)
-        start = None
+        names, weights, received = [], [], []
+        message = self.broadcast(state)
         for update in updates:
-            if start is None or self.personal:
-                start = self.view(state.spec, message, update.client).tensors
-            whole = start | dict(update.tensors)
-            dtype = next(iter(update.tensors.values())).dtype
-            for name, tensor in update.tensors.items():
-                if not torch.isfinite(tensor).all():
-                    raise RoundError(f"client '{update.client}' sent a value that is not finite in {name}: lower its learning rate")
-            whole = {name: tensor.double() for name, tensor in whole.items()}
-            for name, tensor in whole.items():
-                sums[name] = sums[name] + update.weight * tensor if name in sums else update.weight * tensor
+            check_finite(update)
             names.append(update.client)
             weights.append(update.weight)
-            factors.append(whole)
+            received.append(state.spec.whole(update.tensors) if state.spec.ranks else dict(update.tensors))
         total = math.fsum(weights)
         if not names or total <= 0:
             raise RoundError("a round needs at least one update with a positive weight")
-        return Cohort(
-            tuple(names), tuple(w / total for w in weights), tuple(factors), {n: t / total for n, t in sums.items()}, dtype
-        )
+        dtype = next(iter(received[0].values())).dtype
+        shares = tuple(w / total for w in weights)
+        start = self.view(state.spec, message, None).tensors
+        starts = [self.view(state.spec, message, c).tensors for c in names] if self.personal else [start] * len(names)
+        means = {name: tensor.double() for name, tensor in start.items()}
+        means |= {name: weighted_sum([r[name] for r in received], shares) for name in received[0]}
+        return Cohort(tuple(names), shares, tuple(s | r for s, r in zip(starts, received, strict=True)), means, dtype)
 
     @abstractmethod
-    def payload(self, spec: Spec, clients: int) -> Payload:
-        """How many adapter numbers cross the wire per client in a round, heads not counted."""
+    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
+        """How many adapter numbers a client of every cohort moves in a round (from 0), heads not counted."""
 
 
 @dataclass(frozen=True)
 class Payload:
-    """Numbers (of 4 bytes on the wire) per client and round in the steady state; `once` is sent once in a run."""
+    """Numbers (of 4 bytes on the wire) of one client in one round; `once`: those down that a run sends only this time."""
 
     up: int
     down: int
@@ -235,8 +317,15 @@ class Payload:
 # --- shared by the methods -------------------------------------------------------------------------------------
 
 
+def check_finite(update: Update) -> None:
+    """Raises RoundError, naming the client, for a value that is not finite."""
+    for name, tensor in update.tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise RoundError(f"client '{update.client}' sent a value that is not finite in {name}: lower its learning rate")
+
+
 def is_base(name: str) -> bool:
-    return name.endswith((".base_B", ".base_A"))
+    return name.rsplit(".", 1)[1].startswith("base_")
 
 
 def live_increments(increments: Sequence[Increment]) -> tuple[Increment, ...]:
@@ -245,18 +334,44 @@ def live_increments(increments: Sequence[Increment]) -> tuple[Increment, ...]:
     return tuple(increments[start:])
 
 
-def base_total(spec: Spec, increments: Sequence[Increment]) -> Deltas:
-    """Per layer, all base updates since W0 as one LowRank: the same factors, so the same bits, for whoever asks."""
-    total = {}
-    for layer in spec.layers:
-        parts = [
-            LowRank(i.tensors[f"{layer.name}.base_B"], i.tensors[f"{layer.name}.base_A"])
-            for i in increments
-            if f"{layer.name}.base_B" in i.tensors
+class BaseTotal(Mapping[str, LowRank]):
+    """Per layer, all base updates since W0 as one LowRank, put together when a layer is asked for: a stack of adapter factors
+    may be small while its thin factors are not. The same factors, so the same bits, for whoever asks."""
+
+    def __init__(self, spec: Spec, increments: Sequence[Increment]):
+        self._spec, self._increments = spec, increments
+        self._layers = {layer.name: layer for layer in spec.layers if any(has_base(i.tensors, layer) for i in increments)}
+
+    def __getitem__(self, name: str) -> LowRank:
+        layer = self._layers[name]
+        parts = [part for i in self._increments for part in base_parts(self._spec, layer, i.tensors)]
+        return LowRank(torch.cat([p.B for p in parts], 1), torch.cat([p.A for p in parts], 0))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layers
+
+    def __iter__(self):
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+def has_base(tensors: Tensors, layer: Layer) -> bool:
+    return f"{layer.name}.base_B" in tensors or f"{layer.name}.base_weights" in tensors
+
+
+def base_parts(spec: Spec, layer: Layer, tensors: Tensors) -> list[LowRank]:
+    """What an increment adds to one layer's base: thin factors, or a stack of adapter factors with a coefficient each."""
+    if f"{layer.name}.base_B" in tensors:
+        return [LowRank(tensors[f"{layer.name}.base_B"], tensors[f"{layer.name}.base_A"])]
+    if f"{layer.name}.base_weights" in tensors:
+        stack = {f: tensors[f"{layer.name}.base_{f}"] for f in spec.names}
+        return [
+            spec.adapter.delta(layer, {f: t[i] for f, t in stack.items()}) * w.item()
+            for i, w in enumerate(tensors[f"{layer.name}.base_weights"])
         ]
-        if parts:
-            total[layer.name] = LowRank(torch.cat([p.B for p in parts], 1), torch.cat([p.A for p in parts], 0))
-    return total
+    return []
 
 
 def base_tensors(deltas: Deltas) -> dict[str, Tensor]:
@@ -264,40 +379,56 @@ def base_tensors(deltas: Deltas) -> dict[str, Tensor]:
     return {f"{name}.{side}": getattr(delta, side[-1]) for name, delta in deltas.items() for side in ("base_B", "base_A")}
 
 
+def stacked_base_tensors(spec: Spec, cohort: Cohort, less: Tensors | None) -> dict[str, Tensor]:
+    """The base update sum p_i delta_i - delta(less) as the factors themselves (adapters whose delta is wider than they are)."""
+    tensors = {}
+    for layer in spec.layers:
+        terms = cohort.factors(spec, layer) + ([{f: t.double() for f, t in spec.factors(layer, less).items()}] if less is not None else [])
+        tensors |= {f"{layer.name}.base_{f}": torch.stack([t[f] for t in terms]) for f in spec.names}
+        coefficients = [*cohort.weights, -1.0][: len(terms)]
+        tensors[f"{layer.name}.base_weights"] = torch.tensor(coefficients, dtype=torch.float64)
+    return tensors
+
+
 def add_increment(state: State, tensors: dict[str, Tensor]) -> tuple[Increment, ...]:
     """The state's increments and one more.
 
-    When the factored total of a layer outgrows the dense matrix it is compressed (losslessly: to min(m, n)) into an
-    increment that resets the earlier ones, so neither the checkpoint nor the weights' rebuilding grows without end.
+    When a layer's base updates hold more numbers than min(m, n) columns and rows do, their total is compressed (losslessly: to
+    min(m, n)) into an increment that resets the earlier ones, so neither the checkpoint nor the weights' rebuilding grows without end.
     """
     version = state.increments[-1].version + 1 if state.increments else 1
     increments = (*state.increments, Increment(version, tensors))
-    total = base_total(state.spec, live_increments(increments))
-    if all(delta.k <= min(delta.shape) for delta in total.values()):
+    held = dict.fromkeys((layer.name for layer in state.spec.layers), 0)
+    for name, tensor in ((n, t) for i in live_increments(increments) for n, t in i.tensors.items() if is_base(n) and not n.endswith("weights")):
+        held[name.rsplit(".", 1)[0]] += tensor.numel()
+    if all(held[layer.name] <= min(layer.m, layer.n) * (layer.m + layer.n) for layer in state.spec.layers):
         return increments
     frozen = {n: t for i in live_increments(increments) for n, t in i.tensors.items() if not is_base(n)}
-    bounded = {name: delta.bounded() for name, delta in total.items()}
-    return (Increment(version, frozen | base_tensors(bounded), resets=True),)
+    total = BaseTotal(state.spec, live_increments(increments))
+    return (Increment(version, frozen | base_tensors({name: total[name].bounded() for name in total}), resets=True),)
 
 
 def ideal(spec: Spec, cohort: Cohort) -> Deltas:
     """sum p_i delta_i per layer, in fp64."""
     return {
-        layer.name: LowRank.sum(
-            [spec.adapter.delta(layer, spec.factors(layer, f)) for f in cohort.factors], cohort.weights
-        )
+        layer.name: LowRank.sum([spec.adapter.delta(layer, f) for f in cohort.factors(spec, layer)], cohort.weights)
         for layer in spec.layers
     }
+
+
+def inner_mean(spec: Spec, cohort: Cohort, layer: Layer) -> LowRank:
+    """sum p_i B_i A_i of the adapter's pair in one layer, in fp64: what SVD-based methods reduce to its rank."""
+    B, A = spec.adapter.pair
+    return LowRank.sum([LowRank(f[B], f[A]) for f in cohort.factors(spec, layer)], cohort.weights)
 
 
 def averaging_error(spec: Spec, cohort: Cohort) -> Deltas:
     """sum p_i delta_i - delta(mean factors) per layer: the error that plain factor averaging makes."""
-    return {
-        layer.name: spec.adapter.averaging_error(
-            layer, [spec.factors(layer, f) for f in cohort.factors], cohort.weights, spec.factors(layer, cohort.means)
-        )
-        for layer in spec.layers
-    }
+    result = {}
+    for layer in spec.layers:
+        factors = [{n.rsplit(".", 1)[1]: t[n].double() for n in (key(layer, f) for f in spec.names)} for t in cohort.tensors]
+        result[layer.name] = spec.adapter.averaging_error(layer, factors, cohort.weights, spec.factors(layer, cohort.means))
+    return result
 
 
 def deltas(spec: Spec, tensors: Tensors) -> Deltas:
@@ -308,8 +439,10 @@ def deltas(spec: Spec, tensors: Tensors) -> Deltas:
     }
 
 
-def diagnose(spec: Spec, cohort: Cohort, landed: Deltas) -> Diagnostics:
+def diagnose(spec: Spec, cohort: Cohort, landed: Deltas | None) -> Diagnostics:
     """Hold what landed, as it was rounded for the wire, against the ideal; all from thin factors."""
+    if landed is None:
+        return Diagnostics(None, None, None)
     wanted = ideal(spec, cohort)
     missed = [landed[name].to(torch.float64) - delta for name, delta in wanted.items()]
     return Diagnostics(

@@ -6,6 +6,7 @@ whatever the clients' new factors do not say. METHODS.md 4.1 to 4.3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,10 +24,12 @@ from fedray.methods.base import (
     View,
     add_increment,
     averaging_error,
+    base_parts,
     base_tensors,
     deltas,
     ideal,
     key,
+    stacked_base_tensors,
 )
 
 
@@ -44,33 +47,43 @@ class FedEx(Method):
     residual_rank: int | None = None
 
     def drawn(self, spec: Spec) -> dict[str, int]:
-        return {name: 0 for name in self.trained(spec)} if self.assignment == "reinit" else {}
+        if self.assignment == "average":
+            return {}
+        return {name: 0 for name in self.trained(spec) if name not in spec.adapter.started}
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
-        spec, draw = state.spec, state.draw
-        if self.assignment == "average":
-            update = averaging_error(spec, cohort)
-        else:
-            update = ideal(spec, cohort)
-            draw = {factor: state.round + 1 for factor in draw}
-        if self.residual_rank is not None:
-            update = {name: delta.compress(self.residual_rank) for name, delta in update.items()}
+        spec, average = state.spec, self.assignment == "average"
         sent = cohort.cast({name: cohort.means[name] for name in state.tensors})
-        stored = cohort.cast(base_tensors(update))
-        landed = {n: LowRank(stored[f"{n}.base_B"], stored[f"{n}.base_A"]).to(torch.float64) for n in update}
-        if self.assignment == "average":
+        if spec.adapter.stacked and self.residual_rank is None:
+            stored = cohort.cast(stacked_base_tensors(spec, cohort, sent if average else None))
+        else:
+            update = averaging_error(spec, cohort) if average else ideal(spec, cohort)
+            if self.residual_rank is not None:
+                update = {name: delta.compress(self.residual_rank) for name, delta in update.items()}
+            stored = cohort.cast(base_tensors(update))
+        landed = {}
+        for layer in spec.layers:
+            landed[layer.name] = LowRank.sum([part.to(torch.float64) for part in base_parts(spec, layer, stored)])
+        if average:
             landed = {name: delta + landed[name] for name, delta in deltas(spec, sent).items()}
-        increments = add_increment(state, stored) if any(delta.k for delta in update.values()) else state.increments
+        increments = add_increment(state, stored) if any(t.numel() for t in stored.values()) else state.increments
+        draw = state.draw if average else {factor: state.round + 1 for factor in state.draw}
         return state.replace(round=state.round + 1, tensors=sent, increments=increments, draw=draw), landed
 
-    def payload(self, spec: Spec, clients: int) -> Payload:
-        size, terms = spec.size(), clients - 1 if self.assignment == "average" else clients
-        base = terms * size
-        if self.residual_rank is not None:
-            base = sum(
-                min(self.residual_rank, terms * layer.rank, layer.m, layer.n) * (layer.m + layer.n) for layer in spec.layers
-            )
-        return Payload(up=size, down=base + (size if self.assignment == "average" else 0))
+    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
+        average, k, numbers = self.assignment == "average", len(cohort), 0
+        up = spec.size(client=client)
+        if round and spec.adapter.stacked and self.residual_rank is None:
+            terms = k + average
+            numbers = terms * (spec.size() + len(spec.layers))
+        elif round and self.residual_rank is None:
+            numbers = (k - 1) * spec.size() if average else sum(spec.size(client=c) for c in cohort)
+        elif round:
+            for layer in spec.layers:
+                columns = spec.adapter.delta_columns(layer.rank) * ((k - 1 if not spec.adapter.stacked else k + 1) if average else k)
+                numbers += min(self.residual_rank, columns, layer.m, layer.n) * (layer.m + layer.n)
+        started = spec.size(*spec.adapter.started) if spec.adapter.started and not average and round == 0 else 0
+        return Payload(up=up, down=numbers + (spec.size() if average else 0), once=started)
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,7 @@ class FedExKeep(Method):
     """
 
     name = "fedex"
+    adapters = ("lora",)
     exact = "yes"
     personal = True
 
@@ -104,8 +118,8 @@ class FedExKeep(Method):
             base[layer.name] = start.base[layer.name] + stack if layer.name in start.base else stack
             if own is not None:
                 cut = slice(own * width, (own + 1) * width)
-                tensors[key(layer, "lora_A")] = stack_A[cut].clone()
-                tensors[key(layer, "lora_B")] = stack_B[:, cut].clone()
+                B, A = spec.adapter.pair
+                tensors[key(layer, A)], tensors[key(layer, B)] = stack_A[cut].clone(), stack_B[:, cut].clone()
         return View(tensors, base, message.trained)
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
@@ -115,11 +129,12 @@ class FedExKeep(Method):
         leaves = [(i, c - weight[client]) for i, (client, c) in enumerate(blocks) if client in weight and c != weight[client]]
         plain = {"blocks": [blocks[i] for i in stays] + [[client, p] for client, p in weight.items()]}
         sent, left = {name: cohort.means[name] for name in state.heads}, {}
+        name_B, name_A = spec.adapter.pair
         for layer in spec.layers:
-            r, new = layer.rank, [spec.factors(layer, f) for f in cohort.factors]
+            r, new = layer.rank, cohort.factors(spec, layer)
             B, A = (state.tensors.get(f"{layer.name}.stack_{side}") for side in "BA")
-            sent[f"{layer.name}.stack_B"] = torch.cat([*(B[:, i * r : (i + 1) * r] for i in stays), *(f["lora_B"] for f in new)], 1)
-            sent[f"{layer.name}.stack_A"] = torch.cat([*(A[i * r : (i + 1) * r] for i in stays), *(f["lora_A"] for f in new)], 0)
+            sent[f"{layer.name}.stack_B"] = torch.cat([*(B[:, i * r : (i + 1) * r] for i in stays), *(f[name_B] for f in new)], 1)
+            sent[f"{layer.name}.stack_A"] = torch.cat([*(A[i * r : (i + 1) * r] for i in stays), *(f[name_A] for f in new)], 0)
             if leaves:
                 parts = [LowRank(layer.scale * B[:, i * r : (i + 1) * r].double(), A[i * r : (i + 1) * r].double()) for i, _ in leaves]
                 left[layer.name] = LowRank.sum(parts, [c for _, c in leaves])
@@ -137,5 +152,5 @@ class FedExKeep(Method):
             landed[layer.name] = change + LowRank.sum(old, cohort.weights)
         return merged, landed
 
-    def payload(self, spec: Spec, clients: int) -> Payload:
-        return Payload(up=spec.size(), down=clients * spec.size())
+    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
+        return Payload(up=spec.size(), down=len(cohort) * spec.size() if round else 0)

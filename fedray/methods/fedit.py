@@ -5,6 +5,7 @@ Not exact: the mean of products is not the product of means. METHODS.md 6.1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedray.methods.base import Cohort, Deltas, Method, Payload, Spec, State, deltas
@@ -16,11 +17,12 @@ class FedIT(Method):
 
     name = "fedit"
     exact = "no"
+    linear = True
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         sent = cohort.cast({name: cohort.means[name] for name in state.tensors})
         return state.replace(round=state.round + 1, tensors=sent), deltas(state.spec, cohort.means | sent)
 
-    def payload(self, spec: Spec, clients: int) -> Payload:
-        size = spec.size(*self.trained(spec))
-        return Payload(up=size, down=size)
+    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
+        size, rests = spec.size(*self.trained(spec)), [f for f in spec.adapter.started if f not in self.trained(spec)]
+        return Payload(up=size, down=size, once=spec.size(*rests) if rests and round == 0 else 0)

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedray.adapters.lora import B
 from fedray.methods.base import Spec
 from fedray.methods.fedit import FedIT
 
 
 @dataclass(frozen=True)
 class FFA(FedIT):
-    """B <- sum p_i B_i. Sends r m both ways; clients draw the shared A from the seed."""
+    """B <- sum p_i B_i. Sends r m both ways; clients draw the shared A from the seed. With abba: B2 over (B1, A1, A2)."""
 
     name = "ffa"
     exact = "yes"
 
     def trained(self, spec: Spec) -> tuple[str, ...]:
-        return (B,)
+        return (spec.adapter.pair[0],)

@@ -1,28 +1,33 @@
-"""FRA-LoRA (Trautmann, Hales, Volk, FLTA 2024, arXiv 2501.06332): Full Rank Aggregation, METHODS.md section 5.
+"""FRA-LoRA (Trautmann, Hales, Volk, FLTA 2024, arXiv 2501.06332), Full Rank Aggregation, METHODS.md section 5, and the methods that
+are the same map with one thing changed: FlexLoRA (clients of different ranks) and FLoRIST (a rank chosen by energy).
 
 `FRA` aggregates the full updates and reduces them to rank r by SVD; `FRAFFA` freezes A after some rounds of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from fedray.adapters.lora import A, B
+from fedray.adapters.base import Layer, pad_to
 from fedray.lowrank import LowRank
 from fedray.methods.base import (
+    Broadcast,
     Cohort,
     Deltas,
     Method,
     Payload,
     Spec,
     State,
+    View,
     add_increment,
     base_tensors,
     deltas,
-    ideal,
+    inner_mean,
     key,
 )
 from fedray.methods.ffa import FFA
@@ -30,11 +35,12 @@ from fedray.methods.ffa import FFA
 
 @dataclass(frozen=True)
 class FRA(Method):
-    """U S V^T = SVD_r(sum p_i delta_i); B <- U S / s, A <- V^T. Exact up to the tail sum_{j>r} S_j^2.
+    """U S V^T = SVD_r(sum p_i B_i A_i); B <- U S, A <- V^T. Exact up to the tail sum_{j>r} S_j^2. r (m + n) both ways.
 
     `split`: `orthonormal` (default: A keeps the unit-sized rows it had at the start, so the learning rate of B keeps its
     meaning, and FRA-FFA can freeze it) or `balanced` (S^1/2 on both sides: small singular values shrink both gradients).
-    `residual`: `drop` (the paper) or `fold` the tail into the base: then exact, at FedEx's download.
+    `residual`: `drop` (the paper) or `fold` the tail into the base: then exact, at FedEx's download. With abba: the pair (B2, A2) over a
+    resting (B1, A1).
     """
 
     name = "fra"
@@ -42,30 +48,45 @@ class FRA(Method):
     split: Literal["orthonormal", "balanced"] = "orthonormal"
     residual: Literal["drop", "fold"] = "drop"
 
+    def trained(self, spec: Spec) -> tuple[str, ...]:
+        return spec.adapter.pair
+
+    def kept_rank(self, layer: Layer, S: Tensor) -> int:
+        """How many singular values the factors take: as many as they have room for."""
+        return len(S)
+
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         spec, sent, tails = state.spec, {}, {}
-        for layer, delta in zip(spec.layers, ideal(spec, cohort).values(), strict=True):
-            U, S, Vt = delta.svd(None if self.residual == "fold" else layer.rank)
-            r = layer.rank
+        B, A = spec.adapter.pair
+        for layer in spec.layers:
+            room = spec.adapter.shapes(layer)[A][0]
+            U, S, Vt = inner_mean(spec, cohort, layer).svd(None if self.residual == "fold" else room)
+            r = min(room, self.kept_rank(layer, S))
             root = S[:r].sqrt() if self.split == "balanced" else torch.ones_like(S[:r])
-            head = LowRank(U[:, :r] * (S[:r] / root.clamp_min(torch.finfo(S.dtype).tiny)), root[:, None] * Vt[:r])
-            sent |= {key(layer, name): t for name, t in spec.adapter.factors(layer, head).items()}
-            tails[layer.name] = LowRank(U[:, r:] * S[r:], Vt[r:])
+            sent[key(layer, B)] = U[:, :r] * (S[:r] / root.clamp_min(torch.finfo(S.dtype).tiny))
+            sent[key(layer, A)] = root[:, None] * Vt[:r]
+            if self.residual == "fold":
+                rests = {f: cohort.means[key(layer, f)] for f in spec.names}
+                tails[layer.name] = spec.adapter.lift(layer, rests, LowRank(U[:, r:] * S[r:], Vt[r:]))
         sent = cohort.cast(sent | {name: cohort.means[name] for name in state.heads})
-        landed, increments = deltas(spec, sent), state.increments
-        if self.residual == "fold" and any(tail.k for tail in tails.values()):
+        merged = state.replace(round=state.round + 1, tensors=sent)
+        landed = deltas(spec, self.view(spec, self.broadcast(merged), None).tensors)
+        if any(tail.k for tail in tails.values()):
             stored = cohort.cast(base_tensors(tails))
             landed = {n: d + LowRank(stored[f"{n}.base_B"], stored[f"{n}.base_A"]).to(torch.float64) for n, d in landed.items()}
-            increments = add_increment(state, stored)
-        return state.replace(round=state.round + 1, tensors=sent, increments=increments), landed
+            merged = merged.replace(increments=add_increment(state, stored))
+        return merged, landed
 
-    def payload(self, spec: Spec, clients: int) -> Payload:
-        size, tail = spec.size(), 0
-        if self.residual == "fold":
-            tail = sum(
-                (min(clients * layer.rank, layer.m, layer.n) - layer.rank) * (layer.m + layer.n) for layer in spec.layers
-            )
-        return Payload(up=size, down=size + tail)
+    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
+        pair, adapter, tail = spec.adapter.pair, spec.adapter, 0
+        if self.residual == "fold" and round:
+            for layer in spec.layers:
+                room = adapter.shapes(layer)[pair[1]][0]
+                columns = (min(len(cohort) * room, layer.m, layer.n) - room) * (adapter.delta_columns(layer.rank) // room)
+                tail += columns * (layer.m + layer.n)
+        size = spec.size(*pair, client=client)
+        once = spec.size(*adapter.started) if adapter.started and round == 0 else 0
+        return Payload(up=size, down=size + tail, once=once)
 
 
 @dataclass(frozen=True)
@@ -82,12 +103,53 @@ class FRAFFA(FRA):
             return FFA().merge(state, cohort)
         merged, landed = super().merge(state, cohort)
         if merged.round == self.fra_rounds:
+            B, A = state.spec.adapter.pair
             names = [key(layer, A) for layer in state.spec.layers]
             increments = add_increment(merged, {name: merged.tensors[name] for name in names})
             sent = {name: t for name, t in merged.tensors.items() if name not in names}
             merged = merged.replace(tensors=sent, increments=increments, trained=(B,))
         return merged, landed
 
-    def payload(self, spec: Spec, clients: int) -> Payload:
-        """Of the FFA phase; before it, FRA's."""
-        return Payload(up=spec.size(B), down=spec.size(B), once=spec.size(A))
+    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
+        B, A = spec.adapter.pair
+        if round < self.fra_rounds:
+            return super().payload(spec, cohort, client, round)
+        return Payload(up=spec.size(B), down=spec.size(B), once=spec.size(A) if round == self.fra_rounds else 0)
+
+
+@dataclass(frozen=True)
+class FlexLoRA(FRA):
+    """FlexLoRA (Bai et al., NeurIPS 2024): FRA for clients of different ranks; client i gets and sends the first r_i components.
+
+    `exactness` is that of the global model, of the largest rank."""
+
+    name = "flexlora"
+    adapters = ("lora",)
+    mixed_ranks = True
+
+
+@dataclass(frozen=True)
+class FLoRIST(FRA):
+    """FLoRIST (arXiv 2506.09199): as FRA, but a layer's rank p <= r is the smallest that keeps `energy` of sum S_j^2. Sends p (m + n)
+    down. What p leaves of the rank starts anew, A drawn and B zero, so that it trains again."""
+
+    name = "florist"
+    energy: float = 0.99
+
+    def kept_rank(self, layer: Layer, S: Tensor) -> int:
+        share = S.square().cumsum(0) / S.square().sum().clamp_min(torch.finfo(S.dtype).tiny)
+        return min(len(S), int((share < self.energy).sum()) + 1)
+
+    def view(self, spec: Spec, message: Broadcast, client: str | None) -> View:
+        start = super().view(spec, message, client)
+        B, A = spec.adapter.pair
+        fresh, tensors = spec.drawn(A, message.round), dict(start.tensors)
+        for layer in spec.layers:
+            rows, name = tensors[key(layer, A)], key(layer, A)
+            tensors[name] = torch.cat([rows, fresh[name][rows.shape[0] :].to(rows.dtype)])
+            tensors[key(layer, B)] = pad_to(tensors[key(layer, B)], spec.adapter.shapes(layer)[B])
+        return View(tensors, start.base, start.trained)
+
+    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
+        """An upper bound: what goes down is p (m + n) with the p of each layer."""
+        return super().payload(spec, cohort, client, round)

@@ -32,11 +32,15 @@ def number(count: int) -> str:
 
 def plan_table(costs: Plan) -> Table:
     """Every method side by side."""
-    table = Table(title=f"a round, per client ({costs.cohort} clients a round)", title_justify="left")
-    for column in ("method", "exact", "trains", "up", "down", "down, round 1", "sent once"):
+    title = f"a round, per client ({costs.cohort} clients a round), and a run of {costs.costs[0].rounds} rounds"
+    table = Table(title=title, title_justify="left")
+    for column in ("method", "exact", "trains", "up", "down", "down, round 1", "sent once", "run, up", "run, down"):
         table.add_column(column, justify="left" if column in ("method", "exact") else "right")
     for i, c in enumerate(costs.costs):
-        cells = (c.method, c.exact, number(c.trainable), size(c.up), size(c.down), size(c.first_down), size(c.once) if c.once else "-")
+        cells = (
+            c.method, c.exact, number(c.trainable), size(c.up), size(c.down), size(c.first_down), size(c.once) if c.once else "-",
+            size(c.run_up), size(c.run_down),
+        )
         table.add_row(*cells, style="bold" if i == 0 else None)
     return table
 
@@ -52,6 +56,9 @@ def print_plan(console: Console, costs: Plan, placement: str | None = None) -> N
     if placement:
         console.print(f"workers  {placement}")
     console.print(plan_table(costs))
+    if own := costs.costs[0].start_up:
+        down = costs.costs[0].start_down
+        console.print(f"before round 1 each client sends {size(own)} and receives {size(down)} for the subspace; both are counted in the run")
     if costs.clients > costs.cohort:
         console.print("a client that sat rounds out also downloads the base updates it missed (fedex, flora)")
 
@@ -106,6 +113,11 @@ class ConsoleListener:
         self._task = self.progress_bar.add_task("starting workers", total=prepared.cohort)
 
     def evaluated(self, record: dict[str, Any]) -> None:
+        if begun := record.get("start"):
+            energy = f", {begun['energy']:.1%} of the gradient's energy captured" if begun["energy"] is not None else ""
+            self.progress_bar.console.print(
+                f"start    from {begun['source']}: up {size(begun['bytes_up'])}  down {size(begun['bytes_down'])}{energy}  {begun['seconds']:.1f} s"
+            )
         self.progress_bar.console.print(f"before   {self.metric} {record['metrics'][self.metric_key]:.4f}")
 
     def progress(self, round: int, done: int, cohort: int) -> None:
@@ -116,8 +128,8 @@ class ConsoleListener:
         left_out = f"  left out: {', '.join(d['client'] for d in record['dropped'])}" if record["dropped"] else ""
         self.progress_bar.console.print(
             f"round {record['round']:>3}  loss {record['train_loss']:.4f}  {metric}up {size(record['bytes_up'])}  "
-            f"down {size(record['bytes_down'])}  factor averaging would lose {record['aggregation_error']:.2%}, lost "
-            f"{record['exactness']:.1e}  {sum(record['seconds'].values()):.1f} s{left_out}",
+            f"down {size(record['bytes_down'])}  factor averaging would lose {share(record['aggregation_error'], '.2%')}, lost "
+            f"{share(record['exactness'], '.1e')}  {sum(record['seconds'].values()):.1f} s{left_out}",
             soft_wrap=True,
         )
         self.progress_bar.update(self._task, description="evaluating", completed=0)
@@ -151,10 +163,11 @@ class ConsoleListener:
             f"moved {size(summary['bytes_up'])} up and {size(summary['bytes_down'])} down in {summary['rounds']} rounds, "
             f"{summary['wall_seconds']:.0f} s in all", soft_wrap=True,
         )
-        self.console.print(
-            f"plain factor averaging (FedIT) would have lost up to {summary['aggregation_error']:.2%} of a round's update; "
-            f"{summary['method']} lost at most {summary['exactness']:.1e}", soft_wrap=True,
-        )
+        if summary["exactness"] is not None:
+            self.console.print(
+                f"plain factor averaging (FedIT) would have lost up to {share(summary['aggregation_error'], '.2%')} of a round's update; "
+                f"{summary['method']} lost at most {summary['exactness']:.1e}", soft_wrap=True,
+            )
         self.console.print(f"results in {folder} (adapter/ loads with plain PEFT)", soft_wrap=True)
 
     def close(self) -> None:

@@ -50,17 +50,41 @@ def make_optimizer(parameters: Parameters, config: FederationSection) -> torch.o
     return torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
 
 
+class Proximal:
+    """FedProx (Li et al., MLSys 2020, arXiv 1812.06127): mu (w - w_broadcast) joins each gradient just before the optimizer's step, so
+    also on the flat partitions that ZeRO steps on; the clipping of the loss's own gradient does not see it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, mu: float):
+        self._mu, self._start = mu, {}
+        if mu > 0:
+            optimizer.register_step_pre_hook(self._add)
+
+    def restart(self) -> None:
+        """What the optimizer holds at its next step is the new w_broadcast."""
+        self._start.clear()
+
+    @torch.no_grad()
+    def _add(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+        for i, group in enumerate(optimizer.param_groups):
+            for j, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    start = self._start.setdefault((i, j), parameter.detach().clone())
+                    parameter.grad.add_(parameter - start, alpha=self._mu)
+
+
 class TorchEngine:
     """Plain PyTorch."""
 
     def __init__(self, model: nn.Module, parameters: Parameters, config: FederationSection):
         self.model, self.parameters, self.config = model, parameters, config
         self.optimizer = make_optimizer(parameters, config)
+        self._proximal = Proximal(self.optimizer, config.proximal)
 
     @torch.no_grad()
     def load(self, values: dict[str, Tensor], optimizer_state: dict[str, Tensor] | None) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
+        self._proximal.restart()
         self.optimizer.state.clear()
         if optimizer_state:
             for name, parameter in self.parameters.items():
@@ -132,6 +156,7 @@ class DeepSpeedEngine:
         self._fragments = sys.modules["deepspeed.utils"]
         optimizer = self.engine.optimizer
         self._torch_optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._proximal = Proximal(self._torch_optimizer, config.proximal)
         if config.keep_optimizer and zero_stage > 0:
             self._materialise()
 
@@ -154,6 +179,7 @@ class DeepSpeedEngine:
             # Both writes are needed: without the master the next step would bring the old values back.
             for name, parameter in self.parameters.items():
                 self._fragments.safe_set_full_fp32_param(parameter, values[name].to(parameter.device))
+        self._proximal.restart()
         for state in self._torch_optimizer.state.values():
             for value in state.values():
                 if torch.is_tensor(value):

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fedray import seeding
 from fedray.adapters import attach
-from fedray.adapters.base import Layer
+from fedray.adapters.base import Adapter, Layer
 from fedray.config import Config, FederationSection
 from fedray.data.partition import FederatedData, load_data
+from fedray.data.sources import load_splits
 from fedray.data.tasks import TASKS, Example, Task
 from fedray.methods import View
 from fedray.training.engine import StepEngine, make_engine
@@ -85,6 +86,28 @@ class LocalTrainer:
     def describe(self) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:
         """What the coordinator must know of the model: the adapted layers, and the heads' initial values (fp32, CPU)."""
         return self.layers, self._initial_heads
+
+    def start_from_weights(self, adapter: Adapter) -> dict[str, Tensor]:
+        """The adapter's started factors from the base weights (fp32, CPU). Called before any base update is written."""
+        bases, started = attach.base_layers(self.model), {}
+        for layer in self.layers:
+            module = bases[layer.name]
+            weight = module.weight.detach().float().cpu()
+            weight = weight.T if weight.shape != (layer.m, layer.n) or getattr(module, "nf", None) else weight
+            started |= {f"{layer.name}.{f}": t for f, t in adapter.start(layer, weight, self.config.seed).items()}
+        return started
+
+    def gradient_examples(self, client: str | None, count: int) -> list[Example]:
+        """The first `count` of a client's examples in an order drawn by the seed; `client=None`: of the public data set."""
+        if client is not None:
+            examples = self.examples("train", client)
+        else:
+            if ("public", "") not in self._encoded:
+                public = load_splits(self.config.data, self.config.adapter.subspace_source)[0]
+                self._encoded["public", ""] = self.task.encode(public)
+            examples = self._encoded["public", ""]
+        order = torch.randperm(len(examples), generator=seeding.generator(self.config.seed, "subspace", client or "public"))
+        return [examples[i] for i in order[:count].tolist()]
 
     def examples(self, part: str, client: str = "") -> list[Example]:
         """Encoded examples of `train` or `held-out` (a client's) or `test` (the coordinator's); encoded once a worker."""

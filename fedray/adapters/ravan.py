@@ -1,0 +1,63 @@
+"""RAVAN's adapter (NeurIPS 2025, arXiv 2506.05568): delta = s sum_h s_h B_h H_h A_h, several frozen random bases, of which
+the cores H_h and their scales s_h train. METHODS.md 6.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedray import seeding
+from fedray.adapters.base import Adapter, Factors, Layer
+from fedray.adapters.modules import CoreProduct
+from fedray.lowrank import LowRank
+
+A, B, H, S = "ravan_A", "ravan_B", "ravan_H", "ravan_s"
+
+
+@dataclass(frozen=True)
+class Ravan(Adapter):
+    """Factors `ravan_B` (m x h r), `ravan_A` (h r x n), `ravan_H` (h x r x r), `ravan_s` (h); `rank` is r, of each head.
+
+    The bases are orthonormal and drawn from the seed: no bytes, and no data. `cores`: h, so rank h r for h r^2 numbers.
+    """
+
+    kind = "ravan"
+    trains = (H, S)
+    cores: int = 4
+
+    def alpha(self, rank: int) -> float:
+        """The rank, so that s = 1."""
+        return float(rank)
+
+    def width(self, rank: int) -> int:
+        return self.cores * rank
+
+    def delta_columns(self, rank: int) -> int:
+        return self.cores * rank
+
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        h, r = self.cores, layer.rank
+        return {A: (h * r, layer.n), B: (layer.m, h * r), H: (h, r, r), S: (h,)}
+
+    def draw(self, layer: Layer, seed: int) -> dict[str, Tensor]:
+        shapes = self.shapes(layer)
+
+        def orthonormal(rows: int, name: str) -> Tensor:
+            return torch.linalg.qr(torch.randn(rows, shapes[A][0], generator=seeding.generator(seed, layer.name, name))).Q.contiguous()
+
+        return {A: orthonormal(layer.n, A).T.contiguous(), B: orthonormal(layer.m, B), H: torch.zeros(shapes[H]), S: torch.ones(shapes[S])}
+
+    def delta(self, layer: Layer, factors: Factors) -> LowRank:
+        core = torch.block_diag(*(factors[H] * factors[S][:, None, None]))
+        return LowRank(layer.scale * factors[B] @ core, factors[A])
+
+    def averaging_error(self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors) -> LowRank:
+        """Zero: what is averaged are the products s_h H_h, and the delta is linear in them."""
+        return LowRank.zeros(layer.m, layer.n, means[H].dtype)
+
+    def module(self, layer: Layer) -> nn.Module:
+        return CoreProduct(A, B, H, self.shapes(layer), S)

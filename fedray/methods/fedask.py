@@ -1,0 +1,96 @@
+"""FedASK (NeurIPS 2025, arXiv 2507.09990): the mean update through two linear sketches, so that the server never sees a client's
+factors (and could sum them securely). METHODS.md 6.10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedray import seeding
+from fedray.lowrank import LowRank
+from fedray.methods.base import Cohort, Diagnostics, Method, Payload, Spec, State, Update, check_finite, key
+
+Y, P, LEFT, Q = "sketch_Y", "sketch_P", "sketch_left", "sketch_Q"
+
+
+@dataclass(frozen=True)
+class FedASK(Method):
+    """Up: Y_i = B_i (A_i Omega), Omega (n x q) drawn anew each round from the seed, q = r + `oversample`. Down: Q = qr(sum p_i Y_i). Up:
+    P_i = A_i^T (B_i^T Q). Then U S V^T = SVD_r((sum p_i P_i)^T), B <- Q U S^1/2, A <- S^1/2 V^T. m q + n q up, m q + r (m + n) down.
+
+    The server cannot know the ideal. Each client also sends ||B_i A_i - Q Q^T B_i A_i||, one number a layer, so that `exactness` is an
+    upper bound: (sum p_i of these, and the tail that SVD_r cuts, added as squares) over ||Q^T sum p_i B_i A_i||.
+    """
+
+    name = "fedask"
+    adapters = ("lora",)
+    exact = "to its tail"
+    asks = True
+    oversample: int = 8
+
+    def width(self, layer) -> int:
+        """Columns of the sketch."""
+        return min(layer.rank + self.oversample, layer.m, layer.n)
+
+    def upload(self, spec: Spec, client: str, tensors: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
+        B, A = spec.adapter.pair
+        sent = {n: t for n, t in tensors.items() if n.rsplit(".", 1)[1] not in (B, A)}
+        for layer in spec.layers:
+            generator = seeding.generator(spec.seed, "sketch", layer.name, round)
+            Omega_nq = torch.randn(layer.n, self.width(layer), generator=generator).to(tensors[key(layer, A)].dtype)
+            sent[key(layer, Y)] = tensors[key(layer, B)] @ (tensors[key(layer, A)] @ Omega_nq)
+        return sent
+
+    def question(self, state: State, updates: Sequence[Update]) -> dict[str, Tensor]:
+        for update in updates:
+            check_finite(update)
+        total, asked = sum(u.weight for u in updates), {}
+        for layer in state.spec.layers:
+            Y_mq = sum(u.weight / total * u.tensors[key(layer, Y)].double() for u in updates)
+            asked[key(layer, Q)] = torch.linalg.qr(Y_mq).Q.to(updates[0].tensors[key(layer, Y)].dtype)
+        return asked
+
+    def answer(self, spec: Spec, question: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        B, A = spec.adapter.pair
+        sent = {}
+        for layer in spec.layers:
+            Q_mq, B_mr, A_rn = question[key(layer, Q)], trained[key(layer, B)], trained[key(layer, A)]
+            seen_qr = Q_mq.T @ B_mr
+            sent[key(layer, P)] = (seen_qr @ A_rn).T
+            sent[key(layer, LEFT)] = torch.tensor([LowRank(B_mr - Q_mq @ seen_qr, A_rn).norm()], dtype=A_rn.dtype)
+        return sent
+
+    def aggregate(self, state: State, updates) -> tuple[State, Diagnostics]:
+        """`updates` hold both uploads; `state.memory` holds the question's Q."""
+        updates = list(updates)
+        for update in updates:
+            check_finite(update)
+        total, spec, sent, lost, whole = sum(u.weight for u in updates), state.spec, {}, 0.0, 0.0
+        dtype = next(iter(updates[0].tensors.values())).dtype
+
+        def mean(name: str) -> Tensor:
+            return sum(u.weight / total * u.tensors[name].double() for u in updates)
+
+        B, A = spec.adapter.pair
+        for layer in spec.layers:
+            U, S, Vt = torch.linalg.svd(mean(key(layer, P)).T, full_matrices=False)
+            root, r = S[: layer.rank].sqrt(), layer.rank
+            sent[key(layer, B)] = state.memory[key(layer, Q)].double() @ (U[:, :r] * root)
+            sent[key(layer, A)] = root[:, None] * Vt[:r]
+            lost += layer.scale**2 * (S[r:].square().sum().item() + mean(key(layer, LEFT)).item() ** 2)
+            whole += layer.scale**2 * S.square().sum().item()
+        sent |= {name: mean(name) for name in state.heads}
+        memory = {n: t for n, t in state.memory.items() if not n.endswith(f".{Q}")}
+        merged = state.replace(round=state.round + 1, tensors={n: t.to(dtype).contiguous() for n, t in sent.items()}, memory=memory)
+        return merged, Diagnostics(None, (lost / whole) ** 0.5 if whole else 0.0, whole**0.5)
+
+    def merge(self, state: State, cohort: Cohort):
+        raise NotImplementedError("FedASK's server has sketches, no factors: see aggregate")
+
+    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
+        up = sum(self.width(layer) * (layer.m + layer.n) + 1 for layer in spec.layers)
+        return Payload(up=up, down=spec.size() + sum(self.width(layer) * layer.m for layer in spec.layers))

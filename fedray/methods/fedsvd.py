@@ -1,0 +1,36 @@
+"""FedSVD (Lee et al., NeurIPS 2025, arXiv 2505.12805): FFA with a new basis every round. METHODS.md 6.9."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedray.lowrank import LowRank
+from fedray.methods.base import Cohort, Deltas, Method, Payload, Spec, State, deltas, key
+
+
+@dataclass(frozen=True)
+class FedSVD(Method):
+    """B trains; U S V^T = SVD((sum p_i B_i) A), then B <- U S, A <- V^T: lossless, since the product has rank r. r m up, r (m + n) down."""
+
+    name = "fedsvd"
+    exact = "yes"
+
+    def trained(self, spec: Spec) -> tuple[str, ...]:
+        return spec.adapter.pair[:1]
+
+    def drawn(self, spec: Spec) -> dict[str, int]:
+        return {name: 0 for name in spec.names if name not in spec.adapter.started}
+
+    def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
+        spec, sent = state.spec, {name: cohort.means[name] for name in state.heads}
+        B, A = spec.adapter.pair
+        for layer in spec.layers:
+            U, S, Vt = LowRank(cohort.means[key(layer, B)], cohort.means[key(layer, A)]).svd()
+            sent |= {key(layer, B): U * S, key(layer, A): Vt}
+        sent = cohort.cast(sent)
+        return state.replace(round=state.round + 1, tensors=sent), deltas(spec, cohort.means | sent)
+
+    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
+        started = spec.size(*spec.adapter.started) if spec.adapter.started and round == 0 else 0
+        return Payload(up=spec.size(spec.adapter.pair[0]), down=spec.size(*spec.adapter.pair) if round else 0, once=started)

@@ -1,0 +1,89 @@
+"""The gradient of the frozen weights over a client's examples, for LoRA-SB's bases: as sketches, or a few layers at a time.
+
+For a linear layer with inputs X (T x n) and gradients D (T x m) of its outputs, the weight's gradient is G = D^T X. Sketches need
+only D^T (X Omega) and (D Q)^T X, so m x n is never formed, here or anywhere; only the sign of the sum (the authors' choice) needs G itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from fedray.adapters import attach
+from fedray.data.tasks import Example
+
+if TYPE_CHECKING:
+    from fedray.training.local import LocalTrainer
+
+Accumulate = Callable[[str, Tensor, Tensor], None]
+
+
+def dense(trainer: LocalTrainer, examples: Sequence[Example], layers: Sequence[str]) -> dict[str, Tensor]:
+    """G (m x n, fp32, CPU) of the named layers: the mean over the examples of each one's gradient."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, x_tn: Tensor, d_tm: Tensor) -> None:
+        sums[name] = sums[name].addmm_(d_tm.T, x_tn) if name in sums else d_tm.T @ x_tn
+
+    _pass(trainer, examples, layers, add)
+    return {name: (total / len(examples)).cpu() for name, total in sums.items()}
+
+
+def range_sketch(trainer: LocalTrainer, examples: Sequence[Example], tests_nq: dict[str, Tensor]) -> dict[str, Tensor]:
+    """G Omega (m x q) of every layer in `tests_nq`; linear in G, so clients' sketches add up."""
+    return _sketch(trainer, examples, tests_nq, lambda test, x_tn, d_tm: d_tm.T @ (x_tn @ test))
+
+
+def row_sketch(trainer: LocalTrainer, examples: Sequence[Example], bases_mq: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Q^T G (q x n) of every layer in `bases_mq`; linear too."""
+    return _sketch(trainer, examples, bases_mq, lambda basis, x_tn, d_tm: (d_tm @ basis).T @ x_tn)
+
+
+def _sketch(trainer: LocalTrainer, examples: Sequence[Example], sides: dict[str, Tensor], product) -> dict[str, Tensor]:
+    sides = {name: side.to(trainer.device) for name, side in sides.items()}
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, x_tn: Tensor, d_tm: Tensor) -> None:
+        part = product(sides[name], x_tn, d_tm)
+        sums[name] = sums[name].add_(part) if name in sums else part
+
+    _pass(trainer, examples, list(sides), add)
+    return {name: (total / len(examples)).cpu() for name, total in sums.items()}
+
+
+def _pass(trainer: LocalTrainer, examples: Sequence[Example], layers: Sequence[str], add: Accumulate) -> None:
+    """One forward and backward a sequence: each counts alike, so a weighted mean over clients is the mean over all examples.
+
+    In evaluation mode (no dropout), and in fp32 from the hooks on.
+    """
+    trainer.model.eval()
+    with _hooked(trainer.model, layers, add):
+        for example in examples:
+            batch = {name: tensor.to(trainer.device) for name, tensor in trainer.task.collate([example]).items()}
+            loss = trainer.task.loss(lambda inputs: trainer.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits, batch)
+            loss.backward()
+    trainer.model.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def _hooked(model: nn.Module, layers: Sequence[str], add: Accumulate) -> Iterator[None]:
+    """Calls `add(layer, X, D)` in every backward pass. The embeddings are made to ask for gradients, so that the first layer has them."""
+
+    def watch(name: str, module: nn.Module):
+        def forward(_, inputs, output: Tensor) -> None:
+            x = inputs[0].detach()
+            output.register_hook(lambda d: add(name, x.reshape(-1, x.shape[-1]).float(), d.reshape(-1, d.shape[-1]).float()))
+
+        return module.register_forward_hook(forward)
+
+    bases = attach.base_layers(model)
+    handles = [model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))]
+    handles += [watch(name, bases[name]) for name in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
