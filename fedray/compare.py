@@ -45,8 +45,13 @@ class Entry:
             raise ConfigError(f"--methods '{text}' is not known: write [ADAPTER+]METHOD[@RANK] with a method of {', '.join(METHODS)}")
         return Entry(text, found[1] or METHODS[found[2]].adapters[0], found[2], found[3])
 
-    def flags(self) -> list[str]:
-        return ["--method.name", self.method, "--adapter.kind", self.adapter, *(["--adapter.rank", self.rank] if self.rank else [])]
+    def flags(self, own: dict[str, str]) -> list[str]:
+        """`own`: the comparison's flags, among them perhaps this entry's."""
+        given = [part.split("=", 1) for part in own.get(f"set.{self.text}", "").split(",") if part]
+        if bad := [part for part in given if len(part) != 2]:
+            raise ConfigError(f"--set.{self.text} '{bad[0][0]}' is no setting: write key=value,key=value")
+        rank = ["--adapter.rank", self.rank] if self.rank else []
+        return ["--method.name", self.method, "--adapter.kind", self.adapter, *rank, *(f for k, v in given for f in (f"--{k}", v))]
 
 
 @dataclass(frozen=True)
@@ -93,12 +98,13 @@ def _most(values: Iterable[float | None]) -> float | None:
 
 
 def split_flags(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The comparison's own flags (with defaults; `--lrs.ENTRY` is one entry's own grid) and those of the runs."""
+    """The comparison's own flags (with defaults) and those of the runs. `--lrs.ENTRY` is one entry's own grid, `--set.ENTRY
+    key=value,key=value` what only its runs are given."""
     own, rest = dict(_OWN), []
     queue = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     while queue:
         word = queue.pop(0)
-        if word.startswith("--lrs.") or (word.startswith("--") and word[2:] in own):
+        if word.startswith(("--lrs.", "--set.")) or (word.startswith("--") and word[2:] in own):
             if not queue:
                 raise ConfigError(f"{word} needs a value")
             own[word[2:]] = queue.pop(0)
@@ -120,27 +126,27 @@ def compare(argv: list[str], say: Callable[[str], None]) -> tuple[list[Result], 
     except ValueError as error:
         raise ConfigError(f"--seeds, --lrs and --jobs hold numbers: {error}") from None
     for flag in own.keys() - _OWN.keys():
-        if flag.removeprefix("lrs.") not in [e.text for e in entries]:
+        if flag.split(".", 1)[1] not in [e.text for e in entries]:
             raise ConfigError(f"--{flag} names no entry of --methods {own['methods']}")
     for flag in ("--seed", "--federation.lr", "--output.dir", "--method.name"):
         if flag in rest:
             raise ConfigError(f"{flag} is set by the comparison itself: use --seeds, --lrs, --out or --methods")
     out = Path(own["out"])
-    higher = {e: TASKS[read_config([*rest, *e.flags()]).model.task].higher_is_better for e in entries}
+    higher = {e: TASKS[read_config([*rest, *e.flags(own)]).model.task].higher_is_better for e in entries}
 
     def folder(entry: Entry, name: str) -> Path:
         return out / entry.text.replace("+", "-").replace("@", "-rank-") / name
 
     def tune(job: tuple[Entry, float]) -> float | None:
         entry, lr = job
-        flags = [*rest, *entry.flags(), "--federation.lr", str(lr), "--seed", str(seeds[0]), "--data.test_split", own["validation"]]
+        flags = [*rest, *entry.flags(own), "--federation.lr", str(lr), "--seed", str(seeds[0]), "--data.test_split", own["validation"]]
         summary = _run(flags, folder(entry, f"tune-{lr:g}"), must=False)
         say(f"{entry.text}  lr {lr:g}: " + (f"{summary['final']:.4f} on {own['validation']}" if summary else "diverged or failed"))
         return summary["final"] if summary else None
 
     def final(job: tuple[Entry, float, int]) -> dict[str, Any]:
         entry, lr, seed = job
-        summary = _run([*rest, *entry.flags(), "--federation.lr", str(lr), "--seed", str(seed)], folder(entry, f"seed-{seed}"), must=True)
+        summary = _run([*rest, *entry.flags(own), "--federation.lr", str(lr), "--seed", str(seed)], folder(entry, f"seed-{seed}"), must=True)
         say(f"{entry.text}  lr {lr:g}, seed {seed}: {summary['final']:.4f}")
         return summary
 

@@ -214,6 +214,11 @@ class Method(ABC):
         """The factors that clients draw from the seed instead of receiving them."""
         return {name: 0 for name in spec.names if name not in (*self.trained(spec), *spec.adapter.started)}
 
+    @property
+    def fresh(self) -> bool:
+        """Whether every round starts from the drawn and started factors again, so that none of them travels."""
+        return False
+
     def keeps(self, spec: Spec) -> tuple[str, ...]:
         """Factors that stay with the client from round to round: each client has a model of its own."""
         return ()
@@ -224,7 +229,7 @@ class Method(ABC):
         What trains and is neither drawn nor kept travels every round; started factors that rest are an increment.
         """
         draw, heads, start = self.drawn(spec), dict(heads or {}), dict(start or {})
-        travels = [f for f in self.trained(spec) if f not in draw and f not in self.keeps(spec)]
+        travels = [] if self.fresh else [f for f in self.trained(spec) if f not in draw and f not in self.keeps(spec)]
         sent = {name: t for f in travels if f not in spec.adapter.started for name, t in spec.drawn(f, 0).items()}
         sent |= {name: t for name, t in start.items() if name.rsplit(".", 1)[1] in travels}
         once = {name: t for name, t in start.items() if name not in sent}

@@ -46,8 +46,12 @@ class FedEx(Method):
     assignment: Literal["average", "reinit"] = "average"
     residual_rank: int | None = None
 
+    @property
+    def fresh(self) -> bool:
+        return self.assignment == "reinit"
+
     def drawn(self, spec: Spec) -> dict[str, int]:
-        if self.assignment == "average":
+        if not self.fresh:
             return {}
         return {name: 0 for name in self.trained(spec) if name not in spec.adapter.started}
 
