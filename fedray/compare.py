@@ -23,6 +23,8 @@ from typing import Any
 from fedray.config import read_config
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError, FedrayError
+from fedray.federation.results import read_run_config
+from fedray.federation.run import differences, rooted
 from fedray.methods import METHODS
 
 _OWN = {"methods": "fedit,ffa,fedex,fra,flora", "seeds": "0,1,2", "lrs": "1e-3,3e-3,1e-2", "out": "runs/compare", "jobs": "1", "validation": "validation"}
@@ -146,7 +148,8 @@ def compare(argv: list[str], say: Callable[[str], None]) -> tuple[list[Result], 
 
     def final(job: tuple[Entry, float, int]) -> dict[str, Any]:
         entry, lr, seed = job
-        summary = _run([*rest, *entry.flags(own), "--federation.lr", str(lr), "--seed", str(seed)], folder(entry, f"seed-{seed}"), must=True)
+        flags = [*rest, *entry.flags(own), "--federation.lr", str(lr), "--seed", str(seed)]
+        summary = _run(flags, folder(entry, f"lr-{lr:g}-seed-{seed}"), must=True)
         say(f"{entry.text}  lr {lr:g}, seed {seed}: {summary['final']:.4f}")
         return summary
 
@@ -179,9 +182,15 @@ def _best(entry: Entry, values: dict[float, float | None], higher: bool) -> floa
 
 
 def _run(flags: list[str], folder: Path, must: bool) -> dict[str, Any] | None:
-    """The summary of one run, from its directory where it is there already. None when it failed and need not succeed."""
+    """The summary of one run, from its directory where it is there already. None when it failed and need not succeed.
+
+    Raises ConfigError when the directory holds a run of another config.
+    """
     summary = folder / "summary.json"
-    if not summary.is_file():
+    if summary.is_file():
+        if found := differences(read_run_config(folder), rooted(read_config(flags))):
+            raise ConfigError(f"'{folder}' holds a run with another {found[0]} ({found[1]}, now {found[2]}): give another --out")
+    else:
         folder.parent.mkdir(parents=True, exist_ok=True)
         log = folder.parent / f"{folder.name}.log"
         with log.open("w") as file:

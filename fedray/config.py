@@ -80,7 +80,7 @@ class AdapterSection(Section):
     subspace_oversample: int | None = Field(None, ge=0)
     """lora-sb, subspace gradient-raw and public: columns beyond the rank of the range finder (default 16)."""
     subspace_passes: int | None = Field(None, ge=0)
-    """lora-sb, subspace gradient-raw and public: power iterations of the range finder, two uploads each (default 1)."""
+    """lora-sb, subspace gradient-raw and public: power iterations of the range finder, two uploads each (default 2)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     targets: Annotated[str | tuple[str, ...], BeforeValidator(_names)] = "all-linear"

@@ -8,17 +8,14 @@ entry is the whole product: PEFT finds the targets, saves, loads, merges and unm
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
+from fedray.adapters.base import Adapter, Layer
 from fedray.lowrank import khatri_rao_columns, khatri_rao_rows
-
-if TYPE_CHECKING:
-    from fedray.adapters.base import Adapter
 
 
 class CoreProduct(nn.Module):
@@ -109,9 +106,8 @@ class FactoredLinear(LoraLinear):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config, **kwargs) -> None:
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
-        from fedray.adapters.base import Layer
-
         weight = self.get_base_layer().weight
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)  # n x m; PEFT sets this for its own layers only
         self.scaling[adapter_name] = self.adapter.scaling(r, lora_alpha, config.use_rslora)
         layer = Layer("", self.out_features, self.in_features, r, self.scaling[adapter_name])
         self.lora_A[adapter_name] = self.adapter.module(layer).to(weight.device)

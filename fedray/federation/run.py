@@ -79,7 +79,7 @@ class Prepared:
 
 def prepare(config: Config) -> Prepared:
     """Read and check everything. Raises ConfigError; writes nothing."""
-    config = _rooted(config)
+    config = rooted(config)
     folder, resuming = _folder(config)
     data = load_data(config)
     if (config.federation.cohort or 0) > len(data.clients):
@@ -94,17 +94,17 @@ def prepare(config: Config) -> Prepared:
     return Prepared(config, folder, data, spec, heads, base, place(config, len(data.clients), cpus, gpus), resuming)
 
 
-def _rooted(config: Config) -> Config:
+def rooted(config: Config) -> Config:
     """The config with absolute local paths: a run directory can then be read from anywhere."""
-    def rooted(path: str | None) -> str | None:
+    def full(path: str | None) -> str | None:
         return str(Path(path).absolute()) if path not in (None, BUILTIN) and Path(path).exists() else path
 
     return config.model_copy(
         update={
-            "model": config.model.model_copy(update={"path": rooted(config.model.path)}),
-            "data": config.data.model_copy(update={"source": rooted(config.data.source)}),
-            "adapter": config.adapter.model_copy(update={"subspace_source": rooted(config.adapter.subspace_source)}),
-            "clients": {name: c.model_copy(update={"source": rooted(c.source)}) for name, c in config.clients.items()},
+            "model": config.model.model_copy(update={"path": full(config.model.path)}),
+            "data": config.data.model_copy(update={"source": full(config.data.source)}),
+            "adapter": config.adapter.model_copy(update={"subspace_source": full(config.adapter.subspace_source)}),
+            "clients": {name: c.model_copy(update={"source": full(c.source)}) for name, c in config.clients.items()},
         }
     )
 
@@ -127,7 +127,7 @@ def _folder(config: Config) -> tuple[Path, bool]:
         raise ConfigError(f"output.dir '{config.output.dir}' is not empty and holds no run: choose another")
     if not config.output.resume:
         raise ConfigError(f"output.dir '{config.output.dir}' holds another run: choose another, or go on with it by --output.resume")
-    different = _differences(read_run_config(folder), config)
+    different = differences(read_run_config(folder), config)
     if different:
         raise ConfigError(
             f"output.dir '{config.output.dir}' holds a run with another {different[0]} ({different[1]}, now {different[2]}): "
@@ -136,7 +136,7 @@ def _folder(config: Config) -> tuple[Path, bool]:
     return folder, True
 
 
-def _differences(old: Config, new: Config) -> tuple[str, Any, Any] | None:
+def differences(old: Config, new: Config) -> tuple[str, Any, Any] | None:
     """The first key that a resumed run may not change: where it runs and writes may, what it computes may not."""
     def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         for name, value in values.items():

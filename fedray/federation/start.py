@@ -33,7 +33,7 @@ from fedray.methods import Spec
 
 #: Most numbers of dense gradient that clients send, and the coordinator holds, at a time (a layer that has more goes alone).
 GROUP = 1 << 25
-EXAMPLES, OVERSAMPLE, PASSES = 64, 16, 1
+EXAMPLES, OVERSAMPLE, PASSES = 64, 16, 2
 
 #: (report, its answer's tensors) of each client asked, in order.
 Answers = Callable[[Question, Sequence[str]], list[tuple[Report, dict[str, Tensor], int]]]
