@@ -128,16 +128,20 @@ _CHUNK = 1 << 17
 """Numbers at a time in `weighted_sum`: the fp64 accumulator stays in a core's cache, so memory is read once and written once."""
 
 
-def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_i w_i T_i of tensors of one shape, added in fp64 in the order given; fp64, on their device."""
-    shape, flat = tensors[0].shape, [t.reshape(-1) for t in tensors]
-    total = torch.empty(flat[0].numel(), dtype=torch.float64, device=flat[0].device)
-    for start in range(0, total.numel(), _CHUNK):
-        part = total[start : start + _CHUNK]
-        torch.mul(flat[0][start : start + _CHUNK].double(), weights[0], out=part)
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
+    """sum_i w_i T_i of tensors of one shape, added in fp64 in the order given and rounded once to `dtype`; on their device."""
+    flat = [t.reshape(-1) for t in tensors]
+    size, device = flat[0].numel(), flat[0].device
+    result = torch.empty(size, dtype=dtype, device=device)
+    total = torch.empty(min(size, _CHUNK), dtype=torch.float64, device=device)
+    term = torch.empty_like(total)
+    for start in range(0, size, _CHUNK):
+        count = min(_CHUNK, size - start)
+        torch.mul(term[:count].copy_(flat[0][start : start + count]), weights[0], out=total[:count])
         for tensor, weight in zip(flat[1:], weights[1:], strict=True):
-            part.add_(tensor[start : start + _CHUNK].double(), alpha=weight)
-    return total.reshape(shape)
+            total[:count].add_(term[:count].copy_(tensor[start : start + count]), alpha=weight)
+        result[start : start + count].copy_(total[:count])
+    return result.reshape(tensors[0].shape)
 
 
 def khatri_rao_rows(left: Tensor, right: Tensor) -> Tensor:
@@ -182,8 +186,6 @@ def _apply_q(reflectors: tuple[Tensor, Tensor], vectors: Tensor) -> Tensor:
     return torch.ormqr(packed, tau, padded)
 
 
-def relative_norm(part: Iterable[LowRank], whole: Iterable[LowRank]) -> float:
-    """||part|| / ||whole||, each the Frobenius norm over all layers together; 0 when the part is 0."""
-    above = sum(p.norm() ** 2 for p in part) ** 0.5
-    below = sum(w.norm() ** 2 for w in whole) ** 0.5
-    return above / below if above else 0.0
+def total_norm(matrices: Iterable[LowRank]) -> float:
+    """The Frobenius norm over all of them together."""
+    return sum(m.norm() ** 2 for m in matrices) ** 0.5

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedray.lowrank import LowRank, relative_norm
+from fedray.lowrank import LowRank, total_norm
 
 sizes = st.integers(1, 17)
 seeds = st.integers(0, 2**31)
@@ -75,7 +75,7 @@ def test_dtype_and_shape_rules():
     M = draw(4, 3, 2, 0, torch.float32)
     assert M.compress(1).B.dtype == torch.float32 and M.to(torch.float64).A.dtype == torch.float64
     assert LowRank.zeros(4, 3).norm() == 0.0 and LowRank.zeros(4, 3).k == 0
-    assert relative_norm([LowRank.zeros(4, 3)], [M]) == 0.0
+    assert total_norm([LowRank.zeros(4, 3)]) == 0.0 and total_norm([M, M]) == pytest.approx(2**0.5 * M.norm())
     with pytest.raises(ValueError, match="do not form a product"):
         LowRank(torch.zeros(3, 2), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="cannot add"):

@@ -159,7 +159,7 @@ class Coordinator:
             self.state, diagnostics = self.method.aggregate(before, updates)
             self._publish()
         if self.config.federation.keep_optimizer or self.method.keeps(self._spec):
-            self._kept |= {o.client: o.kept for o in outcomes}
+            self._kept |= {o.client: o.kept for o in outcomes if o.kept is not None}  # SGD has no state
         reports = [o.report for o in outcomes]
         examples = sum(r.examples for r in reports)
         record = {

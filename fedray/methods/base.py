@@ -23,7 +23,7 @@ from torch import Tensor
 from fedray import seeding
 from fedray.adapters.base import Adapter, Layer, pad_to
 from fedray.errors import RoundError
-from fedray.lowrank import LowRank, relative_norm, weighted_sum
+from fedray.lowrank import LowRank, total_norm, weighted_sum
 from fedray.methods.server import ServerOptimizer
 
 Tensors = Mapping[str, Tensor]
@@ -167,7 +167,8 @@ class Diagnostics:
 
 @dataclass(frozen=True)
 class Cohort:
-    """The updates of a round: names, weights p_i, complete factors per client as they came, and their means in fp64."""
+    """The updates of a round: names, weights p_i, complete factors per client as they came, and their means (added in fp64, rounded
+    once to the clients' dtype)."""
 
     clients: tuple[str, ...]
     weights: tuple[float, ...]
@@ -276,7 +277,9 @@ class Method(ABC):
         if self.server is not None:
             before = self.view(state.spec, self.broadcast(state), None).tensors
             moves = [n for n in cohort.means if n in state.heads or n.rsplit(".", 1)[1] in state.trained]
-            stepped, memory = self.server.step({n: before[n].double() for n in moves}, {n: cohort.means[n] for n in moves}, state.memory)
+            stepped, memory = self.server.step(
+                {n: before[n].double() for n in moves}, {n: cohort.means[n].double() for n in moves}, state.memory
+            )
             merged = self.merge(state, dataclasses.replace(cohort, means=cohort.means | stepped))[0].replace(memory=memory)
         return merged, diagnostics
 
@@ -301,8 +304,8 @@ class Method(ABC):
         shares = tuple(w / total for w in weights)
         start = self.view(state.spec, message, None).tensors
         starts = [self.view(state.spec, message, c).tensors for c in names] if self.personal else [start] * len(names)
-        means = {name: tensor.double() for name, tensor in start.items()}
-        means |= {name: weighted_sum([r[name] for r in received], shares) for name in received[0]}
+        means = {name: tensor.to(dtype) for name, tensor in start.items()}
+        means |= {name: weighted_sum([r[name] for r in received], shares, dtype) for name in received[0]}
         return Cohort(tuple(names), shares, tuple(s | r for s, r in zip(starts, received, strict=True)), means, dtype)
 
     @abstractmethod
@@ -432,7 +435,8 @@ def averaging_error(spec: Spec, cohort: Cohort) -> Deltas:
     result = {}
     for layer in spec.layers:
         factors = [{n.rsplit(".", 1)[1]: t[n].double() for n in (key(layer, f) for f in spec.names)} for t in cohort.tensors]
-        result[layer.name] = spec.adapter.averaging_error(layer, factors, cohort.weights, spec.factors(layer, cohort.means))
+        means = {f: t.double() for f, t in spec.factors(layer, cohort.means).items()}
+        result[layer.name] = spec.adapter.averaging_error(layer, factors, cohort.weights, means)
     return result
 
 
@@ -449,9 +453,7 @@ def diagnose(spec: Spec, cohort: Cohort, landed: Deltas | None) -> Diagnostics:
     if landed is None:
         return Diagnostics(None, None, None)
     wanted = ideal(spec, cohort)
-    missed = [landed[name].to(torch.float64) - delta for name, delta in wanted.items()]
-    return Diagnostics(
-        aggregation_error=relative_norm(averaging_error(spec, cohort).values(), wanted.values()),
-        exactness=relative_norm(missed, wanted.values()),
-        ideal_norm=sum(delta.norm() ** 2 for delta in wanted.values()) ** 0.5,
-    )
+    whole = total_norm(wanted.values())
+    lost = total_norm(landed[name].to(torch.float64) - delta for name, delta in wanted.items())
+    averaged = total_norm(averaging_error(spec, cohort).values())
+    return Diagnostics(averaged / whole if averaged else 0.0, lost / whole if lost else 0.0, whole)

@@ -66,7 +66,7 @@ class FRA(Method):
             sent[key(layer, B)] = U[:, :r] * (S[:r] / root.clamp_min(torch.finfo(S.dtype).tiny))
             sent[key(layer, A)] = root[:, None] * Vt[:r]
             if self.residual == "fold":
-                rests = {f: cohort.means[key(layer, f)] for f in spec.names}
+                rests = {f: cohort.means[key(layer, f)].double() for f in spec.names}
                 tails[layer.name] = spec.adapter.lift(layer, rests, LowRank(U[:, r:] * S[r:], Vt[r:]))
         sent = cohort.cast(sent | {name: cohort.means[name] for name in state.heads})
         merged = state.replace(round=state.round + 1, tensors=sent)

@@ -28,7 +28,7 @@ class LoRAFair(FedIT):
         spec, means = state.spec, dict(cohort.means)
         B, A = spec.adapter.pair
         for layer in spec.layers:
-            Bbar_mr, Abar_rn = means[key(layer, B)], means[key(layer, A)]
+            Bbar_mr, Abar_rn = means[key(layer, B)].double(), means[key(layer, A)].double()
             gram_rr = Abar_rn @ Abar_rn.T
             inner = inner_mean(spec, cohort, layer)
             missing_mr = inner.B @ (inner.A @ Abar_rn.T) - Bbar_mr @ gram_rr
