@@ -118,6 +118,13 @@ def _methods(argv: list[str], console: Console) -> int:
     from fedray.adapters import ADAPTERS
     from fedray.methods import METHODS, why_not
 
+    if argv == ["--markdown"]:
+        print("| method | " + " | ".join(ADAPTERS) + " | exact |\n|" + "---|" * (len(ADAPTERS) + 2))
+        for name, method in METHODS.items():
+            print(f"| `{name}` | " + " | ".join("yes" if kind in method.adapters else "" for kind in ADAPTERS) + f" | {method.exact} |")
+        return 0
+    if argv:
+        raise ConfigError(f"fedray methods takes nothing but --markdown, not '{argv[0]}'")
     table = Table()
     for column in ("method", *ADAPTERS, "exact", "what it does"):
         table.add_column(column)

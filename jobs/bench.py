@@ -1,15 +1,20 @@
 """What fedray's own parts cost, as ratios measured in one run, with medians.
 
-    python jobs/bench.py                # both
+    python jobs/bench.py                # all of it
     python jobs/bench.py aggregation    # factored against dense, 4096 x 4096, 10 clients, rank 16
     python jobs/bench.py step           # a DeepSpeed client step against the same loop in plain PyTorch
+    python jobs/bench.py abba           # ABBA's memory and step against LoRA's at equal parameters, and LoHa's
+    python jobs/bench.py model          # a whole Llama-3.2-1B: 10 clients of rank 16, every linear layer; --clients, --shape
 
 Times in seconds are this machine's; the ratios are what is claimed. Run it on a quiet machine.
 """
 
 import argparse
+import os
 import statistics
 import time
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory says when it starts and stops
 
 import torch
 from rich.console import Console
@@ -84,7 +89,7 @@ def step(console: Console, rounds: int) -> None:
         config = from_dict({"worker": {"backend": backend}, "engine": "inline", "federation": {"local_steps": 4, "batch_size": 8}})
         trainer = LocalTrainer(config, "cpu", torch.get_num_threads())
         method = make_method(config)
-        state = method.init(Spec(ADAPTERS["lora"], trainer.layers, 0), trainer.describe()[1])
+        state = method.init(Spec(ADAPTERS["lora"](), trainer.layers, 0), trainer.describe()[1])
         trainers[backend] = (trainer, method.view(state.spec, state, None))
         trainer.train(trainers[backend][1], "xml", 0)  # warm
     seconds = {backend: [] for backend in trainers}
@@ -103,17 +108,213 @@ def step(console: Console, rounds: int) -> None:
     console.print(table)
 
 
+# --- ABBA ------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(call, device: str) -> int:
+    """The most bytes that PyTorch holds at one moment during a call, beyond what it held before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for _, size in sorted(events, key=lambda e: e[0]):
+        held += size
+        most = max(most, held)
+    return most
+
+
+def encoder(kind: str, rank: int, hidden: int, layers: int):
+    """A BERT of random weights with adapters on all linear layers of its encoder; LoHa is PEFT's own."""
+    from peft import LoHaConfig, get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from fedray.adapters import attach
+
+    torch.manual_seed(0)
+    shape = BertConfig(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32, intermediate_size=4 * hidden, vocab_size=1000)
+    model = BertForSequenceClassification(shape)
+    targets = ("query", "key", "value", "dense")
+    if kind == "loha":
+        return get_peft_model(model, LoHaConfig(r=rank // 2, alpha=rank, target_modules=list(targets), exclude_modules="classifier"))
+    return attach.attach(model, from_dict({"adapter": {"kind": kind, "rank": rank, "targets": targets}}).adapter, "classification")
+
+
+def layer(kind: str, rank: int, width: int):
+    """One width x width layer."""
+    from peft import LoHaConfig, get_peft_model
+
+    from fedray.adapters import attach
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(width, width, bias=False))
+    if kind == "loha":
+        return get_peft_model(model, LoHaConfig(r=rank // 2, alpha=rank, target_modules=["0"]))
+    section = from_dict({"adapter": {"kind": kind, "rank": rank}}).adapter
+    config = attach.lora_config(section.model_copy(update={"targets": ("0",)}), "causal-lm")
+    config.task_type = None
+    return get_peft_model(model, config)
+
+
+def abba(console: Console, repeats: int) -> None:
+    """A training step (forward, backward, AdamW) of LoRA, ABBA and LoHa with the same number of parameters, in turn."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kinds = ("lora", "abba", "loha")
+    cases = (
+        ("BERT, 6 layers of 384, rank 8, 16 x 64 tokens", lambda kind: encoder(kind, 8, 384, 6), 16 * 64, None),
+        ("one 4096 x 4096 layer, rank 32, 512 tokens", lambda kind: layer(kind, 32, 4096), 512, 4096),
+    )
+    for title, make, tokens, width in cases:
+        models, steps = {}, {}
+        for kind in kinds:
+            model = models[kind] = make(kind).to(device)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+            if width is None:
+                inputs = {"input_ids": torch.randint(0, 1000, (16, 64), device=device), "labels": torch.zeros(16, dtype=torch.long, device=device)}
+
+                def step(model=model, optimizer=optimizer, inputs=inputs):
+                    model(**inputs).loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            else:
+                x = torch.randn(tokens, width, device=device)
+
+                def step(model=model, optimizer=optimizer, x=x):
+                    model(x.requires_grad_()).square().mean().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    x.grad = None
+            steps[kind] = step
+            step()
+        seconds = {kind: [] for kind in kinds}
+        for turn in range(repeats):
+            for kind in kinds[turn % 3 :] + kinds[: turn % 3]:
+                seconds[kind].append(timed_once(steps[kind], device))
+        table = Table(title=f"{title}, {device} ({torch.get_num_threads()} CPU threads), {repeats} steps in turn")
+        for column in ("adapter", "trained numbers", "median s a step", "times LoRA (median of turns)", "standing MiB", "peak MiB in a step", "times LoRA, all", "floor of its arithmetic"):
+            table.add_column(column, justify="left" if column == "adapter" else "right")
+        standing = {k: sum(p.numel() * (p.element_size() + (12 if p.requires_grad else 0)) for p in m.parameters()) for k, m in models.items()}
+        peaks = {kind: peak_bytes(steps[kind], device) for kind in kinds}
+        for kind in kinds:
+            ratio = statistics.median(mine / lora for mine, lora in zip(seconds[kind], seconds["lora"], strict=True))
+            # Multiply-adds a token: the frozen layer twice (forward, gradient of the input), thin factors of q columns three times each way.
+            floor = "-"
+            if width is not None:
+                work = {"lora": 2 * width**2 + 3 * 32 * 2 * width, "abba": 2 * width**2 + 3 * 256 * 2 * width}
+                floor = f"{work[kind] / work['lora']:.2f}" if kind in work else "-"
+            table.add_row(
+                kind, f"{sum(p.numel() for p in models[kind].parameters() if p.requires_grad):,}", f"{statistics.median(seconds[kind]):.4f}",
+                f"{ratio:.2f}", f"{standing[kind] / 2**20:.1f}", f"{peaks[kind] / 2**20:.1f}",
+                f"{(standing[kind] + peaks[kind]) / (standing['lora'] + peaks['lora']):.3f}", floor,
+            )
+        console.print(table)
+
+
+def timed_once(call, device: str) -> float:
+    started = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+# --- a whole model ---------------------------------------------------------------------------------------------
+
+
+def largest_allocation(call) -> int:
+    """Bytes of the largest single tensor that a call makes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    return max((e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), default=0)
+
+
+def whole_model(console: Console, shape: str, clients: int, rank: int) -> None:
+    """One aggregation of every linear layer, as the coordinator does it: means, SVDs, base updates, and what was lost."""
+    from fedray.config import make_spec
+    from fedray.methods import Update
+    from fedray.training.model import skeleton
+
+    names = [f"client-{i}" for i in range(clients)]
+    table = Table(title=f"{shape}, {clients} clients, rank {rank}, every linear layer ({torch.get_num_threads()} CPU threads)")
+    for column in ("method", "numbers a client", "aggregate s", "peak MiB", "over the updates' own", "largest tensor MiB", "largest m x n MiB"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name in ("fedit", "fedex", "fra", "flora", "fed-sb"):
+        adapter = {"kind": "lora-sb" if name == "fed-sb" else "lora", "rank": rank}
+        config = from_dict({"model": {"path": shape}, "adapter": adapter, "method": {"name": name}})
+        from fedray.adapters import attach
+
+        spec = make_spec(config, attach.layers(skeleton(config)), names)
+        method, g = make_method(config), torch.Generator().manual_seed(0)
+        start = {}
+        for one in spec.layers if spec.adapter.started else ():
+            start[f"{one.name}.sb_B"] = torch.linalg.qr(torch.randn(one.m, rank, generator=g)).Q
+            start[f"{one.name}.sb_A"] = torch.linalg.qr(torch.randn(one.n, rank, generator=g)).Q.T.contiguous()
+        state = method.init(spec, {}, start)
+        view = method.view(spec, state, None)
+        moved = [n for n in view.tensors if n.rsplit(".", 1)[1] in view.trained]
+        updates = [Update(c, 1.0 + i, {n: view.tensors[n] + 0.01 * torch.randn(view.tensors[n].shape, generator=g) for n in moved}) for i, c in enumerate(names)]
+        own = sum(t.numel() * 4 for u in updates for t in u.tensors.values())
+        seconds, _ = timed(lambda method=method, state=state, updates=updates: method.aggregate(state, updates), 3)
+        peak = peak_bytes(lambda method=method, state=state, updates=updates: method.aggregate(state, updates), "cpu")
+        largest = largest_allocation(lambda method=method, state=state, updates=updates: method.aggregate(state, updates))
+        dense = max(one.m * one.n * 4 for one in spec.layers)
+        table.add_row(
+            name, f"{own // 4 // clients:,}", f"{seconds:.2f}", f"{peak / 2**20:.0f}", f"{peak / own:.2f}", f"{largest / 2**20:.1f}", f"{dense / 2**20:.1f}"
+        )
+        assert largest < dense, f"{name} made a tensor of {largest} bytes: as large as m x n"
+    console.print(table)
+    mean_rate(console, clients, 11_272_192)
+
+
+def mean_rate(console: Console, clients: int, numbers: int) -> None:
+    """The weighted mean alone against copying the same updates in memory, in turn. Rates count the updates' own bytes."""
+    from fedray.lowrank import weighted_sum
+
+    vectors = [torch.randn(numbers) for _ in range(clients)]
+    room, result, weights = [torch.empty(numbers) for _ in range(clients)], torch.empty(numbers), [1 / clients] * clients
+
+    def copy() -> None:
+        for target, vector in zip(room, vectors, strict=True):
+            target.copy_(vector)
+
+    def mean() -> None:
+        weighted_sum(vectors, weights, out=result)
+
+    copy()
+    mean()
+    turns = [(timed_once(copy, "cpu"), timed_once(mean, "cpu")) for _ in range(9)]
+    rates = [clients * numbers * 4 / statistics.median(seconds) / 1e9 for seconds in zip(*turns, strict=True)]
+    table = Table(title=f"the mean of {clients} updates of {numbers:,} numbers, added in fp64 ({torch.get_num_threads()} CPU threads)")
+    for column in ("what", "GB/s", "share of the copy (median of turns)"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    table.add_row("copy in memory", f"{rates[0]:.1f}", "1")
+    table.add_row("weighted mean", f"{rates[1]:.1f}", f"{statistics.median(c / m for c, m in turns):.2f}")
+    console.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", nargs="?", choices=("all", "aggregation", "step"), default="all")
+    parser.add_argument("part", nargs="?", choices=("all", "aggregation", "step", "abba", "model"), default="all")
     parser.add_argument("--size", type=int, default=4096, help="m = n of the aggregation")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of the step benchmark")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of the step and abba benchmarks")
+    parser.add_argument("--shape", default="llama-3.2-1b", help="of the whole model: a shape that ships with fedray, or a model")
+    parser.add_argument("--clients", type=int, default=10, help="of the whole model")
     args = parser.parse_args()
-    console = Console(width=130)
-    if args.part != "step":
+    console = Console(width=150)
+    if args.part in ("all", "aggregation"):
         aggregation(console, args.size, args.size, clients=10, rank=16)
-    if args.part != "aggregation":
+    if args.part in ("all", "step"):
         step(console, args.rounds)
+    if args.part in ("all", "abba"):
+        abba(console, args.rounds)
+    if args.part in ("all", "model"):
+        whole_model(console, args.shape, args.clients, 16)
 
 
 if __name__ == "__main__":

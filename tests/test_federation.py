@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedray.config import make_method
+from fedray.data.partition import load_data
 from fedray.errors import ClientError, ConfigError, RoundError
 from fedray.federation import pool_inline, results, worker_ray
 from fedray.federation.messages import Failure
@@ -123,6 +124,46 @@ def test_zero_stages_and_plain_pytorch_agree_after_three_rounds(task, make_confi
     for stage in range(4):
         deep = effective(run(make_config(**options, worker={"cpus": 1, "zero_stage": stage})))
         assert max((plain[n] - deep[n]).abs().max().item() for n in plain) < 1e-6
+
+
+# --- oracles ----------------------------------------------------------------------------------------------------
+
+
+LINEAR = {
+    "lora+ffa": {"method": {"name": "ffa"}, "adapter": {"rank": 2, "alpha": 4}},
+    "abba+ffa": {"method": {"name": "ffa"}, "adapter": {"kind": "abba", "rank": 4, "alpha": 16}},
+    "lora+rolora": {"method": {"name": "rolora"}, "adapter": {"rank": 2, "alpha": 4}},
+    "abba+rolora": {"method": {"name": "rolora"}, "adapter": {"kind": "abba", "rank": 4, "alpha": 16}},
+    "lora+fedsvd": {"method": {"name": "fedsvd"}, "adapter": {"rank": 2, "alpha": 4}},
+    "lora-sb+fed-sb": {"method": {"name": "fed-sb"}, "adapter": {"kind": "lora-sb", "rank": 3}},
+    "ravan+fed-sb": {"method": {"name": "fed-sb"}, "adapter": {"kind": "ravan", "rank": 2}},  # RAVAN with its scales held
+}
+
+
+@pytest.mark.parametrize("pair", LINEAR)
+def test_one_full_batch_step_of_k_clients_is_one_centralised_step(pair, make_config):
+    """Two rounds of one full-batch SGD step each, clients of unequal size, against one client that holds everything."""
+    def config(clients, sizes):
+        federation = {
+            "clients": clients, "rounds": 2, "local_steps": 1, "batch_size": max(sizes.values()), "lr": 0.5, "optimizer": "sgd", "warmup": 0.0,
+            "schedule": "constant", "max_grad_norm": None,
+        }
+        return make_config(
+            task="classification", **LINEAR[pair], data__partition="dirichlet" if clients > 1 else "iid", model__dropout=0.0, federation=federation,
+            clients={name: {"batch_size": size} for name, size in sizes.items()},
+        )
+
+    sizes = {name: len(part) for name, part in load_data(config(5, {"client-0": 1})).train.items()}
+    assert len(set(sizes.values())) > 2
+    many, one = run(config(5, sizes)), run(config(1, {"client-0": sum(sizes.values())}))
+    apart = [effective(folder) for folder in (many, one)]
+    assert all(r["dropped"] == [] for r in rounds(many)) and apart[0].keys() == apart[1].keys()
+    worst = max((apart[0][n] - apart[1][n]).abs().max().item() for n in apart[0])
+    start = make_method(results.read_run_config(many))
+    assert worst < 1e-6
+    state = results.load_state(many, results.read_run_config(many), 2)
+    before = start.view(state.spec, start.init(state.spec), None).tensors
+    assert any((apart[0][n] - t).abs().max() > 1e-3 for n, t in before.items())  # it did learn something
 
 
 # --- what a round reports ----------------------------------------------------------------------------------------

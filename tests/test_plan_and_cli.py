@@ -1,8 +1,10 @@
 """What a run would cost, against published counts and against a real run; the other commands."""
 
 import json
+from pathlib import Path
 
 import pytest
+from pairs import PAIRS
 
 from fedray.cli import main
 from fedray.config import read_config
@@ -42,19 +44,43 @@ def test_shapes_have_the_models_sizes_and_no_weights_are_made(shape, billions):
     assert shape in shape_names()
 
 
-def test_plan_equals_what_a_run_then_moves(make_config):
-    for name in METHODS:
-        config = make_config(task="classification", method__name=name, federation__rounds=3)
-        prepared = prepare(config)
-        cost = plan(config, prepared.cohort).costs[0]
-        summary = execute(prepared)
-        expected = cost.first_down + 2 * cost.down + cost.once
-        up = 3 * cost.up
-        if name == "fra-ffa":  # one round of FRA, then two of FFA
-            fra = plan(make_config(task="classification", method__name="fra"), 3).costs[0]
-            up = fra.up + 2 * cost.up
-        assert (summary["bytes_down"], summary["bytes_up"]) == (3 * expected, 3 * up)
-        assert summary["trainable_params"] == cost.trainable
+@pytest.mark.parametrize(
+    "shape, rank, millions, basis",
+    [("mistral-7b", 96, 2.06, 251.7), ("mistral-7b", 200, 8.96, 524.3), ("gemma-2-9b", 200, 11.76, 675.2), ("llama-3.2-3b", 200, 7.84, 303.9)],
+)
+def test_fed_sbs_published_counts_and_the_basis_they_left_out(shape, rank, millions, basis):
+    c = costs(f"--model.path {shape} --adapter.kind lora-sb --adapter.rank {rank} --method.name fed-sb", 25)["fed-sb"]
+    assert c.trainable / 1e6 == c.up / 4e6 == c.down / 4e6 == pytest.approx(millions, abs=5e-3)
+    assert c.once / 4e6 == pytest.approx(basis, abs=0.06) and c.run_down == c.rounds * c.down + c.once  # r sum(m + n), once
+    assert (c.start_up, c.start_down) == (0, 0)
+
+
+def test_fed_sb_sends_229_times_fewer_numbers_down_than_fedex():
+    fedex = costs("--model.path gemma-2-9b --adapter.rank 32", 25)["fedex"].down
+    fed_sb = costs("--model.path gemma-2-9b --adapter.kind lora-sb --adapter.rank 200 --method.name fed-sb", 25)["fed-sb"].down
+    assert fedex / fed_sb == pytest.approx(229.7, abs=0.05)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_plan_equals_what_a_run_then_moves(make_config, pair):
+    kind, name, _ = PAIRS[pair]
+    adapter = {"kind": kind, "rank": 4 if kind == "abba" else 2} | ({"subspace": "gradient-raw"} if kind == "lora-sb" else {})
+    config = make_config(task="classification", method__name=name, adapter=adapter, federation__rounds=2)
+    prepared = prepare(config)
+    cost = plan(config, prepared.cohort).costs[0]
+    summary = execute(prepared)
+    moved = (summary["bytes_down"], summary["bytes_up"])
+    assert moved == (3 * cost.run_down, 3 * cost.run_up) or (name == "florist" and moved <= (3 * cost.run_down, 3 * cost.run_up))
+    assert summary["trainable_params"] == cost.trainable
+
+
+def test_plan_of_clients_with_different_ranks(make_config):
+    config = make_config(method__name="flora", adapter__rank=[1, 3, 2], federation__rounds=2)
+    prepared = prepare(config)
+    cost, summary = plan(config, prepared.cohort).costs[0], execute(prepared)
+    assert {c.method for c in plan(config, 3).costs} == {"flora", "flexlora", "hetlora"}
+    assert cost.run_up / 3 == summary["bytes_up"] / (1 + 3 + 2)  # the largest rank's
+    assert 3 * cost.run_down == summary["bytes_down"] == 3 * cost.down
 
 
 def test_memory_counts_base_by_dtype_and_the_copy_only_where_the_base_moves():
@@ -68,7 +94,7 @@ def test_plan_command(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main("plan --model.path mistral-7b --adapter.rank 32 --federation.clients 25 --json".split()) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["costs"][0]["method"] == "fedex" and len(told["costs"]) == len(METHODS) and told["memory"]["total"] > 7e9
+    assert told["costs"][0]["method"] == "fedex" and len(told["costs"]) == sum("lora" in m.adapters for m in METHODS.values()) and told["memory"]["total"] > 7e9
     assert main(["plan"]) == 0
     assert "workers" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
@@ -87,7 +113,9 @@ def test_other_commands(make_config, capsys, tmp_path):
     capsys.readouterr()
     assert main(["export", folder]) == 2 and "takes a run directory and a place" in capsys.readouterr().err
     assert main(["methods"]) == 0
-    assert all(name in capsys.readouterr().out for name in ("flora",))
+    told = capsys.readouterr().out
+    assert all(name in told for name in METHODS) and "fedex with lora-sb: only its core trains" in told
+    assert main(["methods", "--markdown"]) == 0 and capsys.readouterr().out.strip() in (Path(__file__).parent.parent / "README.md").read_text()
     assert main(["rnu"]) == 2 and "unknown command 'rnu'" in capsys.readouterr().err
     assert main(["run", "--help"]) == 0 and "--federation.local_steps" in capsys.readouterr().out
     assert main([]) == 0 and main(["--version"]) == 0

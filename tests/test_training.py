@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from fedray.adapters import ADAPTERS, attach
-from fedray.config import make_method
+from fedray.adapters import attach
+from fedray.config import make_method, make_spec
 from fedray.lowrank import LowRank
-from fedray.methods import Spec, View
+from fedray.methods import View
 from fedray.training import local
 from fedray.training import model as models
 from fedray.training.local import LocalTrainer, learning_rate, sample
@@ -16,7 +16,8 @@ from fedray.training.local import LocalTrainer, learning_rate, sample
 def trainer_and_view(config):
     trainer = LocalTrainer(config, "cpu", 1)
     method = make_method(config)
-    state = method.init(Spec(ADAPTERS["lora"], trainer.layers, config.seed), trainer.describe()[1])
+    spec = make_spec(config, trainer.layers, trainer.data.clients)
+    state = method.init(spec, trainer.describe()[1], trainer.start_from_weights(spec.adapter))
     return trainer, method.view(state.spec, state, None)
 
 
@@ -38,6 +39,11 @@ OPTIONS = {
     "tight-clip": {"federation__max_grad_norm": 0.01},
     "dropout": {"adapter__dropout": 0.2},
     "ffa": {"method__name": "ffa"},
+    "proximal": {"federation__proximal": 0.5},
+    "lora-sb": {"method__name": "fed-sb", "adapter": {"kind": "lora-sb", "rank": 3}},
+    "abba": {"adapter": {"kind": "abba", "rank": 4, "alpha": 4}},
+    "abba, the pair": {"method__name": "fra", "adapter": {"kind": "abba", "rank": 4, "alpha": 4}},
+    "ravan": {"method__name": "ravan", "adapter": {"kind": "ravan", "rank": 2}},
 }
 
 
@@ -236,3 +242,28 @@ def test_heads_have_no_adapters_inside():
         wrapped = attach.attach(model, AdapterSection(rank=2), "classification")
         assert {n.rsplit(".", 1)[0] for n in attach.heads(wrapped)} == heads
         assert len(attach.layers(wrapped)) >= 6 and not any("classifier" in layer.name for layer in attach.layers(wrapped))
+
+
+def test_fedprox_adds_the_pull_towards_the_broadcast_to_every_gradient(make_config):
+    """Against the loss with mu/2 ||w - w0||^2 in it, by plain SGD steps of our own; heads are pulled too."""
+    mu, lr = 0.7, 0.3
+    common = {"task": "classification", "federation__optimizer": "sgd", "federation__lr": lr, "federation__local_steps": 5, "model__dropout": 0.0,
+              "federation__max_grad_norm": None, "federation__schedule": "constant", "federation__warmup": 0.0, "worker__backend": "torch"}
+    trainer, view = trainer_and_view(make_config(**common, federation__proximal=mu))
+    pulled = trainer.train(view, "client-1", 0).tensors
+    free, view = trainer_and_view(make_config(**common))
+    assert distance(pulled, free.train(view, "client-1", 0).tensors) > 1e-3
+
+    free._load(view, free.config.federation, None, None)
+    free.model.train()
+    parameters = free._engine.parameters
+    start = {n: p.detach().clone() for n, p in parameters.items()}
+    examples = free.examples("train", "client-1")
+    for step in range(5):
+        batch = free._batch([examples[i] for i in sample(len(examples), 4, step, 0, "data", "client-1")])
+        loss = free.task.loss(free._engine.forward, batch) + mu / 2 * sum((p - start[n]).square().sum() for n, p in parameters.items())
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+                parameter -= lr * gradient
+    assert distance(pulled, {n: p.detach() for n, p in parameters.items()}) < 1e-6

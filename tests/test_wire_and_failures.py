@@ -11,9 +11,10 @@ from fedray.federation import checkpoint
 from fedray.federation.failures import Action, ClientState, after_client, after_round
 from fedray.federation.placement import place
 from fedray.federation.wire import Packet, decode, encode, pack, unpack
-from fedray.methods import FRAFFA, FedEx, Increment, Spec, Update
+from fedray.methods import FedEx, Increment, Spec, Update
+from fedray.methods.fra import FRAFFA, FlexLoRA
 
-SPEC = Spec(ADAPTERS["lora"], (Layer("wide", 7, 11, 2, 0.5), Layer("tall", 13, 5, 2, 0.5)), 3)
+SPEC = Spec(ADAPTERS["lora"](), (Layer("wide", 7, 11, 2, 0.5), Layer("tall", 13, 5, 2, 0.5)), 3)
 
 
 def played(method, rounds=2):
@@ -42,8 +43,8 @@ def test_pack_is_one_vector_of_exactly_the_numbers_and_unpack_gives_them_back():
 @pytest.mark.parametrize("method", [FedEx(), FRAFFA(fra_rounds=1)], ids=lambda m: m.name)
 def test_a_broadcast_survives_the_wire_and_packs_an_increment_once(method):
     state = played(method)
-    first = encode(method.broadcast(state), {})
-    again = encode(method.broadcast(state), first.increments)
+    first = encode(method.broadcast(state), {}, SPEC)
+    again = encode(method.broadcast(state), first.increments, SPEC)
     assert all(again.increments[v] is p for v, p in first.increments.items())
     assert [i[2] for i in first.header.increments] == [first.increments[i[0]].digest for i in first.header.increments]
     got = decode(first.header, first.packet, {v: unpack(p) for v, p in first.increments.items()})
@@ -60,7 +61,7 @@ def test_a_checkpoint_gives_back_the_state_and_only_whole_ones_count(method, tmp
     checkpoint.save(tmp_path, saved)
     (tmp_path / ".writing-99").mkdir()  # what a kill in the middle of the next one leaves
     found = checkpoint.latest(tmp_path, SPEC)
-    assert found.seen == {"a": 1} and found.records == ({"round": 2},) and torch.equal(found.optimizer["a//b"]["x/exp_avg"], torch.ones(2))
+    assert found.seen == {"a": 1} and found.records == ({"round": 2},) and torch.equal(found.kept["a//b"]["x/exp_avg"], torch.ones(2))
     assert found.state.round == state.round and found.state.trained == state.trained and found.state.draw == state.draw
     assert all(torch.equal(found.state.tensors[n], t) for n, t in state.tensors.items())
     assert [i.version for i in found.state.increments] == [i.version for i in state.increments]
@@ -107,3 +108,13 @@ def test_placement():
         ask(3, 16, 2, count=3)
     with pytest.raises(ConfigError, match="4 workers x 2 CPUs = 8 CPUs, but there are 4"):
         ask(9, 4, 0, count=4, cpus=2)
+
+
+def test_clients_of_smaller_rank_receive_smaller_packets_and_equal_ranks_share_one():
+    spec = Spec(ADAPTERS["lora"](), SPEC.layers, 3, {"a": 2, "b": 1, "c": 1})
+    state = FlexLoRA().init(spec, {"head.weight": torch.ones(2, 3)})
+    message = encode(FlexLoRA().broadcast(state), {}, spec)
+    assert message.packet_of("b") is message.packet_of("c") and message.packet_of("a").nbytes == message.packet.nbytes
+    assert message.packet_of("b").nbytes == 4 * (6 + sum(layer.m + layer.n for layer in SPEC.layers))
+    view = FlexLoRA().view(spec, decode(message.header, message.packet_of("b"), {}), "b")
+    assert view.tensors["wide.lora_A"].shape == (2, 11) and not view.tensors["wide.lora_A"][1:].any()

@@ -77,6 +77,14 @@ class Adapter(ABC):
     def delta(self, layer: Layer, factors: Factors) -> LowRank:
         """The m x n update that the factors mean, scale included."""
 
+    def mean_delta(self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float]) -> LowRank:
+        """The ideal sum_i p_i delta(client_i), in the fewest columns: one client's where the delta is linear in all that differs."""
+        differ = [f for f in clients[0] if any(c[f] is not clients[0][f] for c in clients)]
+        if len(differ) <= 1:
+            mean = {f: sum(w * c[f] for w, c in zip(weights, clients, strict=True)) for f in differ}
+            return self.delta(layer, {**clients[0], **mean})
+        return LowRank.sum([self.delta(layer, c) for c in clients], weights)
+
     def lift(self, layer: Layer, factors: Factors, inner: LowRank) -> LowRank:
         """The delta if the product of the `pair` were `inner`; linear in it. `factors`: those at rest."""
         raise NotImplementedError(f"{self.kind} has no pair")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -23,11 +23,14 @@ from torch import Tensor
 from fedray import seeding
 from fedray.adapters.base import Adapter, Layer, pad_to
 from fedray.errors import RoundError
-from fedray.lowrank import LowRank, total_norm, weighted_sum
+from fedray.lowrank import LowRank, weighted_sum
 from fedray.methods.server import ServerOptimizer
 
 Tensors = Mapping[str, Tensor]
-Deltas = dict[str, LowRank]
+Deltas = Mapping[str, LowRank]
+
+#: Gaussian vectors in the estimate of a norm that is a rounding error (`LowRank.norm`).
+PROBES = 16
 
 
 def key(layer: Layer, factor: str) -> str:
@@ -181,11 +184,13 @@ class Cohort:
         return {name: tensor.to(self.dtype).contiguous() for name, tensor in tensors.items()}
 
     def factors(self, spec: Spec, layer: Layer) -> list[dict[str, Tensor]]:
-        """The clients' factors of one layer, in fp64, each at its own rank."""
+        """The clients' factors of one layer, in fp64, each at its own rank; one that all share is one tensor."""
+        shared = {f: self.tensors[0][key(layer, f)] for f in spec.names}
+        shared = {f: t.double() for f, t in shared.items() if not spec.ranks and all(o[key(layer, f)] is t for o in self.tensors)}
         named = []
         for client, tensors in zip(self.clients, self.tensors, strict=True):
-            own = {key(layer, f): tensors[key(layer, f)] for f in spec.names}
-            named.append({n.rsplit(".", 1)[1]: t.double() for n, t in spec.cut(client, own).items()})
+            own = {key(layer, f): tensors[key(layer, f)] for f in spec.names if f not in shared}
+            named.append({n.rsplit(".", 1)[1]: t.double() for n, t in spec.cut(client, own).items()} | shared)
         return named
 
 
@@ -253,7 +258,7 @@ class Method(ABC):
         tensors |= message.tensors
         if spec.ranks:
             tensors = spec.whole(spec.cut(client, tensors))
-        return View(tensors, BaseTotal(spec, live), message.trained)
+        return View(tensors, base_total(spec, live), message.trained)
 
     def upload(self, spec: Spec, client: str, tensors: Tensors, round: int) -> dict[str, Tensor]:
         """What a client sends in a round (from 0) of its trained factors and heads: all that it does not keep, at its own rank."""
@@ -342,18 +347,14 @@ def live_increments(increments: Sequence[Increment]) -> tuple[Increment, ...]:
     return tuple(increments[start:])
 
 
-class BaseTotal(Mapping[str, LowRank]):
-    """Per layer, all base updates since W0 as one LowRank, put together when a layer is asked for: a stack of adapter factors
-    may be small while its thin factors are not. The same factors, so the same bits, for whoever asks."""
+class PerLayer(Mapping[str, LowRank]):
+    """A matrix for each of some layers, made when it is asked for: at most one layer's is in memory at a time."""
 
-    def __init__(self, spec: Spec, increments: Sequence[Increment]):
-        self._spec, self._increments = spec, increments
-        self._layers = {layer.name: layer for layer in spec.layers if any(has_base(i.tensors, layer) for i in increments)}
+    def __init__(self, layers: Iterable[Layer], make: Callable[[Layer], LowRank]):
+        self._layers, self._make = {layer.name: layer for layer in layers}, make
 
     def __getitem__(self, name: str) -> LowRank:
-        layer = self._layers[name]
-        parts = [part for i in self._increments for part in base_parts(self._spec, layer, i.tensors)]
-        return LowRank(torch.cat([p.B for p in parts], 1), torch.cat([p.A for p in parts], 0))
+        return self._make(self._layers[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self._layers
@@ -363,6 +364,15 @@ class BaseTotal(Mapping[str, LowRank]):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+
+def base_total(spec: Spec, increments: Sequence[Increment]) -> PerLayer:
+    """Per layer, all base updates since W0 as one LowRank: the same factors, so the same bits, for whoever asks."""
+    def make(layer: Layer) -> LowRank:
+        parts = [part for i in increments for part in base_parts(spec, layer, i.tensors)]
+        return LowRank(torch.cat([p.B for p in parts], 1), torch.cat([p.A for p in parts], 0))
+
+    return PerLayer((layer for layer in spec.layers if any(has_base(i.tensors, layer) for i in increments)), make)
 
 
 def has_base(tensors: Tensors, layer: Layer) -> bool:
@@ -412,16 +422,13 @@ def add_increment(state: State, tensors: dict[str, Tensor]) -> tuple[Increment, 
     if all(held[layer.name] <= min(layer.m, layer.n) * (layer.m + layer.n) for layer in state.spec.layers):
         return increments
     frozen = {n: t for i in live_increments(increments) for n, t in i.tensors.items() if not is_base(n)}
-    total = BaseTotal(state.spec, live_increments(increments))
+    total = base_total(state.spec, live_increments(increments))
     return (Increment(version, frozen | base_tensors({name: total[name].bounded() for name in total}), resets=True),)
 
 
-def ideal(spec: Spec, cohort: Cohort) -> Deltas:
+def ideal(spec: Spec, cohort: Cohort) -> PerLayer:
     """sum p_i delta_i per layer, in fp64."""
-    return {
-        layer.name: LowRank.sum([spec.adapter.delta(layer, f) for f in cohort.factors(spec, layer)], cohort.weights)
-        for layer in spec.layers
-    }
+    return PerLayer(spec.layers, lambda layer: spec.adapter.mean_delta(layer, cohort.factors(spec, layer), cohort.weights))
 
 
 def inner_mean(spec: Spec, cohort: Cohort, layer: Layer) -> LowRank:
@@ -430,30 +437,33 @@ def inner_mean(spec: Spec, cohort: Cohort, layer: Layer) -> LowRank:
     return LowRank.sum([LowRank(f[B], f[A]) for f in cohort.factors(spec, layer)], cohort.weights)
 
 
-def averaging_error(spec: Spec, cohort: Cohort) -> Deltas:
+def averaging_error(spec: Spec, cohort: Cohort) -> PerLayer:
     """sum p_i delta_i - delta(mean factors) per layer: the error that plain factor averaging makes."""
-    result = {}
-    for layer in spec.layers:
-        factors = [{n.rsplit(".", 1)[1]: t[n].double() for n in (key(layer, f) for f in spec.names)} for t in cohort.tensors]
+    def make(layer: Layer) -> LowRank:
+        factors = [{f: t[key(layer, f)].double() for f in spec.names} for t in cohort.tensors]
         means = {f: t.double() for f, t in spec.factors(layer, cohort.means).items()}
-        result[layer.name] = spec.adapter.averaging_error(layer, factors, cohort.weights, means)
-    return result
+        return spec.adapter.averaging_error(layer, factors, cohort.weights, means)
+
+    return PerLayer(spec.layers, make)
 
 
-def deltas(spec: Spec, tensors: Tensors) -> Deltas:
+def deltas(spec: Spec, tensors: Tensors) -> PerLayer:
     """Per layer, the delta that the factors mean, in fp64."""
-    return {
-        layer.name: spec.adapter.delta(layer, {n: t.double() for n, t in spec.factors(layer, tensors).items()})
-        for layer in spec.layers
-    }
+    return PerLayer(
+        spec.layers, lambda layer: spec.adapter.delta(layer, {n: t.double() for n, t in spec.factors(layer, tensors).items()})
+    )
 
 
 def diagnose(spec: Spec, cohort: Cohort, landed: Deltas | None) -> Diagnostics:
     """Hold what landed, as it was rounded for the wire, against the ideal; all from thin factors."""
     if landed is None:
         return Diagnostics(None, None, None)
-    wanted = ideal(spec, cohort)
-    whole = total_norm(wanted.values())
-    lost = total_norm(landed[name].to(torch.float64) - delta for name, delta in wanted.items())
-    averaged = total_norm(averaging_error(spec, cohort).values())
-    return Diagnostics(averaged / whole if averaged else 0.0, lost / whole if lost else 0.0, whole)
+    wanted, averaged = ideal(spec, cohort), averaging_error(spec, cohort)
+    whole = lost = error = 0.0
+    for layer in spec.layers:  # one at a time: in fp64 all of them would be twice as large as all updates
+        delta = wanted[layer.name]
+        whole += delta.norm(PROBES) ** 2
+        lost += (landed[layer.name].to(torch.float64) - delta).norm(PROBES) ** 2
+        error += averaged[layer.name].norm(PROBES) ** 2
+    whole, lost, error = whole**0.5, lost**0.5, error**0.5
+    return Diagnostics(error / whole if error else 0.0, lost / whole if lost else 0.0, whole)

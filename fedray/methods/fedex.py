@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from fedray.adapters.base import Layer
 from fedray.lowrank import LowRank
 from fedray.methods.base import (
     Broadcast,
@@ -19,6 +20,7 @@ from fedray.methods.base import (
     Deltas,
     Method,
     Payload,
+    PerLayer,
     Spec,
     State,
     View,
@@ -63,16 +65,17 @@ class FedEx(Method):
         else:
             update = averaging_error(spec, cohort) if average else ideal(spec, cohort)
             if self.residual_rank is not None:
-                update = {name: delta.compress(self.residual_rank) for name, delta in update.items()}
-            stored = cohort.cast(base_tensors(update))
-        landed = {}
-        for layer in spec.layers:
-            landed[layer.name] = LowRank.sum([part.to(torch.float64) for part in base_parts(spec, layer, stored)])
-        if average:
-            landed = {name: delta + landed[name] for name, delta in deltas(spec, sent).items()}
+                update = PerLayer(spec.layers, lambda layer, whole=update: whole[layer.name].compress(self.residual_rank))
+            stored = {n: t for name in update for n, t in cohort.cast(base_tensors({name: update[name]})).items()}
+        means = deltas(spec, sent) if average else {}
+
+        def landed(layer: Layer) -> LowRank:
+            moved = LowRank.sum([part.to(torch.float64) for part in base_parts(spec, layer, stored)])
+            return means[layer.name] + moved if average else moved
+
         increments = add_increment(state, stored) if any(t.numel() for t in stored.values()) else state.increments
         draw = state.draw if average else {factor: state.round + 1 for factor in state.draw}
-        return state.replace(round=state.round + 1, tensors=sent, increments=increments, draw=draw), landed
+        return state.replace(round=state.round + 1, tensors=sent, increments=increments, draw=draw), PerLayer(spec.layers, landed)
 
     def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
         average, k, numbers = self.assignment == "average", len(cohort), 0

@@ -21,6 +21,7 @@ from fedray.methods.base import (
     Deltas,
     Method,
     Payload,
+    PerLayer,
     Spec,
     State,
     View,
@@ -73,7 +74,11 @@ class FRA(Method):
         landed = deltas(spec, self.view(spec, self.broadcast(merged), None).tensors)
         if any(tail.k for tail in tails.values()):
             stored = cohort.cast(base_tensors(tails))
-            landed = {n: d + LowRank(stored[f"{n}.base_B"], stored[f"{n}.base_A"]).to(torch.float64) for n, d in landed.items()}
+            means = landed
+            landed = PerLayer(
+                spec.layers,
+                lambda one: means[one.name] + LowRank(stored[f"{one.name}.base_B"], stored[f"{one.name}.base_A"]).to(torch.float64),
+            )
             merged = merged.replace(increments=add_increment(state, stored))
         return merged, landed
 
