@@ -130,7 +130,11 @@ def compare(argv: list[str], say: Callable[[str], None]) -> tuple[list[Result], 
     for flag in own.keys() - _OWN.keys():
         if flag.split(".", 1)[1] not in [e.text for e in entries]:
             raise ConfigError(f"--{flag} names no entry of --methods {own['methods']}")
-    for flag in ("--seed", "--federation.lr", "--output.dir", "--method.name"):
+    if jobs < 1:
+        raise ConfigError(f"--jobs {jobs}: at least one run at a time")
+    if twice := next((e.text for e in entries if entries.count(e) > 1), None):
+        raise ConfigError(f"--methods names {twice} twice: give the two different ranks, or two comparisons")
+    for flag in ("--seed", "--federation.lr", "--output.dir", "--method.name", "--adapter.kind"):
         if flag in rest:
             raise ConfigError(f"{flag} is set by the comparison itself: use --seeds, --lrs, --out or --methods")
     out = Path(own["out"])
@@ -170,7 +174,7 @@ def compare(argv: list[str], say: Callable[[str], None]) -> tuple[list[Result], 
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    picture(rows, out / "compare.png")
+    picture(rows).savefig(out / "compare.png", dpi=130)
     return results, out
 
 
@@ -186,54 +190,59 @@ def _run(flags: list[str], folder: Path, must: bool) -> dict[str, Any] | None:
 
     Raises ConfigError when the directory holds a run of another config.
     """
-    summary = folder / "summary.json"
+    summary, log, failed = folder / "summary.json", folder.parent / f"{folder.name}.log", folder.parent / f"{folder.name}.failed"
+    if folder.is_dir() and (found := differences(read_run_config(folder), rooted(read_config(flags)))):
+        raise ConfigError(f"'{folder}' holds a run with another {found[0]} ({found[1]}, now {found[2]}): give another --out")
     if summary.is_file():
-        if found := differences(read_run_config(folder), rooted(read_config(flags))):
-            raise ConfigError(f"'{folder}' holds a run with another {found[0]} ({found[1]}, now {found[2]}): give another --out")
-    else:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        log = folder.parent / f"{folder.name}.log"
-        with log.open("w") as file:
-            command = [sys.executable, "-m", "fedray.cli", "run", *flags, "--output.dir", str(folder), "--output.resume"]
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-        if code == 2:
-            raise ConfigError(f"{log.read_text().strip().splitlines()[-1].removeprefix('fedray: ')} (see {log})")
-        if code and must:
-            raise FedrayError(f"a run failed: {log.read_text().strip().splitlines()[-1].removeprefix('fedray: ')} (see {log})")
-        if code:
-            return None
-    return json.loads(summary.read_text())
+        return json.loads(summary.read_text())
+    if failed.is_file() and not must:  # the same config would fail again
+        return None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "fedray.cli", "run", *flags, "--output.dir", str(folder), "--output.resume"]
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    if code == 0:
+        return json.loads(summary.read_text())
+    said = (log.read_text().strip().splitlines() or ["it said nothing"])[-1].removeprefix("fedray: ")
+    if code == 2:
+        raise ConfigError(f"{said} (see {log})")
+    if must:
+        raise FedrayError(f"a run failed: {said} (see {log})")
+    if code == 1:  # not when it was killed
+        failed.write_text(said)
+    return None
 
 
-def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Final metric (mean, and smallest to largest over the seeds) against all bytes of a run, both directions."""
+def picture(rows: list[dict[str, Any]]):
+    """A matplotlib figure: final metric (mean, and smallest to largest over the seeds) against all bytes of a run, both directions."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    low, high = min(min(r["finals"]) for r in rows), max(max(r["finals"]) for r in rows)
-    span = (high - low) or 1.0
-    taken: list[tuple[float, float]] = []
-    for i, row in enumerate(sorted(rows, key=lambda r: (r["bytes_up"] + r["bytes_down"], r["mean"]))):
-        x, y = (row["bytes_up"] + row["bytes_down"]) / 2**20, row["mean"]
-        error = [[y - min(row["finals"])], [max(row["finals"]) - y]]
-        axes.errorbar(x, y, yerr=error, fmt="o", capsize=3, color=f"C{i % 10}", alpha=0.8)
-        # A label moves up until it is clear of those already placed (in decades of x and shares of the y range).
-        place = (math.log10(x), (y - low) / span)
-        while any(abs(place[0] - t[0]) < 0.32 and abs(place[1] - t[1]) < 0.05 for t in taken):
-            place = (place[0], place[1] + 0.01)
-        taken.append(place)
-        axes.annotate(
-            row["method"], (x, y), (10**place[0] * 1.04, low + place[1] * span), color=f"C{i % 10}", fontsize=9, va="center",
-            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": f"C{i % 10}"},
-        )
+    order = sorted(rows, key=lambda r: (r["bytes_up"] + r["bytes_down"], r["mean"]))
+    for i, row in enumerate(order):
+        error = [[row["mean"] - min(row["finals"])], [max(row["finals"]) - row["mean"]]]
+        axes.errorbar((row["bytes_up"] + row["bytes_down"]) / 2**20, row["mean"], yerr=error, fmt="o", capsize=3, color=f"C{i % 10}", alpha=0.8)
     axes.set_xscale("log")
     left, right = axes.get_xlim()
-    axes.set_xlim(left, right * 2.2)
+    axes.set_xlim(left, right * (right / left) ** 0.25)  # room for the labels of the last points
     axes.set_xlabel("MiB moved in the whole run, all clients, up and down (start included)")
     axes.set_ylabel(f"final {rows[0]['metric'].replace('_', ' ')}: mean, smallest to largest")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    figure.canvas.draw()
+    taken: list[Any] = []
+    for i, row in enumerate(order):  # a label moves up from its point until it is clear of those already there
+        x, y = (row["bytes_up"] + row["bytes_down"]) / 2**20, row["mean"]
+        label = axes.annotate(
+            row["method"], (x, y), (8, 0), textcoords="offset points", color=f"C{i % 10}", fontsize=9, va="center",
+            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": f"C{i % 10}"},
+        )
+        for step in range(1, 80):
+            box = label.get_window_extent().expanded(1.02, 1.15)
+            if not any(box.overlaps(other) for other in taken):
+                break
+            label.set_position((8, 3 * (step + 1) // 2 * (1 if step % 2 else -1)))  # in turn above and below
+        taken.append(label.get_window_extent())
+    return figure
