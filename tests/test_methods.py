@@ -495,3 +495,29 @@ def test_a_server_step_of_rate_1_without_momentum_is_the_mean_itself_and_momentu
     mine, theirs = method.view(plain[0].spec, plain[0], None).tensors, method.view(stepped.spec, stepped, None).tensors
     assert any((mine[n] - theirs[n]).abs().max() > 1e-3 for n in mine) and stepped.memory
     assert diagnostics.exactness < 1e-10 or method.name == "fedit"  # of the aggregation, before the step
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", sorted(PAIRS))
+def test_no_method_forms_an_m_x_n_matrix(pair):
+    """By the profiler's count of every tensor: the largest that views, uploads and aggregation make of 1200 x 1400 layers of rank 4."""
+    kind, method = method_of(pair)
+    s = spec(kind, (Layer("large", 1200, 1400, 4, 1.0),))
+    state = begin(method, s)
+
+    def a_round():
+        view, g = method.view(s, state, None), torch.Generator().manual_seed(0)
+        updates, trained = [], []
+        for i in range(3):
+            moved = {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in view.tensors.items() if n in state.heads or n.rsplit(".", 1)[1] in view.trained}
+            trained.append(moved)
+            updates.append(Update(f"c{i}", 1.0 + i, method.upload(s, f"c{i}", moved, 0)))
+        after, _ = aggregate(method, state, updates, trained)
+        return method.view(s, after, "c0")
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        a_round()
+    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert 0 < max(sizes) < 1200 * 1400 * 4 / 8

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedray.adapters import make_adapter
 from fedray.adapters.base import Layer
-from fedray.adapters.modules import FactoredLinear, peft_layer
+from fedray.adapters.peft_layer import FactoredLinear, peft_layer
 from fedray.errors import ConfigError
 from fedray.lowrank import LowRank
 

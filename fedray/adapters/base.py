@@ -1,7 +1,7 @@
 """What an adapter is: how one layer's update is parametrised by named factors, and the delta they mean.
 
-Pure values over tensors. The module that computes a factored product inside a model is in `modules.py`, what ties it to a real
-model in `attach.py`, what writes it out in `export.py`.
+Pure values over tensors. The module that computes a factored product inside a model is in `modules.py`, the layer
+that PEFT puts it into in `peft_layer.py`, what ties it to a real model in `attach.py`, what writes it out in `export.py`.
 """
 
 from __future__ import annotations
