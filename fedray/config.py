@@ -1,7 +1,7 @@
 """One frozen, validated, serialisable config for everything that runs. Each field's doc is its line in `--help`.
 
 `read_config(argv)` is how a person's YAML file and dotted flags become one; it raises ConfigError with one sentence.
-What can only be known from the model or the data is checked in `fedray/checks.py`, before anything is touched.
+What can only be known from the model or the data is checked by `fedray.federation.run.prepare`, before anything is touched.
 """
 
 from __future__ import annotations
@@ -290,6 +290,8 @@ class Config(Section):
                 raise ValueError(
                     f"federation.accumulate {federation.accumulate} does not divide {where}.batch_size {batch}: choose a divisor"
                 )
+        if federation.keep_optimizer and self.method.name == "rolora":
+            raise ValueError("federation.keep_optimizer does not fit rolora: each round trains the factor that the last one did not; leave it out")
         if federation.deadline is not None and self.engine == "inline":
             raise ValueError("federation.deadline needs engine ray: inline clients run one after the other")
         if data.partition == "column" and data.column is None and data.source != BUILTIN:
@@ -349,6 +351,8 @@ def _check_adapter(section: AdapterSection) -> None:
     for option, kinds in _ADAPTER_OPTIONS.items():
         if getattr(section, option) is not None and section.kind not in kinds:
             raise ValueError(f"adapter.{option} belongs to {' and '.join(kinds)}, not to {section.kind}: leave it out")
+    if section.rslora and section.kind == "abba":
+        raise ValueError("adapter.rslora scales B A by alpha / sqrt(rank), and abba has a scale of its own: use adapter.scale, or leave it out")
     try:
         make_adapter(section).width(section.largest_rank)
     except ValueError as error:
@@ -396,6 +400,9 @@ def make_method(config: Config) -> Method:
         method, options = FedExKeep, {}
     if server and "optimizer" not in server:
         raise ValueError(f"method.server_{next(iter(server))} needs method.server_optimizer: avgm, adam or yogi")
+    for option in ("beta2", "tau"):
+        if server.get("optimizer") == "avgm" and option in server:
+            raise ValueError(f"method.server_{option} belongs to server_optimizer adam and yogi, not to avgm: leave it out")
     if server and not method.linear:
         means = ", ".join(name for name, m in METHODS.items() if m.linear)
         raise ValueError(f"method.server_optimizer steps along a mean, and {section.name} broadcasts none: use it with {means}")

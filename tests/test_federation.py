@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from pairs import ALL, EXACT, PERSONAL
+from pairs import ALL, EXACT, PAIRS, PERSONAL
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -242,7 +242,7 @@ def test_evaluate_every_skips_rounds_but_never_the_last(make_config):
 # --- resume -----------------------------------------------------------------------------------------------------
 
 
-RESUMED = {pair: options(pair) for pair in ALL} | {
+RESUMED = {pair: options(pair) for pair in PAIRS} | {"lora+fedex-keep": options("lora+fedex-keep")} | {
     "fra-ffa, ZeRO 2, kept": {"method__name": "fra-ffa", "federation__keep_optimizer": True, "worker": {"cpus": 1, "zero_stage": 2}},
     "flora, kept": {"federation__keep_optimizer": True, "method__name": "flora"},
     "sgd, kept": {"federation__keep_optimizer": True, "federation__optimizer": "sgd"},

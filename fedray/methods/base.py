@@ -56,11 +56,17 @@ class Spec:
         return tuple(self.adapter.shapes(self.layers[0]))
 
     def drawn(self, factor: str, draw: int) -> dict[str, Tensor]:
-        """One factor of every layer, drawn afresh: no bytes need to travel for it."""
-        return {
-            key(layer, factor): self.adapter.draw(layer, seeding.derive(self.seed, "factors", draw))[factor]
-            for layer in self.layers
-        }
+        """One factor of every layer, drawn from the seed: no bytes need to travel for it. Not to be written into."""
+        if draw not in self._draws:
+            while len(self._draws) > 1:  # this round's and the last one's are asked for again and again
+                self._draws.pop(next(iter(self._draws)))
+            seed = seeding.derive(self.seed, "factors", draw)
+            self._draws[draw] = {layer.name: self.adapter.draw(layer, seed) for layer in self.layers}
+        return {key(layer, factor): self._draws[draw][layer.name][factor] for layer in self.layers}
+
+    @cached_property
+    def _draws(self) -> dict[int, dict[str, dict[str, Tensor]]]:
+        return {}
 
     def factors(self, layer: Layer, tensors: Tensors) -> dict[str, Tensor]:
         """The factors of one layer out of a flat dictionary."""
