@@ -218,7 +218,9 @@ def picture(rows: list[dict[str, Any]]):
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
 
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     order = sorted(rows, key=lambda r: (r["bytes_up"] + r["bytes_down"], r["mean"]))
@@ -231,18 +233,27 @@ def picture(rows: list[dict[str, Any]]):
     axes.set_xlabel("MiB moved in the whole run, all clients, up and down (start included)")
     axes.set_ylabel(f"final {rows[0]['metric'].replace('_', ' ')}: mean, smallest to largest")
     axes.grid(alpha=0.3)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
     figure.canvas.draw()
-    taken: list[Any] = []
-    for i, row in enumerate(order):  # a label moves up from its point until it is clear of those already there
+    place = axes.transData.transform
+    taken: list[Bbox] = []  # no label on an error bar, its own apart
+    for row in order:
+        x = (row["bytes_up"] + row["bytes_down"]) / 2**20
+        (left, low), (right, high) = place((x, min(row["finals"]))) - (3, 0), place((x, max(row["finals"]))) + (3, 0)
+        taken.append(Bbox([[left, low], [right, high]]))
+    for i, row in enumerate(order):  # a label moves away from its point, in turn up and down, until it is clear of what is there
         x, y = (row["bytes_up"] + row["bytes_down"]) / 2**20, row["mean"]
         label = axes.annotate(
             row["method"], (x, y), (8, 0), textcoords="offset points", color=f"C{i % 10}", fontsize=9, va="center",
             arrowprops={"arrowstyle": "-", "lw": 0.5, "color": f"C{i % 10}"},
         )
-        for step in range(1, 80):
-            box = label.get_window_extent().expanded(1.02, 1.15)
+        for step in range(1, 120):
+            label.update_positions(figure.canvas.get_renderer())
+            box = Text.get_window_extent(label)  # the words alone, without the line to the point
             if not any(box.overlaps(other) for other in taken):
                 break
-            label.set_position((8, 3 * (step + 1) // 2 * (1 if step % 2 else -1)))  # in turn above and below
-        taken.append(label.get_window_extent())
+            label.set_position((8, 3 * ((step + 1) // 2) * (1 if step % 2 else -1)))
+        taken.append(box)
     return figure
