@@ -97,7 +97,7 @@ def prepare(config: Config) -> Prepared:
 def rooted(config: Config) -> Config:
     """The config with absolute local paths: a run directory can then be read from anywhere."""
     def full(path: str | None) -> str | None:
-        return str(Path(path).absolute()) if path not in (None, BUILTIN) and Path(path).exists() else path
+        return os.path.abspath(path) if path not in (None, BUILTIN) and Path(path).exists() else path
 
     return config.model_copy(
         update={
