@@ -21,6 +21,7 @@ _USAGE = """fedray: exact, private, federated low-rank fine-tuning of language m
   fedray methods                                                adapters and methods: what fits, what is exact
   fedray compare  [--methods a,b] [--seeds 0,1,2] [--lrs 1e-3,3e-3,1e-2] [--out DIR] [--jobs N] [--section.key value ...]
                                                                 several methods and seeds, tuned alike: one table, one picture
+                  --methods: [ADAPTER+]METHOD[@RANK],...; --lrs.ENTRY: an entry's own grid; --set.ENTRY key=value,...: its own options
   fedray evaluate RUN_DIR [--json]                              held-out metrics of a run's last state
   fedray export   RUN_DIR OUT --format lora|peft|merged         write its result for others to load
   fedray run --help                                             every key, its default and what it means

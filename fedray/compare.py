@@ -1,7 +1,7 @@
 """`fedray compare`: several methods and seeds on the same partitions and the same budget of examples, one table and one picture.
 
-The learning rate is tuned for each method by a small grid on a validation split, never on the examples of the final metric: a
-comparison at one learning rate is void (METHODS.md 6.14). Every run is an ordinary run directory under `--out`; a finished one
+The learning rate is tuned for each method by a small grid on a validation split (`data.evaluate_on validation`: the source's own, or one carved
+out of the training examples), never on the examples of the final metric: a comparison at one learning rate is void (METHODS.md 6.14). Every run is an ordinary run directory under `--out`; a finished one
 is not repeated and one that was cut off is resumed, so a comparison can be stopped and started at will.
 """
 
@@ -27,12 +27,13 @@ from fedray.federation.results import read_run_config
 from fedray.federation.run import differences, rooted
 from fedray.methods import METHODS
 
-_OWN = {"methods": "fedit,ffa,fedex,fra,flora", "seeds": "0,1,2", "lrs": "1e-3,3e-3,1e-2", "out": "runs/compare", "jobs": "1", "validation": "validation"}
+_OWN = {"methods": "fedit,ffa,fedex,fra,flora", "seeds": "0,1,2", "lrs": "1e-3,3e-3,1e-2", "out": "runs/compare", "jobs": "1"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the comparison: `[ADAPTER+]METHOD[@RANK]`; the adapter is the method's first unless it is named."""
+    """One line of the comparison: `[ADAPTER+]METHOD[@RANK]`. An adapter that is not named is the config's own where it fits the
+    method, else the method's first."""
 
     text: str
     adapter: str
@@ -40,18 +41,22 @@ class Entry:
     rank: str | None
 
     @staticmethod
-    def parse(text: str) -> Entry:
-        """Raises ConfigError for anything else."""
+    def parse(text: str, own: str | None) -> Entry:
+        """`own`: the adapter that the config names. Raises ConfigError for anything else."""
         found = re.fullmatch(r"(?:([\w-]+)\+)?([\w-]+)(?:@(\d+))?", text)
         if not found or found[2] not in METHODS:
             raise ConfigError(f"--methods '{text}' is not known: write [ADAPTER+]METHOD[@RANK] with a method of {', '.join(METHODS)}")
-        return Entry(text, found[1] or METHODS[found[2]].adapters[0], found[2], found[3])
+        fits = METHODS[found[2]].adapters
+        return Entry(text, found[1] or (own if own in fits else fits[0]), found[2], found[3])
 
     def flags(self, own: dict[str, str]) -> list[str]:
         """`own`: the comparison's flags, among them perhaps this entry's."""
-        given = [part.split("=", 1) for part in own.get(f"set.{self.text}", "").split(",") if part]
-        if bad := [part for part in given if len(part) != 2]:
-            raise ConfigError(f"--set.{self.text} '{bad[0][0]}' is no setting: write key=value,key=value")
+        given = [part.split("=", 1) for part in re.split(r",(?=[\w.]+=)", own.get(f"set.{self.text}", "")) if part]
+        for part in given:
+            if len(part) != 2:
+                raise ConfigError(f"--set.{self.text} '{part[0]}' is no setting: write key=value,key=value")
+            if not part[0].startswith(("adapter.", "method.", "federation.proximal")) or part[0] in ("adapter.kind", "method.name", "method.weights"):
+                raise ConfigError(f"--set.{self.text} may set keys of adapter and method, and not '{part[0]}': it is one for all entries")
         rank = ["--adapter.rank", self.rank] if self.rank else []
         return ["--method.name", self.method, "--adapter.kind", self.adapter, *rank, *(f for k, v in given for f in (f"--{k}", v))]
 
@@ -64,6 +69,7 @@ class Result:
     lr: float
     tuning: dict[float, float | None]
     summaries: list[dict[str, Any]]
+    higher_is_better: bool
 
     @property
     def finals(self) -> list[float]:
@@ -80,6 +86,7 @@ class Result:
         return {
             "method": self.entry.text,
             "metric": summaries[0]["metric"],
+            "higher_is_better": self.higher_is_better,
             "mean": statistics.mean(self.finals),
             "st_dev": statistics.stdev(self.finals) if len(self.finals) > 1 else 0.0,
             "finals": self.finals,
@@ -121,7 +128,9 @@ def compare(argv: list[str], say: Callable[[str], None]) -> tuple[list[Result], 
     Raises ConfigError before anything runs when one of the configs is bad, FedrayError when a final run fails.
     """
     own, rest = split_flags(argv)
-    entries = [Entry.parse(text) for text in own["methods"].split(",")]
+    shared = read_config(rest)
+    kind = shared.adapter.kind if "kind" in shared.adapter.model_fields_set else None
+    entries = [Entry.parse(text, kind) for text in own["methods"].split(",")]
     try:
         seeds, jobs = [int(s) for s in own["seeds"].split(",")], int(own["jobs"])
         rates = {e: sorted(float(x) for x in own.get(f"lrs.{e.text}", own["lrs"]).split(",")) for e in entries}
@@ -130,24 +139,32 @@ def compare(argv: list[str], say: Callable[[str], None]) -> tuple[list[Result], 
     for flag in own.keys() - _OWN.keys():
         if flag.split(".", 1)[1] not in [e.text for e in entries]:
             raise ConfigError(f"--{flag} names no entry of --methods {own['methods']}")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {own['seeds']} names a seed twice")
+    if shared.data.evaluate_on != "test":
+        raise ConfigError("data.evaluate_on is set by the comparison itself: it tunes on validation and ends on test")
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs}: at least one run at a time")
     if twice := next((e.text for e in entries if entries.count(e) > 1), None):
         raise ConfigError(f"--methods names {twice} twice: give the two different ranks, or two comparisons")
     for flag in ("--seed", "--federation.lr", "--output.dir", "--method.name", "--adapter.kind"):
-        if flag in rest:
+        if flag in rest or any(word.startswith(f"{flag}=") for word in rest):
             raise ConfigError(f"{flag} is set by the comparison itself: use --seeds, --lrs, --out or --methods")
     out = Path(own["out"])
-    higher = {e: TASKS[read_config([*rest, *e.flags(own)]).model.task].higher_is_better for e in entries}
+    higher = {}
+    for e in entries:
+        for lr in rates[e]:
+            config = read_config([*rest, *e.flags(own), "--federation.lr", str(lr), "--seed", str(seeds[0])])
+        higher[e] = TASKS[config.model.task].higher_is_better
 
     def folder(entry: Entry, name: str) -> Path:
         return out / entry.text.replace("+", "-").replace("@", "-rank-") / name
 
     def tune(job: tuple[Entry, float]) -> float | None:
         entry, lr = job
-        flags = [*rest, *entry.flags(own), "--federation.lr", str(lr), "--seed", str(seeds[0]), "--data.test_split", own["validation"]]
+        flags = [*rest, *entry.flags(own), "--federation.lr", str(lr), "--seed", str(seeds[0]), "--data.evaluate_on", "validation"]
         summary = _run(flags, folder(entry, f"tune-{lr:g}"), must=False)
-        say(f"{entry.text}  lr {lr:g}: " + (f"{summary['final']:.4f} on {own['validation']}" if summary else "diverged or failed"))
+        say(f"{entry.text}  lr {lr:g}: " + (f"{summary['final']:.4f} on validation" if summary else "failed: see its log"))
         return summary["final"] if summary else None
 
     def final(job: tuple[Entry, float, int]) -> dict[str, Any]:
@@ -166,7 +183,8 @@ def compare(argv: list[str], say: Callable[[str], None]) -> tuple[list[Result], 
         work = [(entry, best[entry], seed) for entry in entries for seed in seeds]
         summaries = list(pool.map(final, work))
     results = [
-        Result(entry, best[entry], tuned[entry], [s for (e, _, _), s in zip(work, summaries, strict=True) if e == entry]) for entry in entries
+        Result(entry, best[entry], tuned[entry], [s for (e, _, _), s in zip(work, summaries, strict=True) if e == entry], higher[entry])
+        for entry in entries
     ]
     rows = [result.row() for result in results]
     (out / "compare.json").write_text(json.dumps([row | {"tuning": r.tuning} for row, r in zip(rows, results, strict=True)], indent=2))
@@ -208,7 +226,7 @@ def _run(flags: list[str], folder: Path, must: bool) -> dict[str, Any] | None:
         raise ConfigError(f"{said} (see {log})")
     if must:
         raise FedrayError(f"a run failed: {said} (see {log})")
-    if code == 1:  # not when it was killed
+    if "the loss became" in said or "not finite" in said:  # it diverged, and would again; any other failure may pass
         failed.write_text(said)
     return None
 
@@ -223,15 +241,21 @@ def picture(rows: list[dict[str, Any]]):
     from matplotlib.transforms import Bbox
 
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    order = sorted(rows, key=lambda r: (r["bytes_up"] + r["bytes_down"], r["mean"]))
+    order, place_of = sorted(rows, key=lambda r: (r["bytes_up"] + r["bytes_down"], r["mean"])), {}
+    for row in order:  # methods that move the same bytes stand side by side
+        x = (row["bytes_up"] + row["bytes_down"]) / 2**20
+        while any(abs(math.log(x / other)) < 0.015 for other in place_of.values()):
+            x *= 1.02
+        place_of[row["method"]] = x
     for i, row in enumerate(order):
         error = [[row["mean"] - min(row["finals"])], [max(row["finals"]) - row["mean"]]]
-        axes.errorbar((row["bytes_up"] + row["bytes_down"]) / 2**20, row["mean"], yerr=error, fmt="o", capsize=3, color=f"C{i % 10}", alpha=0.8)
+        axes.errorbar(place_of[row["method"]], row["mean"], yerr=error, fmt="o", capsize=3, color=f"C{i % 10}", alpha=0.8)
     axes.set_xscale("log")
     left, right = axes.get_xlim()
     axes.set_xlim(left, right * (right / left) ** 0.25)  # room for the labels of the last points
     axes.set_xlabel("MiB moved in the whole run, all clients, up and down (start included)")
-    axes.set_ylabel(f"final {rows[0]['metric'].replace('_', ' ')}: mean, smallest to largest")
+    better = "" if rows[0].get("higher_is_better", True) else " (lower is better)"
+    axes.set_ylabel(f"final {rows[0]['metric'].replace('_', ' ')}{better}: mean, smallest to largest")
     axes.grid(alpha=0.3)
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
@@ -240,11 +264,11 @@ def picture(rows: list[dict[str, Any]]):
     place = axes.transData.transform
     taken: list[Bbox] = []  # no label on an error bar, its own apart
     for row in order:
-        x = (row["bytes_up"] + row["bytes_down"]) / 2**20
+        x = place_of[row["method"]]
         (left, low), (right, high) = place((x, min(row["finals"]))) - (3, 0), place((x, max(row["finals"]))) + (3, 0)
         taken.append(Bbox([[left, low], [right, high]]))
     for i, row in enumerate(order):  # a label moves away from its point, in turn up and down, until it is clear of what is there
-        x, y = (row["bytes_up"] + row["bytes_down"]) / 2**20, row["mean"]
+        x, y = place_of[row["method"]], row["mean"]
         label = axes.annotate(
             row["method"], (x, y), (8, 0), textcoords="offset points", color=f"C{i % 10}", fontsize=9, va="center",
             arrowprops={"arrowstyle": "-", "lw": 0.5, "color": f"C{i % 10}"},
@@ -252,7 +276,7 @@ def picture(rows: list[dict[str, Any]]):
         for step in range(1, 120):
             label.update_positions(figure.canvas.get_renderer())
             box = Text.get_window_extent(label)  # the words alone, without the line to the point
-            if not any(box.overlaps(other) for other in taken):
+            if axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1 and not any(box.overlaps(other) for other in taken):
                 break
             label.set_position((8, 3 * ((step + 1) // 2) * (1 if step % 2 else -1)))
         taken.append(box)

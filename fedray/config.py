@@ -26,7 +26,10 @@ DEFAULT_CLIENTS = 5
 def _ranks(value: Any) -> Any:
     """`8`, `8,4,4` or `{ward: 4, icu: 8}` (on the command line: ward=4,icu=8)."""
     if isinstance(value, str) and "=" in value:
-        return dict(part.split("=", 1) for part in value.split(","))
+        pairs = [part.split("=", 1) for part in value.split(",")]
+        if bad := next((pair for pair in pairs if len(pair) != 2 or not pair[0] or not pair[1].isdigit()), None):
+            raise ValueError(f"'{'='.join(bad)}' is no NAME=RANK: write client-0=8,client-1=4")
+        return dict(pairs)
     return _names(value)
 
 
@@ -106,7 +109,9 @@ class AdapterSection(Section):
             return dict(zip(clients, self.rank, strict=True))
         if strange := [name for name in self.rank if name not in clients]:
             raise ConfigError(f"adapter.rank names '{strange[0]}', which is not a client of this run{nearest(strange[0], clients)}")
-        return {name: self.rank.get(name, self.largest_rank) for name in clients}
+        if without := [name for name in clients if name not in self.rank]:
+            raise ConfigError(f"adapter.rank names no rank for client '{without[0]}': name every client, or give one rank for all")
+        return {name: self.rank[name] for name in clients}
 
 
 class MethodSection(Section):
@@ -157,8 +162,12 @@ class DataSection(Section):
     """Name of the training split."""
     test_split: str = "test"
     """Name of the held-out split; where a source has none, `held_out` of the training split is taken."""
+    validation_split: str = "validation"
+    """Name of the split that data.evaluate_on validation takes; where a source has none, `held_out` of the rest of the training split."""
+    evaluate_on: Literal["test", "validation"] = "test"
+    """What the metrics are of; `fedray compare` tunes on validation, which shares no example with test."""
     held_out: float = Field(0.1, gt=0, lt=1)
-    """Share of the training split held out at the coordinator where the source has no test split."""
+    """Share of the training split held out at the coordinator where the source has no such split; the same for every seed."""
     text: str | None = None
     """Column with the text (default: text, sentence, content or question, whichever is there)."""
     text_pair: str | None = None
@@ -406,6 +415,12 @@ def make_method(config: Config) -> Method:
     if server and not method.linear:
         means = ", ".join(name for name, m in METHODS.items() if m.linear)
         raise ValueError(f"method.server_optimizer steps along a mean, and {section.name} broadcasts none: use it with {means}")
+    if section.name == "fra-ffa" and options.get("split") == "balanced":
+        raise ValueError("method.split balanced does not fit fra-ffa: the A that it freezes needs orthonormal rows; leave it out")
+    if options.get("fra_rounds", 0) >= config.federation.rounds > 1:
+        raise ValueError(
+            f"method.fra_rounds {options['fra_rounds']} leaves no round with A frozen out of {config.federation.rounds}: lower it, or use fra"
+        )
     if section.name == "fra-ffa":
         options.setdefault("fra_rounds", max(1, config.federation.rounds // 2))
     if server:

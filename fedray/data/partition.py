@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from pathlib import Path
 
 from datasets import Dataset
 
@@ -41,16 +42,20 @@ def load_data(config: Config) -> FederatedData:
         pairs = {name: load_splits(config.data, source) for name, source in own.items()}
         train = {name: pair[0] for name, pair in pairs.items()}
         # The coordinator's held-out examples come from data.source; a client's own test split stays with the client.
-        test = load_splits(config.data)[1] if config.data.source != BUILTIN else None
+        split = config.data.test_split if config.data.evaluate_on == "test" else config.data.validation_split
+        test = load_splits(config.data, split=split)[1] if config.data.source != BUILTIN else None
         if test is None:
-            raise ConfigError("clients have their own sources: give data.source, a folder or hub id with a test split, for the evaluation")
+            raise ConfigError(f"clients have their own sources: give data.source, a folder or hub id with a {split} split, for the evaluation")
     else:
         everything, test = load_splits(config.data)
         if test is None:
-            if len(everything) < 2:
-                raise ConfigError(f"data source '{config.data.source}' holds {len(everything)} example: too few to hold some out")
-            halves = everything.train_test_split(test_size=config.data.held_out, seed=derive(config.seed, "held-out") % 2**32)
-            everything, test = halves["train"], halves["test"]
+            everything, test = _hold_out(config, everything, "held-out")
+        if config.data.evaluate_on == "validation":
+            validation = None if config.data.source == BUILTIN else load_splits(config.data, split=config.data.validation_split)[1]
+            if validation is None:
+                everything, test = _hold_out(config, everything, "validation")
+            else:
+                test = validation
         if config.data.limit is not None:
             everything = _draw(everything, config.data.limit, config.seed, "limit")
         train = _deal(config, everything)
@@ -73,6 +78,25 @@ def load_data(config: Config) -> FederatedData:
             train[name], held_out[name] = halves["train"], halves["test"]
     group = "package" if config.data.source == BUILTIN else config.data.column
     return FederatedData(train, held_out, test, text, group if group in test.column_names else None, classes)
+
+
+def _hold_out(config: Config, examples: Dataset, purpose: str) -> tuple[Dataset, Dataset]:
+    """(the rest, what is held out): the same for every seed, so that no seed trains on what another is measured by."""
+    if len(examples) < 2:
+        raise ConfigError(f"data source '{config.data.source}' holds {len(examples)} example: too few to hold some out")
+    halves = examples.train_test_split(test_size=config.data.held_out, seed=derive(purpose) % 2**32)
+    return halves["train"], halves["test"]
+
+
+def public_data(config: Config, data: FederatedData) -> Dataset:
+    """The examples of `adapter.subspace_source`, with the columns that the task reads. Raises ConfigError where it does not fit."""
+    source = config.adapter.subspace_source
+    section = config.data.model_copy(update={"subset": None}) if Path(source).exists() else config.data
+    examples = load_splits(section, source)[0]
+    _check(config, examples, data.text, f"adapter.subspace_source '{source}'")
+    if data.classes and (strange := set(examples.unique(config.data.label)) - set(data.classes)):
+        raise ConfigError(f"adapter.subspace_source '{source}' has the label {sorted(map(repr, strange))[0]}, which no client has")
+    return examples
 
 
 def _draw(examples: Dataset, count: int, seed: int, purpose: str) -> Dataset:

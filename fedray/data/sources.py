@@ -16,12 +16,12 @@ _LOADERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".p
 _TEXT_COLUMNS = ("text", "sentence", "content", "question", "instruction")
 
 
-def load_splits(data: DataSection, source: str | None = None) -> tuple[Dataset, Dataset | None]:
-    """(training examples, held-out examples or None) of `data.source`, or of a client's own source.
+def load_splits(data: DataSection, source: str | None = None, split: str | None = None) -> tuple[Dataset, Dataset | None]:
+    """(training examples, held-out examples or None) of `data.source`, or of a client's own source; `split`: another than the test split.
 
     Raises ConfigError when the source is missing, of an unknown kind, unreadable, or lacks the training split.
     """
-    source = source or data.source
+    source, split = source or data.source, split or data.test_split
     disable_progress_bars()
     if source == BUILTIN:
         try:
@@ -33,7 +33,7 @@ def load_splits(data: DataSection, source: str | None = None) -> tuple[Dataset, 
     if data.subset is not None and path.exists():
         raise ConfigError(f"data.subset belongs to hub data sets, but '{source}' is local: leave it out")
     if path.is_dir():
-        splits = DatasetDict({split: _read(file) for split in (data.train_split, data.test_split) if (file := _split_file(path, split))})
+        splits = DatasetDict({name: _read(file) for name in (data.train_split, split) if (file := _split_file(path, name))})
         known = f"the folder holds no {data.train_split}{{{','.join(_LOADERS)}}}"
     elif path.is_file():
         splits, known = DatasetDict({data.train_split: _read(path)}), ""
@@ -44,7 +44,7 @@ def load_splits(data: DataSection, source: str | None = None) -> tuple[Dataset, 
         known = f"it has {', '.join(splits)}"
     if data.train_split not in splits:
         raise ConfigError(f"data source '{source}' has no split '{data.train_split}': {known}")
-    return splits[data.train_split], splits.get(data.test_split)
+    return splits[data.train_split], splits.get(split)
 
 
 def _split_file(folder: Path, split: str) -> Path | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -122,21 +123,20 @@ class Coordinator:
                 found = start(self.config, self._spec, self.data.clients, self._answers)
                 self._begin(self.method.init(self._spec, self._heads, found.tensors))
                 self.start = found.record()
+            self._save()  # it may cost as much as a round; an engine that has evaluated could not make it again
         with _timed(seconds, "evaluate"):
             record = {"round": 0, **self._evaluate(), "start": self.start}
         record["seconds"] = seconds
         self.records.append(record)
-        if self.start is not None:
-            self._save()  # a start may cost as much as a round
         return record
 
-    def _answers(self, question: Question, clients: Sequence[str]) -> list[tuple[Report, dict[str, torch.Tensor], int]]:
+    def _answers(self, question: Question, clients: Sequence[str]) -> list[tuple[Report, Callable[[], dict[str, torch.Tensor]], int]]:
         result = []
         for outcome in self.pool.ask(question, clients, {}, None):
             if isinstance(outcome.report, Failure):
                 raise_failure(outcome.report)
-            packet = self.pool.fetch(outcome.update)
-            result.append((outcome.report, unpack(packet), packet.nbytes))
+            fetch = partial(self.pool.fetch, outcome.update)
+            result.append((outcome.report, lambda fetch=fetch: unpack(fetch()), outcome.report.nbytes))
         return result
 
     def run_round(self) -> dict[str, Any]:

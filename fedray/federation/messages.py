@@ -20,12 +20,14 @@ class Ask(Enum):
 
 @dataclass(frozen=True)
 class Question:
-    """An `Ask` and what belongs to it. `examples`: how many of the client's the gradient is taken over."""
+    """An `Ask` and what belongs to it. `examples`: how many of the client's the gradient is taken over; `columns`: of a range sketch that
+    comes without a packet, beyond the rank: the client draws it from the seed."""
 
     ask: Ask
     packet: Packet | None = None
     layers: tuple[str, ...] = ()
     examples: int = 0
+    columns: int = 0
 
 
 #: The client's name under which a worker serves the public data set.
@@ -41,6 +43,8 @@ class Report:
     train_loss: float
     base_lost: float
     seconds: float
+    nbytes: int = 0
+    """Of the answer to a question outside local training."""
 
 
 @dataclass(frozen=True)

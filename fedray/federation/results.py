@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import urllib.parse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,13 @@ def export(folder: Path, out: Path, format: str) -> None:
 def write(config: Config, checkpoint: checkpoints.Checkpoint, out: Path, format: str, classes: int) -> None:
     """`export` for a checkpoint at hand; a folder for each client where clients have models of their own."""
     for client, view in views(config, checkpoint).items():
-        _write_view(config, checkpoint.state, view, out if client is None else out / client, format, classes)
+        _write_view(config, checkpoint.state, view, out if client is None else out / folder_name(client), format, classes)
+
+
+def folder_name(client: str) -> str:
+    """A client's name as one folder's name: names come from data, and must not lead out of the place that is written to."""
+    quoted = urllib.parse.quote(client, safe=" ")
+    return quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
 
 
 def _write_view(config: Config, state: State, view: View, out: Path, format: str, classes: int) -> None:

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.adapters import attach
 from fedray.config import BUILTIN, Config, make_method, make_spec
-from fedray.data.partition import FederatedData, load_data
+from fedray.data.partition import FederatedData, load_data, public_data
 from fedray.errors import ConfigError, FedrayError
 from fedray.federation.coordinator import Coordinator
 from fedray.federation.placement import Placement, place
@@ -84,6 +84,8 @@ def prepare(config: Config) -> Prepared:
     data = load_data(config)
     if (config.federation.cohort or 0) > len(data.clients):
         raise ConfigError(f"federation.cohort {config.federation.cohort} is more than the {len(data.clients)} clients: lower it")
+    if config.adapter.subspace == "public":
+        public_data(config, data)
     check_loadable(config)
     model = skeleton(config, len(data.classes) or 2)
     spec = make_spec(config, attach.layers(model), data.clients)

@@ -28,21 +28,21 @@ from fedray.config import Config
 from fedray.errors import ClientError
 from fedray.federation.messages import PUBLIC, Ask, Failure, Question, Report
 from fedray.federation.wire import pack
-from fedray.lowrank import top_svd, weighted_sum
+from fedray.lowrank import top_svd
 from fedray.methods import Spec
 
-#: Most numbers of dense gradient that clients send, and the coordinator holds, at a time (a layer that has more goes alone).
-GROUP = 1 << 25
+#: Most numbers of dense gradient that a client sends at a time; a layer that has more, as those of real models do, goes alone.
+GROUP = 1 << 20
 EXAMPLES, OVERSAMPLE, PASSES = 64, 16, 2
 
-#: (report, its answer's tensors) of each client asked, in order.
-Answers = Callable[[Question, Sequence[str]], list[tuple[Report, dict[str, Tensor], int]]]
+#: For each client asked, in order: its report, a call that fetches its answer (one client's at a time is in memory), and the answer's bytes.
+Answers = Callable[[Question, Sequence[str]], list[tuple[Report, Callable[[], dict[str, Tensor]], int]]]
 
 
 @dataclass(frozen=True)
 class Start:
     """`tensors`: the started factors. Bytes are the clients', all together. `energy`: what share of the squared norm of the decomposed
-    matrices the bases capture (for sketched gradients the norm is estimated from the sketch); None for weights."""
+    matrices the bases capture (about, for sketched gradients: their norm is estimated from the sketch); None for weights."""
 
     tensors: dict[str, Tensor]
     source: str
@@ -63,7 +63,7 @@ def start(config: Config, spec: Spec, clients: Sequence[str], answers: Answers) 
     began = time.monotonic()
     source = (config.adapter.subspace or "weights") if spec.adapter.kind == "lora-sb" else "weights"
     if source == "weights":
-        found = Start(answers(Question(Ask.WEIGHTS), clients[:1])[0][1], source)
+        found = Start(answers(Question(Ask.WEIGHTS), clients[:1])[0][1](), source)
     elif source == "gradient":
         found = _signed(config, spec, clients, answers)
     else:
@@ -98,6 +98,16 @@ def _shares(config: Config, reports: Sequence[Report]) -> list[float]:
     return [w / sum(weights) for w in weights]
 
 
+def _total(config: Config, told) -> dict[str, Tensor]:
+    """sum p_i of the answers, in fp64 in the order of the clients; one client's answer at a time."""
+    total: dict[str, Tensor] = {}
+    for (_, fetch, _), share in zip(told, _shares(config, [report for report, _, _ in told]), strict=True):
+        for name, tensor in fetch().items():
+            part = tensor.double() * share
+            total[name] = total[name].add_(part) if name in total else part
+    return total
+
+
 def _examples(config: Config) -> int:
     return config.adapter.subspace_examples or EXAMPLES
 
@@ -108,9 +118,9 @@ def _signed(config: Config, spec: Spec, clients: Sequence[str], answers: Answers
     for group in grouped(spec.layers):
         told = answers(Question(Ask.DENSE, layers=tuple(layer.name for layer in group), examples=_examples(config)), clients)
         up += sum(size for _, _, size in told)
-        shares = _shares(config, [report for report, _, _ in told])
+        total = _total(config, told)
         for layer in group:
-            signed = weighted_sum([t[layer.name] for _, t, _ in told], shares).sign().float()
+            signed = total[layer.name].sign().float()
             U, S, Vt = top_svd(signed, layer.rank, seeding.generator(spec.seed, layer.name, "subspace"))
             tensors |= {f"{layer.name}.{B}": U.contiguous(), f"{layer.name}.{A}": Vt.contiguous()}
             kept, whole = kept + S.double().square().sum().item(), whole + signed.double().square().sum().item()
@@ -134,34 +144,34 @@ def _sketched(config: Config, spec: Spec, clients: Sequence[str], answers: Answe
     oversample, passes = _range(config)
     up = down = 0
 
-    def summed(ask: Ask, sides: dict[str, Tensor], drawn: bool = False) -> dict[str, Tensor]:
-        """sum p_i of the clients' sketches; `drawn`: the clients could draw the sides from the seed, no bytes."""
+    def summed(ask: Ask, sides: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """sum p_i of the clients' sketches. Without sides the clients draw Omega from the seed, and no bytes go down."""
         nonlocal up, down
-        packet = pack(sides)
-        told = answers(Question(ask, packet, examples=_examples(config)), clients)
+        packet = pack(sides) if sides is not None else None
+        told = answers(Question(ask, packet, examples=_examples(config), columns=oversample), clients)
         if source != "public":
-            up, down = up + sum(size for _, _, size in told), down + (0 if drawn else packet.nbytes * len(clients))
-        shares = _shares(config, [report for report, _, _ in told])
-        return {name: weighted_sum([t[name] for _, t, _ in told], shares) for name in sides}
+            up, down = up + sum(size for _, _, size in told), down + (packet.nbytes * len(clients) if packet else 0)
+        return _total(config, told)
 
     def basis(sketches: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: torch.linalg.qr(sketch).Q for name, sketch in sketches.items()}
 
-    tests = {}
-    for layer in spec.layers:
-        q = min(layer.rank + oversample, layer.m, layer.n)
-        tests[layer.name] = torch.randn(layer.n, q, generator=seeding.generator(spec.seed, layer.name, "range"))
-    columns = summed(Ask.RANGE, tests, drawn=True)
-    whole = sum(c.square().sum().item() / c.shape[1] for c in columns.values())  # E ||G omega||^2 = ||G||^2
+    columns = summed(Ask.RANGE, None)
     Q = basis(columns)
     for _ in range(passes):
         rows = summed(Ask.ROWS, Q)
         Q = basis(summed(Ask.RANGE, basis({name: z.T for name, z in rows.items()})))
-    tensors, kept = {}, 0.0
-    for layer, (name, z_qn) in zip(spec.layers, summed(Ask.ROWS, Q).items(), strict=True):
+    tensors, kept, whole = {}, 0.0, 0.0
+    rows = summed(Ask.ROWS, Q)
+    for layer in spec.layers:
+        name, z_qn = layer.name, rows[layer.name]
         U, S, Vt = torch.linalg.svd(z_qn, full_matrices=False)
         tensors |= {f"{name}.{B}": (Q[name] @ U[:, : layer.rank]).float().contiguous(), f"{name}.{A}": Vt[: layer.rank].float().contiguous()}
         kept += S[: layer.rank].square().sum().item()
+        # ||G||^2 is what Q sees of it, exactly, and what it does not: E ||(1 - Q Q^T) G omega||^2 over the Gaussian first sketch. Without
+        # power iterations Q spans that sketch, and the second part reads 0.
+        left = columns[name] - Q[name] @ (Q[name].T @ columns[name])
+        whole += S.square().sum().item() + left.square().sum().item() / left.shape[1]
     return Start(tensors, source, up, down, kept / whole if whole else 0.0)
 
 

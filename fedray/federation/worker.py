@@ -62,7 +62,8 @@ class Worker:
         except Exception as error:  # as in `train`
             return None, None, Failure(client, _cause(error), traceback.format_exc())
         examples = len(self.trainer.examples("train", client)) if question.ask is not Ask.WEIGHTS and client != PUBLIC else 0
-        return pack(answer), None, Report(client, examples, 0.0, 0.0, 0.0)
+        packet = pack(answer)
+        return packet, None, Report(client, examples, 0.0, 0.0, 0.0, packet.nbytes)
 
     def _answer(self, client: str, question: Question, kept: Packet | None) -> dict[str, Tensor]:
         given = unpack(question.packet) if question.packet is not None else {}
@@ -74,6 +75,8 @@ class Worker:
         examples = self.trainer.gradient_examples(client if client != PUBLIC else None, question.examples)
         if question.ask is Ask.DENSE:
             return subspace.dense(self.trainer, examples, question.layers)
+        if question.packet is None:
+            given = subspace.gaussian_tests(self.spec.layers, question.columns, self.spec.seed)
         return {Ask.RANGE: subspace.range_sketch, Ask.ROWS: subspace.row_sketch}[question.ask](self.trainer, examples, given)
 
     def evaluate(

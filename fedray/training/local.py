@@ -19,8 +19,7 @@ from fedray import seeding
 from fedray.adapters import attach
 from fedray.adapters.base import Adapter, Layer
 from fedray.config import Config, FederationSection
-from fedray.data.partition import FederatedData, load_data
-from fedray.data.sources import load_splits
+from fedray.data.partition import FederatedData, load_data, public_data
 from fedray.data.tasks import TASKS, Example, Task
 from fedray.methods import View
 from fedray.training.engine import StepEngine, make_engine
@@ -103,8 +102,7 @@ class LocalTrainer:
             examples = self.examples("train", client)
         else:
             if ("public", "") not in self._encoded:
-                public = load_splits(self.config.data, self.config.adapter.subspace_source)[0]
-                self._encoded["public", ""] = self.task.encode(public)
+                self._encoded["public", ""] = self.task.encode(public_data(self.config, self.data))
             examples = self._encoded["public", ""]
         order = torch.randperm(len(examples), generator=seeding.generator(self.config.seed, "subspace", client or "public"))
         return [examples[i] for i in order[:count].tolist()]

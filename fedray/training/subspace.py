@@ -10,9 +10,12 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
+from fedray import seeding
 from fedray.adapters import attach
+from fedray.adapters.base import Layer
 from fedray.data.tasks import Example
 
 if TYPE_CHECKING:
@@ -29,20 +32,31 @@ def dense(trainer: LocalTrainer, examples: Sequence[Example], layers: Sequence[s
         sums[name] = sums[name].addmm_(d_tm.T, x_tn) if name in sums else d_tm.T @ x_tn
 
     _pass(trainer, examples, layers, add)
+    for layer in (one for one in trainer.layers if one.name in layers and one.name not in sums):
+        sums[layer.name] = torch.zeros(layer.m, layer.n)  # no example came by (an expert that none was sent to)
     return {name: (total / len(examples)).cpu() for name, total in sums.items()}
+
+
+def gaussian_tests(layers: Sequence[Layer], oversample: int, seed: int) -> dict[str, Tensor]:
+    """Omega (n x q, q = rank + `oversample`) of every layer, from the seed: the same for all clients."""
+    tests = {}
+    for layer in layers:
+        q = min(layer.rank + oversample, layer.m, layer.n)
+        tests[layer.name] = torch.randn(layer.n, q, generator=seeding.generator(seed, layer.name, "range"))
+    return tests
 
 
 def range_sketch(trainer: LocalTrainer, examples: Sequence[Example], tests_nq: dict[str, Tensor]) -> dict[str, Tensor]:
     """G Omega (m x q) of every layer in `tests_nq`; linear in G, so clients' sketches add up."""
-    return _sketch(trainer, examples, tests_nq, lambda test, x_tn, d_tm: d_tm.T @ (x_tn @ test))
+    return _sketch(trainer, examples, tests_nq, lambda test, x_tn, d_tm: d_tm.T @ (x_tn @ test), lambda layer, q: (layer.m, q))
 
 
 def row_sketch(trainer: LocalTrainer, examples: Sequence[Example], bases_mq: dict[str, Tensor]) -> dict[str, Tensor]:
     """Q^T G (q x n) of every layer in `bases_mq`; linear too."""
-    return _sketch(trainer, examples, bases_mq, lambda basis, x_tn, d_tm: (d_tm @ basis).T @ x_tn)
+    return _sketch(trainer, examples, bases_mq, lambda basis, x_tn, d_tm: (d_tm @ basis).T @ x_tn, lambda layer, q: (q, layer.n))
 
 
-def _sketch(trainer: LocalTrainer, examples: Sequence[Example], sides: dict[str, Tensor], product) -> dict[str, Tensor]:
+def _sketch(trainer: LocalTrainer, examples: Sequence[Example], sides: dict[str, Tensor], product, shape) -> dict[str, Tensor]:
     sides = {name: side.to(trainer.device) for name, side in sides.items()}
     sums: dict[str, Tensor] = {}
 
@@ -51,6 +65,8 @@ def _sketch(trainer: LocalTrainer, examples: Sequence[Example], sides: dict[str,
         sums[name] = sums[name].add_(part) if name in sums else part
 
     _pass(trainer, examples, list(sides), add)
+    for layer in (one for one in trainer.layers if one.name in sides and one.name not in sums):
+        sums[layer.name] = torch.zeros(shape(layer, sides[layer.name].shape[1]))
     return {name: (total / len(examples)).cpu() for name, total in sums.items()}
 
 
