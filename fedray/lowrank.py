@@ -79,8 +79,8 @@ class LowRank:
 
     def norm(self, probes: int = 0) -> float:
         """Frobenius norm, in fp64. By Gram matrices, which is the fastest, to 1e-9 relative; where the terms cancel by more than three
-        digits by QR, which stays accurate down to the rounding of the factors, or with `probes` by that many Gaussian vectors: as
-        accurate there, a hundred times cheaper, and an estimate (relative standard deviation at most sqrt(2 / probes))."""
+        digits by QR, which stays accurate down to the rounding of the factors. With `probes`, a norm that is mere rounding (below 1e-6 of
+        its terms) is only estimated, by that many Gaussian vectors: relative standard deviation at most sqrt(2 / probes), much cheaper."""
         if self.k == 0:
             return 0.0
         B, A = self.B.double(), self.A.double()
@@ -90,7 +90,9 @@ class LowRank:
             return square**0.5
         if probes:
             test = torch.randn(A.shape[1], probes, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(A.device)
-            return torch.linalg.matrix_norm(B @ (A @ test)).item() / probes**0.5
+            estimate = torch.linalg.matrix_norm(B @ (A @ test)).item() / probes**0.5
+            if estimate**2 < 1e-12 * size:
+                return estimate
         R_B, R_A = self._triangles()
         return torch.linalg.matrix_norm(R_B @ R_A.T).item()
 

@@ -25,8 +25,8 @@ class MethodCost:
     """Bytes per client and round in the steady state with every client of the cohort reporting, heads included; of the largest rank
     where ranks differ.
 
-    `first_down`: the first round's download (no base update yet), without `once`: what a run sends to each client a single time (bases,
-    factors that rest). `start_up`, `start_down`: before round 1 (lora-sb's gradient). `run_up`, `run_down`: all of a run of `rounds`.
+    `first_down`: the first round's download (no base update yet), without `once`: what the run sends to each client besides (bases,
+    factors that rest, a base update that outgrew the dense matrix and is sent again as a whole). `start_up`, `start_down`: before round 1 (lora-sb's gradient). `run_up`, `run_down`: all of a run of `rounds`.
     """
 
     method: str
@@ -81,7 +81,7 @@ def plan(config: Config, cohort: int | None = None, classes: int = 2) -> Plan:
     adapters = sum(p.numel() for p in attach.factors(model).values())
     base = sum(p.numel() for p in model.parameters()) - adapters - heads
     count = len(config.clients) or config.federation.clients or DEFAULT_CLIENTS
-    if isinstance(config.adapter.rank, tuple):
+    if not isinstance(config.adapter.rank, int):
         count = len(config.adapter.rank)
     if cohort is None:
         cohort = config.federation.cohort or count
@@ -115,8 +115,8 @@ def _variants(config: Config) -> list[Config]:
 def _cost(config: Config, spec: Spec, heads: int, cohort: Sequence[str]) -> MethodCost:
     method, rounds = make_method(config), config.federation.rounds
     moves = [method.payload(spec, cohort, cohort[0], round) for round in range(rounds)]
-    # Two late rounds, of which one trains A and the other B where a method alternates.
-    late = [method.payload(spec, cohort, cohort[0], round) for round in (10**6, 10**6 + 1)]
+    # Two rounds beyond the run's, of which one trains A and the other B where a method alternates; what is sent besides is in `once`.
+    late = [method.payload(spec, cohort, cohort[0], rounds + more) for more in (2, 3)]
     start_up, start_down = start.numbers(config, spec)
     return MethodCost(
         method=config.method.name,

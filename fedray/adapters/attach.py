@@ -117,7 +117,7 @@ def layers(model: PeftModel) -> tuple[Layer, ...]:
     """The adapted layers by name, rank and scale read from the adapter itself. Works on the meta device."""
     result = []
     for name, module in _lora_layers(model):
-        if ADAPTER not in module.lora_A or any(p.ndim > 3 for p in module.lora_A[ADAPTER].parameters()):
+        if ADAPTER not in module.lora_A or not isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
             raise ConfigError(f"adapter.targets match {name}, which is no linear layer: leave embeddings and convolutions out")
         result.append(Layer(name, module.out_features, module.in_features, module.r[ADAPTER], module.scaling[ADAPTER]))
     return tuple(result)

@@ -47,7 +47,8 @@ class HadamardProduct(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _KhatriRao.apply(x, *(getattr(self, name) for name in self._names))
+        with torch.autocast(x.device.type, enabled=False):  # fp32 inside, as the factors are; so is the gradient that comes back
+            return _KhatriRao.apply(x, *(getattr(self, name) for name in self._names))
 
     def dense(self) -> Tensor:
         """The m x n product."""
@@ -72,7 +73,7 @@ class _KhatriRao(torch.autograd.Function):
         x, B1, A1, B2, A2, h_tq = ctx.saved_tensors
         need_x, need_B1, need_A1, need_B2, need_A2 = ctx.needs_input_grad
         dx = dB1 = dA1 = dB2 = dA2 = None
-        g_tm = grad.reshape(-1, grad.shape[-1])
+        g_tm = grad.reshape(-1, grad.shape[-1]).to(B1.dtype)
         r1, r2 = B1.shape[1], B2.shape[1]
         dh_tq = g_tm @ khatri_rao_rows(B1, B2)
         if need_B1 or need_B2:

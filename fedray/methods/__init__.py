@@ -51,7 +51,7 @@ def why_not(method: str, adapter: str) -> str | None:
         return "only its cores train, and the plain mean of those is exact: use ravan, or fed-sb with the scales held"
     if METHODS[method].mixed_ranks:
         return f"cutting {adapter}'s factors to a client's rank has no meaning: it needs adapter.kind lora, or use fra"
-    return f"its sketches are of B A, and {adapter}'s delta is not: it needs adapter.kind lora, or use fra"
+    return f"the loss that it reports bounds s B A from sketches, which says nothing of {adapter}'s product: it needs adapter.kind lora, or use fra"
 
 
 __all__ = [

@@ -326,7 +326,8 @@ class Method(ABC):
 
 @dataclass(frozen=True)
 class Payload:
-    """Numbers (of 4 bytes on the wire) of one client in one round; `once`: those down that a run sends only this time."""
+    """Numbers (of 4 bytes on the wire) of one client in one round; `once`: those down beside the usual ones (bases, factors that rest from
+    now on, a base update sent again as a whole)."""
 
     up: int
     down: int
@@ -417,19 +418,39 @@ def stacked_base_tensors(spec: Spec, cohort: Cohort, less: Tensors | None) -> di
 def add_increment(state: State, tensors: dict[str, Tensor]) -> tuple[Increment, ...]:
     """The state's increments and one more.
 
-    When a layer's base updates hold more numbers than min(m, n) columns and rows do, their total is compressed (losslessly: to
-    min(m, n)) into an increment that resets the earlier ones, so neither the checkpoint nor the weights' rebuilding grows without end.
+    When a layer's base updates hold more than twice the numbers that min(m, n) columns and rows do, their total is compressed
+    (losslessly: to min(m, n)) into an increment that resets the earlier ones, so neither the checkpoint nor the weights' rebuilding grows
+    without end, and what is sent again is never more than what has been sent since the last time (`increment_numbers`).
     """
     version = state.increments[-1].version + 1 if state.increments else 1
     increments = (*state.increments, Increment(version, tensors))
     held = dict.fromkeys((layer.name for layer in state.spec.layers), 0)
     for name, tensor in ((n, t) for i in live_increments(increments) for n, t in i.tensors.items() if is_base(n) and not n.endswith("weights")):
         held[name.rsplit(".", 1)[0]] += tensor.numel()
-    if all(held[layer.name] <= min(layer.m, layer.n) * (layer.m + layer.n) for layer in state.spec.layers):
+    if all(held[layer.name] <= room(layer) for layer in state.spec.layers):
         return increments
     frozen = {n: t for i in live_increments(increments) for n, t in i.tensors.items() if not is_base(n)}
     total = base_total(state.spec, live_increments(increments))
     return (Increment(version, frozen | base_tensors({name: total[name].bounded() for name in total}), resets=True),)
+
+
+def room(layer: Layer) -> int:
+    """Numbers that a layer's base updates may hold before their total is compressed."""
+    return 2 * min(layer.m, layer.n) * (layer.m + layer.n)
+
+
+def increment_numbers(spec: Spec, numbers: Sequence[int], columns: Sequence[int], rounds: int, rests: int = 0) -> int:
+    """Numbers of the increment that `add_increment` makes after so many rounds, of which each adds `numbers` and `columns` to each layer's
+    base update: the closed form of what goes down. `rests`: numbers of factors at rest, which a compressed increment carries along."""
+    held, wide, sent = [0] * len(numbers), [0] * len(numbers), 0
+    for _ in range(rounds):
+        held, wide = [h + n for h, n in zip(held, numbers, strict=True)], [w + c for w, c in zip(wide, columns, strict=True)]
+        sent = sum(numbers)
+        if any(h > room(layer) for h, layer in zip(held, spec.layers, strict=True)):
+            wide = [min(w, layer.m, layer.n) for w, layer in zip(wide, spec.layers, strict=True)]
+            held = [w * (layer.m + layer.n) for w, layer in zip(wide, spec.layers, strict=True)]
+            sent = sum(held) + rests
+    return sent
 
 
 def ideal(spec: Spec, cohort: Cohort) -> PerLayer:

@@ -6,6 +6,7 @@ whatever the clients' new factors do not say. METHODS.md 4.1 to 4.3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,6 +31,7 @@ from fedray.methods.base import (
     base_tensors,
     deltas,
     ideal,
+    increment_numbers,
     key,
     stacked_base_tensors,
 )
@@ -60,7 +62,9 @@ class FedEx(Method):
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         spec, average = state.spec, self.assignment == "average"
         sent = cohort.cast({name: cohort.means[name] for name in state.tensors})
-        if spec.adapter.stacked and self.residual_rank is None:
+        if average and len(cohort.clients) == 1:
+            stored = cohort.cast(base_tensors({layer.name: LowRank.zeros(layer.m, layer.n) for layer in spec.layers}))  # its own mean
+        elif spec.adapter.stacked and self.residual_rank is None:
             stored = cohort.cast(stacked_base_tensors(spec, cohort, sent if average else None))
         else:
             update = averaging_error(spec, cohort) if average else ideal(spec, cohort)
@@ -78,19 +82,27 @@ class FedEx(Method):
         return state.replace(round=state.round + 1, tensors=sent, increments=increments, draw=draw), PerLayer(spec.layers, landed)
 
     def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
-        average, k, numbers = self.assignment == "average", len(cohort), 0
-        up = spec.size(client=client)
-        if round and spec.adapter.stacked and self.residual_rank is None:
-            terms = k + average
-            numbers = terms * (spec.size() + len(spec.layers))
-        elif round and self.residual_rank is None:
-            numbers = (k - 1) * spec.size() if average else sum(spec.size(client=c) for c in cohort)
-        elif round:
-            for layer in spec.layers:
-                columns = spec.adapter.delta_columns(layer.rank) * ((k - 1 if not spec.adapter.stacked else k + 1) if average else k)
-                numbers += min(self.residual_rank, columns, layer.m, layer.n) * (layer.m + layer.n)
-        started = spec.size(*spec.adapter.started) if spec.adapter.started and not average and round == 0 else 0
-        return Payload(up=up, down=numbers + (spec.size() if average else 0), once=started)
+        average, k, adapter = self.assignment == "average", len(cohort), spec.adapter
+        ranks = [spec.ranks.get(c) for c in cohort]
+        numbers, columns = [], []
+        for layer in spec.layers:
+            own = [adapter.delta_columns(layer.rank if r is None else r) for r in ranks]
+            if adapter.stacked and self.residual_rank is None:
+                terms = 0 if average and k == 1 else k + average
+                numbers.append(terms * sum(math.prod(shape) for shape in adapter.shapes(layer).values()))
+                columns.append(terms * own[0])
+                continue
+            # averaging: a covariance of rank (k - 1) r; a stacked adapter's is the plain difference, of k + 1 deltas
+            wide = sum(own) if not average else (k - 1) * own[0] if not adapter.stacked else (k + 1) * own[0] * (k > 1)
+            wide = wide if self.residual_rank is None else min(self.residual_rank, wide, layer.m, layer.n)
+            numbers.append(wide * (layer.m + layer.n))
+            columns.append(wide)
+        weights = (k + average) * len(spec.layers) if adapter.stacked and self.residual_rank is None and sum(numbers) else 0
+        usual = sum(numbers) + weights if round else 0
+        rests = spec.size(*adapter.started) if adapter.started and self.fresh else 0
+        sent = increment_numbers(spec, numbers, columns, round, rests)
+        again = max(0, sent - usual) if sent != sum(numbers) else 0
+        return Payload(up=spec.size(client=client), down=usual + (spec.size() if average else 0), once=again + (rests if round == 0 else 0))
 
 
 @dataclass(frozen=True)

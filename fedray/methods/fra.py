@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedray.adapters.base import Layer, pad_to
+from fedray.adapters.base import pad_to
 from fedray.lowrank import LowRank
 from fedray.methods.base import (
     Broadcast,
@@ -28,6 +28,7 @@ from fedray.methods.base import (
     add_increment,
     base_tensors,
     deltas,
+    increment_numbers,
     inner_mean,
     key,
 )
@@ -52,8 +53,8 @@ class FRA(Method):
     def trained(self, spec: Spec) -> tuple[str, ...]:
         return spec.adapter.pair
 
-    def kept_rank(self, layer: Layer, S: Tensor) -> int:
-        """How many singular values the factors take: as many as they have room for."""
+    def kept_rank(self, S: Tensor, inner: LowRank) -> int:
+        """How many of the first singular values of `inner` the factors take: as many as they have room for."""
         return len(S)
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
@@ -61,8 +62,9 @@ class FRA(Method):
         B, A = spec.adapter.pair
         for layer in spec.layers:
             room = spec.adapter.shapes(layer)[A][0]
-            U, S, Vt = inner_mean(spec, cohort, layer).svd(None if self.residual == "fold" else room)
-            r = min(room, self.kept_rank(layer, S))
+            inner = inner_mean(spec, cohort, layer)
+            U, S, Vt = inner.svd(None if self.residual == "fold" else room)
+            r = min(room, self.kept_rank(S, inner))
             root = S[:r].sqrt() if self.split == "balanced" else torch.ones_like(S[:r])
             sent[key(layer, B)] = U[:, :r] * (S[:r] / root.clamp_min(torch.finfo(S.dtype).tiny))
             sent[key(layer, A)] = root[:, None] * Vt[:r]
@@ -83,15 +85,18 @@ class FRA(Method):
         return merged, landed
 
     def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
-        pair, adapter, tail = spec.adapter.pair, spec.adapter, 0
+        pair, adapter = spec.adapter.pair, spec.adapter
+        size, rests = spec.size(*pair, client=client), spec.size(*adapter.started) if adapter.started else 0
+        usual = again = 0
         if self.residual == "fold" and round:
+            columns = []
             for layer in spec.layers:
                 room = adapter.shapes(layer)[pair[1]][0]
-                columns = (min(len(cohort) * room, layer.m, layer.n) - room) * (adapter.delta_columns(layer.rank) // room)
-                tail += columns * (layer.m + layer.n)
-        size = spec.size(*pair, client=client)
-        once = spec.size(*adapter.started) if adapter.started and round == 0 else 0
-        return Payload(up=size, down=size + tail, once=once)
+                columns.append((min(len(cohort) * room, layer.m, layer.n) - room) * (adapter.delta_columns(layer.rank) // room))
+            numbers = [c * (layer.m + layer.n) for c, layer in zip(columns, spec.layers, strict=True)]
+            usual = sum(numbers)
+            again = max(0, increment_numbers(spec, numbers, columns, round, rests) - usual)
+        return Payload(up=size, down=size + usual, once=again + (rests if round == 0 else 0))
 
 
 @dataclass(frozen=True)
@@ -141,9 +146,9 @@ class FLoRIST(FRA):
     name = "florist"
     energy: float = 0.99
 
-    def kept_rank(self, layer: Layer, S: Tensor) -> int:
-        share = S.square().cumsum(0) / S.square().sum().clamp_min(torch.finfo(S.dtype).tiny)
-        return min(len(S), int((share < self.energy).sum()) + 1)
+    def kept_rank(self, S: Tensor, inner: LowRank) -> int:
+        whole = inner.norm() ** 2 * (1 - 1e-12)  # the norm is rounded
+        return min(len(S), int((S.square().cumsum(0) < self.energy * whole).sum()) + 1)
 
     def view(self, spec: Spec, message: Broadcast, client: str | None) -> View:
         start = super().view(spec, message, client)
