@@ -6,6 +6,8 @@
 | a client raises   | it is left out (its inputs are fixed, so it would raise again)                    |
 | the deadline ends | the client is left out                                                            |
 | below the quorum  | the missing clients are tried again once | the run fails, naming clients and causes |
+| a second upload (fedask) fails | as above, with a deadline of its own; below the quorum the run fails at once      |
+| the start before round 1 (lora-sb) fails at a client | the run fails, naming it: bases need every client |
 """
 
 from __future__ import annotations
