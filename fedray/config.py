@@ -74,8 +74,8 @@ class AdapterSection(Section):
     """abba: alpha^2 / sqrt(r1 r2) (paper, default), or alpha, as the authors' released code has it."""
     cores: int | None = Field(None, ge=1)
     """ravan: number of bases and cores h, each of the rank (default 4)."""
-    subspace: Literal["weights", "gradient", "gradient-raw", "public"] | None = None
-    """lora-sb: bases from the SVD of the weights (default), the clients' summed gradient with or without sign, or a public data set."""
+    subspace: Literal["weights", "gradient", "gradient-raw", "public", "private"] | None = None
+    """lora-sb: bases from the SVD of the weights (default), the clients' summed gradient with or without sign, a public data set, or clipped and noised gradients."""
     subspace_examples: int | None = Field(None, ge=1)
     """lora-sb: examples a client takes the gradient over (default 64)."""
     subspace_source: str | None = None
@@ -119,8 +119,8 @@ class MethodSection(Section):
 
     name: str = "fedex"
     """One of those that `fedray methods` lists."""
-    weights: Literal["examples", "equal"] = "examples"
-    """Weigh a client by its number of training examples, or all alike."""
+    weights: Literal["examples", "equal"] | None = None
+    """Weigh a client by its (in a private run: noised) number of training examples, or all alike (default: examples; equal with privacy.unit client)."""
     assignment: Literal["average", "reinit", "keep"] | None = None
     """fedex: the factors that clients go on with (default average)."""
     residual_rank: int | None = Field(None, ge=1)
@@ -220,7 +220,7 @@ class FederationSection(Section):
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the schedule spent warming up linearly."""
     max_grad_norm: float | None = Field(1.0, gt=0)
-    """Clip the norm of a step's gradient; null switches it off."""
+    """Clip the norm of a step's gradient; null switches it off. A private step has privacy.clip instead."""
     proximal: float = Field(0.0, ge=0)
     """FedProx: mu of mu/2 ||w - w_broadcast||^2 in each client's loss, over all that trains."""
     keep_optimizer: bool = False
@@ -263,6 +263,38 @@ class WorkerSection(Section):
     """DeepSpeed ZeRO stage."""
 
 
+class PrivacySection(Section):
+    """Differential privacy: on as soon as epsilon or noise is given."""
+
+    epsilon: float | None = Field(None, gt=0)
+    """Budget of each client over the whole run, whatever reads its data; the noise is calibrated to it unless it is given."""
+    delta: float | None = Field(None, gt=0, lt=1)
+    """delta (default: a power of ten, at most a tenth of 1 / the largest client's examples; unit client: of 1 / clients)."""
+    noise: float | None = Field(None, gt=0)
+    """Noise multiplier: standard deviation of the noise over the clip (default: calibrated to epsilon)."""
+    unit: Literal["example", "client"] = "example"
+    """What is protected: each sequence, by noise at its client; or each client with all it has, by noise at a trusted coordinator."""
+    clip: float | None = Field(None, gt=0)
+    """Norm to which each example's gradient (example) or each client's whole update (client) is clipped (default 1)."""
+    count_noise: float | None = Field(None, gt=0)
+    """example: standard deviation of the noise on each client's number of examples, released once (default 20)."""
+    subspace_fraction: float | None = Field(None, gt=0, lt=1)
+    """adapter.subspace private: share of epsilon that the bases may spend (default 0.2)."""
+    adaptive_clip: float | None = Field(None, gt=0, lt=1)
+    """client: let the clip follow this quantile of the updates' norms (Andrew et al., NeurIPS 2021)."""
+    secure_aggregation: bool = False
+    """Let the coordinator see only the sum of the clients' updates (Bonawitz et al., CCS 2017)."""
+    secure_threshold: float | None = Field(None, gt=0, le=1)
+    """Share of a round's clients that must stay to the end for the sum to be opened (default: more than half)."""
+    key_dir: str | None = None
+    """Where a client's machine keeps its noise keys (default: $XDG_STATE_HOME/fedray/keys, or ~/.local/state/fedray/keys)."""
+
+    @property
+    def on(self) -> bool:
+        """Whether the run is differentially private."""
+        return self.epsilon is not None or self.noise is not None
+
+
 class OutputSection(Section):
     """Where results go."""
 
@@ -283,6 +315,7 @@ class Config(Section):
     clients: dict[str, ClientSection] = {}
     """Per client: clients.NAME.source, .lr, .local_steps, .batch_size."""
     worker: WorkerSection = WorkerSection()
+    privacy: PrivacySection = PrivacySection()
     output: OutputSection = OutputSection()
     seed: int = 0
     """Seed of everything random."""
@@ -292,6 +325,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _combinations(self) -> Config:
         make_method(self)
+        _check_privacy(self)
         federation, data = self.federation, self.data
         batches = {"federation": federation.batch_size} | {f"clients.{n}": c.batch_size for n, c in self.clients.items() if c.batch_size}
         for where, batch in batches.items():
@@ -324,6 +358,11 @@ class Config(Section):
             if federation.clients not in (None, len(sources)):
                 raise ValueError(f"federation.clients is {federation.clients}, but {len(sources)} clients have a source: leave it out")
         return self
+
+    @property
+    def by_examples(self) -> bool:
+        """Whether a client's update counts with its number of examples."""
+        return self.method.weights != "equal" and not (self.privacy.on and self.privacy.unit == "client")
 
     def client(self, name: str) -> FederationSection:
         """The federation section as it holds for one client."""
@@ -377,6 +416,57 @@ def _check_adapter(section: AdapterSection) -> None:
     ):
         if getattr(section, option) is not None and subspace not in subspaces:
             raise ValueError(f"adapter.{option} belongs to adapter.subspace {' and '.join(subspaces)}, not to {subspace}: leave it out")
+
+
+# Which privacy keys belong to which unit.
+_PRIVACY_OPTIONS = {"count_noise": "example", "subspace_fraction": "example", "adaptive_clip": "client"}
+
+
+def _check_privacy(config: Config) -> None:
+    """Raises ValueError, with the reason, for what would not be private, or would say so and not be."""
+    privacy, adapter, data = config.privacy, config.adapter, config.data
+    method = make_method(config)
+    if privacy.secure_threshold is not None and not privacy.secure_aggregation:
+        raise ValueError("privacy.secure_threshold belongs to privacy.secure_aggregation: switch it on")
+    if privacy.secure_aggregation and not method.linear:
+        linear = ", ".join(name for name, m in METHODS.items() if m.linear)
+        raise ValueError(f"privacy.secure_aggregation opens only the sum of the updates, and {method.name} needs each one: use {linear}")
+    if not privacy.on:
+        given = [name for name in ("delta", "clip", *_PRIVACY_OPTIONS) if getattr(privacy, name) is not None]
+        if given or privacy.unit != "example":
+            name = given[0] if given else "unit"
+            raise ValueError(f"privacy.{name} without privacy.epsilon would protect nothing: give privacy.epsilon (or privacy.noise)")
+        if adapter.subspace == "private":
+            raise ValueError("adapter.subspace private needs privacy.epsilon, or privacy.noise")
+        return
+    for option, unit in _PRIVACY_OPTIONS.items():
+        if getattr(privacy, option) is not None and privacy.unit != unit:
+            raise ValueError(f"privacy.{option} belongs to privacy.unit {unit}, not to {privacy.unit}: leave it out")
+    if adapter.subspace in ("gradient", "gradient-raw"):
+        raise ValueError(
+            f"adapter.subspace {adapter.subspace} reads the clients' data without noise, and no noise in training takes that back: "
+            "use private, public or weights"
+        )
+    if adapter.subspace == "private":
+        if privacy.unit == "client":
+            raise ValueError("adapter.subspace private protects examples, not clients: use public or weights with privacy.unit client")
+        for option in ("subspace_oversample", "subspace_passes"):
+            if getattr(adapter, option) is not None:
+                raise ValueError(f"adapter.{option} does not fit adapter.subspace private, which has no columns or passes beyond the needed: leave it out")
+    elif privacy.subspace_fraction is not None:
+        raise ValueError("privacy.subspace_fraction belongs to adapter.subspace private: leave it out")
+    if data.client_held_out > 0:
+        raise ValueError("data.client_held_out would send metrics of the clients' own examples without noise: leave it out in a private run")
+    if not isinstance(adapter.rank, int):
+        raise ValueError("adapter.rank that differs between clients does not fit privacy: noise would fill what smaller clients do not have; use one rank")
+    if privacy.unit == "client":
+        if not method.linear:
+            linear = ", ".join(name for name, m in METHODS.items() if m.linear)
+            raise ValueError(f"privacy.unit client adds noise to the mean of the updates, and {method.name} broadcasts more than that: use {linear}")
+        if type(method).keeps is not Method.keeps:
+            raise ValueError(f"privacy.unit client noises what is averaged, and {method.name}'s clients keep factors of their own that it does not reach: use unit example")
+        if config.method.weights == "examples":
+            raise ValueError("method.weights examples would weigh clients by sizes that privacy.unit client protects: use equal, or leave it out")
 
 
 def make_method(config: Config) -> Method:

@@ -26,3 +26,7 @@ class ClientError(FedrayError):
 
 class RoundError(FedrayError):
     """A round could not reach its quorum, or the aggregate is not finite."""
+
+
+class PrivacyError(FedrayError):
+    """A guarantee could not be kept: nothing was released that was not accounted for. The sentence says nothing about any example."""

@@ -44,7 +44,12 @@ class Task(Protocol):
 
     def encode(self, examples: Dataset) -> list[Example]: ...
     def collate(self, examples: Sequence[Example]) -> Batch: ...
-    def loss(self, forward: Forward, batch: Batch) -> Tensor: ...
+    def loss(self, forward: Forward, batch: Batch) -> Tensor:
+        """What a step without privacy minimises: the batch's mean."""
+
+    def losses(self, forward: Forward, batch: Batch) -> Tensor:
+        """One loss a sequence, each a function of that sequence alone: what DP-SGD clips the gradients of."""
+
     def statistics(self, forward: Forward, examples: Sequence[Example], batch: Batch) -> list[dict[str, Any]]: ...
     def metrics(self, statistics: Sequence[dict[str, Any]]) -> dict[str, float]: ...
 
@@ -91,7 +96,10 @@ class Classification(_Base):
         return self._inputs(examples) | {"labels": torch.tensor([e.labels[0] for e in examples])}
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        return torch.nn.functional.cross_entropy(forward(batch).float(), batch["labels"])
+        return self.losses(forward, batch).mean()
+
+    def losses(self, forward: Forward, batch: Batch) -> Tensor:
+        return torch.nn.functional.cross_entropy(forward(batch).float(), batch["labels"], reduction="none")
 
     def statistics(self, forward: Forward, examples: Sequence[Example], batch: Batch) -> list[dict[str, Any]]:
         logits = forward(batch).float()
@@ -156,18 +164,22 @@ class CausalLM(_Base):
         return self._inputs(examples) | {"labels": _pad([e.labels for e in examples], IGNORED)}
 
     @staticmethod
-    def _losses(forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _tokens(forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         """Token losses and their mask, both batch x (length - 1)."""
         logits, targets = forward(batch)[:, :-1].float(), batch["labels"][:, 1:]
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
         return losses, targets != IGNORED
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        losses, mask = self._losses(forward, batch)
+        losses, mask = self._tokens(forward, batch)
         return losses.sum() / mask.sum().clamp_min(1)
 
+    def losses(self, forward: Forward, batch: Batch) -> Tensor:
+        losses, mask = self._tokens(forward, batch)
+        return losses.sum(1) / mask.sum(1).clamp_min(1)
+
     def statistics(self, forward: Forward, examples: Sequence[Example], batch: Batch) -> list[dict[str, Any]]:
-        losses, mask = self._losses(forward, batch)
+        losses, mask = self._tokens(forward, batch)
         sums, counts = losses.double().sum(1).tolist(), mask.sum(1).tolist()
         return [
             {"group": e.group, "loss": loss, "tokens": count, "bytes": e.size}

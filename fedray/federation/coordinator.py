@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -24,11 +25,13 @@ from fedray.data.partition import FederatedData, load_data
 from fedray.data.tasks import TASKS, grouped
 from fedray.errors import ClientError, RoundError
 from fedray.federation import checkpoint as checkpoints
-from fedray.federation.failures import ROUND_ATTEMPTS, Action, after_round
-from fedray.federation.messages import Ask, Failure, Question, Report
+from fedray.federation.failures import ROUND_ATTEMPTS, WORKER_ATTEMPTS, Action, after_round
+from fedray.federation.guard import Guard
+from fedray.federation.messages import Ask, Failure, Orders, Question, Report
 from fedray.federation.start import raise_failure, start
 from fedray.federation.wire import Message, Packet, encode, pack, unpack
 from fedray.methods import State, Update
+from fedray.methods.base import check_finite
 
 #: CPU threads of the aggregation: a constant of the machine, so that both engines give the same bits.
 AGGREGATION_THREADS = min(8, os.cpu_count() or 1)
@@ -53,7 +56,10 @@ class Pool(Protocol):
     def publish(self, message: Message) -> Any:
         """Make a broadcast available to all workers; returns a handle."""
 
-    def train(self, handle: Any, round: int, clients: Sequence[str], kept: dict[str, Any], deadline: float | None) -> list[Outcome]:
+    def train(
+        self, handle: Any, round: int, clients: Sequence[str], kept: dict[str, Any], deadline: float | None,
+        orders: Mapping[str, Orders] = MappingProxyType({}),
+    ) -> list[Outcome]:
         """Run the clients' round; outcomes in the order of `clients`, with failures and late clients among them."""
 
     def ask(self, question: Question, clients: Sequence[str], kept: dict[str, Any], deadline: float | None) -> list[Outcome]:
@@ -88,10 +94,13 @@ class Coordinator:
         self.seen, self.records = dict.fromkeys(self.data.clients, 0), []
         self._kept: dict[str, Any] = {}
         self._packets: dict[int, Packet] = {}
+        self.guard = Guard(config, self.data.clients, self.folder / "checkpoint") if config.privacy.on else None
         if held is not None:
             self._begin(held.state)
             self.seen, self.records, self.start = dict(held.seen), list(held.records), held.start
             self._kept = {client: pack(t) for client, t in held.kept.items()}
+            if self.guard is not None:
+                self.guard.resume(self.records)
         elif not self._spec.adapter.started:
             self._begin(self.method.init(self._spec, heads))
 
@@ -103,9 +112,12 @@ class Coordinator:
     def rounds_done(self) -> int:
         return self.state.round
 
-    def cohort(self, round: int) -> list[str]:
-        """The clients of a round (from 0), a function of seed and round alone, in the run's client order."""
-        clients = self.data.clients
+    def cohort(self, round: int, spent: Sequence[str] = ()) -> list[str]:
+        """The clients of a round (from 0), in the run's client order: a function of seed, round, and whose budget is spent; with unit client a
+        secret Poisson sample."""
+        if self.guard is not None and self.guard.by_client:
+            return self.guard.sample(round) if not spent else []
+        clients = [c for c in self.data.clients if c not in spent]
         size = min(self.config.federation.cohort or len(clients), len(clients))
         order = torch.randperm(len(clients), generator=seeding.generator(self.config.seed, "cohort", round))[:size]
         return [clients[i] for i in sorted(order.tolist())]
@@ -118,14 +130,18 @@ class Coordinator:
         if self.records:
             return self.records[0]
         seconds: dict[str, float] = {}
+        if self.guard is not None and not self.guard.begun:
+            self.guard.begin(self._answers)
         if not hasattr(self, "state"):
             with _timed(seconds, "start"), threads(AGGREGATION_THREADS):
-                found = start(self.config, self._spec, self.data.clients, self._answers)
+                found = start(self.config, self._spec, self.data.clients, self._answers, self.guard)
                 self._begin(self.method.init(self._spec, self._heads, found.tensors))
                 self.start = found.record()
             self._save()  # it may cost as much as a round; an engine that has evaluated could not make it again
         with _timed(seconds, "evaluate"):
             record = {"round": 0, **self._evaluate(), "start": self.start}
+        if self.guard is not None:
+            record |= {"epsilon": self.guard.epsilons(), "delta": self.guard.ledger.delta}
         record["seconds"] = seconds
         self.records.append(record)
         return record
@@ -135,19 +151,26 @@ class Coordinator:
         for outcome in self.pool.ask(question, clients, {}, None):
             if isinstance(outcome.report, Failure):
                 raise_failure(outcome.report)
-            fetch = partial(self.pool.fetch, outcome.update)
-            result.append((outcome.report, lambda fetch=fetch: unpack(fetch()), outcome.report.nbytes))
+            fetch, report = partial(self.pool.fetch, outcome.update), outcome.report
+            if self.guard is not None and report.client in self.guard.ledger.counts:
+                report = replace(report, examples=self.guard.weight(report.client))
+            result.append((report, lambda fetch=fetch: unpack(fetch()), report.nbytes))
         return result
 
-    def run_round(self) -> dict[str, Any]:
-        """Broadcast, local training, updates, aggregation, evaluation, checkpoint; the record that `rounds.jsonl` holds.
+    def run_round(self) -> dict[str, Any] | None:
+        """Broadcast, local training, updates, aggregation, evaluation, checkpoint; the record that `rounds.jsonl` holds. None when every
+        client's privacy budget is spent, and the run ends here.
 
         Raises ClientError when a failing client costs the quorum, RoundError when a round cannot be completed.
         """
         round, seconds = self.state.round, {}
+        spent = self.guard.spent() if self.guard is not None else []
+        if len(spent) == len(self.data.clients):
+            return None
         with _timed(seconds, "train"):
-            cohort = self.cohort(round)
+            cohort = self.cohort(round, [s["client"] for s in spent])
             outcomes, dropped = self._train(round, cohort)
+            dropped = [*spent, *dropped]
         down = self._bytes_down(cohort)
         before = self.state
         with _timed(seconds, "aggregate"), threads(AGGREGATION_THREADS):
@@ -156,17 +179,20 @@ class Coordinator:
             if self.method.asks:
                 before, outcomes, updates, asked = self._second(before, outcomes, list(updates), sizes, dropped)
                 down += asked
+            if self.guard is not None and self.guard.by_client:
+                updates = [self._noised(round, cohort, list(updates))]
             self.state, diagnostics = self.method.aggregate(before, updates)
             self._publish()
         if self.config.federation.keep_optimizer or self.method.keeps(self._spec):
             self._kept |= {o.client: o.kept for o in outcomes if o.kept is not None}  # SGD has no state
         reports = [o.report for o in outcomes]
         examples = sum(r.examples for r in reports)
+        losses = [r.train_loss * r.examples for r in reports if r.train_loss is not None]
         record = {
             "round": round + 1,
             "cohort": cohort,
             "dropped": dropped,
-            "train_loss": sum(r.train_loss * r.examples for r in reports) / examples,
+            "train_loss": sum(losses) / examples if losses else None,
             "metrics": None,
             "bytes_up": sum(sizes),
             "bytes_down": down,
@@ -176,7 +202,14 @@ class Coordinator:
             "store_error": None,
             "epsilon": None,
         }
-        if self.state.round % self.config.federation.evaluate_every == 0 or self.state.round == self.config.federation.rounds:
+        if self.guard is not None:
+            record |= self.guard.record()
+            if self.guard.by_client:
+                record["dropped"] = [{"client": "(withheld)", "reason": "left out"} for _ in dropped]
+            if self.state.round < self.config.federation.rounds and len(over := self.guard.spent()) == len(self.data.clients):
+                record["stopped"] = f"client '{over[0]['client']}' and all others: {over[0]['reason']}"
+        last = self.state.round == self.config.federation.rounds or "stopped" in record
+        if self.state.round % self.config.federation.evaluate_every == 0 or last:
             with _timed(seconds, "evaluate"):
                 record |= self._evaluate()
             if record["store_error"]:
@@ -201,7 +234,7 @@ class Coordinator:
         while True:
             attempt += 1
             missing = [c for c in cohort if c not in done]
-            outcomes = self.pool.train(self._handle, round, missing, self._kept, self.config.federation.deadline)
+            outcomes = self._ask_to_train(round, missing)
             failures = [o.report for o in outcomes if isinstance(o.report, Failure)]
             done |= {o.client: o for o in outcomes if isinstance(o.report, Report)}
             reasons = [f"client '{f.client}': {f.cause}" for f in failures]
@@ -215,11 +248,47 @@ class Coordinator:
                 error.details = "\n".join(f.details for f in failures)
                 raise error
 
+    def _ask_to_train(self, round: int, clients: list[str]) -> list[Outcome]:
+        """One outcome for each client. A client that has lost its noise key is charged for another draw, if it can afford it, and asked again."""
+        deadline = self.config.federation.deadline
+        if self.guard is None:
+            return self.pool.train(self._handle, round, clients, self._kept, deadline)
+        outcomes: dict[str, Outcome] = {}
+        for _ in range(WORKER_ATTEMPTS):
+            asked = [c for c in clients if c not in outcomes]
+            orders, refused = self.guard.orders(round, self._message, asked)
+            outcomes |= {f.client: Outcome(f.client, f) for f in refused}
+            told = self.pool.train(self._handle, round, list(orders), self._kept, deadline, orders)
+            lost = self.guard.note_lost_keys([o.report for o in told if isinstance(o.report, Failure)])
+            outcomes |= {o.client: o for o in told if o.client not in lost}
+            if not lost:
+                break
+        else:
+            outcomes |= {o.client: o for o in told}
+        return [outcomes[c] for c in clients]
+
+    def _noised(self, round: int, cohort: list[str], updates: list[Update]) -> Update:
+        """With unit client: the one update that the method sees, what clients would send had they not trained, moved by the noised mean."""
+        view = self.method.view(self._spec, self.method.broadcast(self.state), None)
+        trained = {n: t for n, t in view.tensors.items() if n in self.state.heads or n.rsplit(".", 1)[1] in view.trained}
+        reference = self.method.upload(self._spec, "", trained, round)
+        for update in updates:
+            check_finite(update)
+        mean = self.guard.mean(round, reference, [dict(u.tensors) for u in updates])
+        return Update("(the noised mean)", 1.0, {n: (t.double() + mean[n]).float() for n, t in reference.items()})
+
+    def finish(self) -> None:
+        """The run is over: clients remove their noise keys, so that nobody can take the noise away again."""
+        if self.guard is not None:
+            self.pool.ask(self.guard.farewell(), self.data.clients, {}, None)
+
     def _updates(self, outcomes: list[Outcome], sizes: list[int]) -> Iterator[Update]:
         for outcome in outcomes:
             packet = self.pool.fetch(outcome.update)
             sizes.append(packet.nbytes)
-            weight = float(outcome.report.examples) if self.config.method.weights == "examples" else 1.0
+            weight = float(outcome.report.examples) if self.config.by_examples else 1.0
+            if self.guard is not None:
+                weight = self.guard.weight(outcome.client)
             yield Update(outcome.client, weight, unpack(packet))
 
     def _second(

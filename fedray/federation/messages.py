@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 from fedray.federation.wire import Packet
@@ -16,11 +17,26 @@ class Ask(Enum):
     RANGE = "a sketch of the gradient's columns"
     ROWS = "a sketch of the gradient's rows"
     ANSWER = "an answer to the method's question"
+    COUNT = "its noised number of examples"
+    FORGET = "nothing: it removes its noise key"
+
+
+@dataclass(frozen=True)
+class Orders:
+    """How one client makes private what it sends: the run and the identity of the key that its noise must come from (empty: whichever
+    it has), the Poisson rate, the noise multiplier, the clip, and the divisor of a sum."""
+
+    run: str
+    key: str
+    rate: float
+    noise: float
+    clip: float
+    expected: float
 
 
 @dataclass(frozen=True)
 class Question:
-    """An `Ask` and what belongs to it. `examples`: how many of the client's the gradient is taken over; `columns`: of a range sketch that
+    """An `Ask` and what belongs to it. `orders`: by client, where the answer is to be private. `examples`: how many of the client's the gradient is taken over; `columns`: of a range sketch that
     comes without a packet, beyond the rank: the client draws it from the seed."""
 
     ask: Ask
@@ -28,6 +44,7 @@ class Question:
     layers: tuple[str, ...] = ()
     examples: int = 0
     columns: int = 0
+    orders: Mapping[str, Orders] = field(default_factory=dict)
 
 
 #: The client's name under which a worker serves the public data set.
@@ -36,15 +53,19 @@ PUBLIC = "(public data)"
 
 @dataclass(frozen=True)
 class Report:
-    """What a client's round gives beside its update; no data, only sizes and means."""
+    """What a client's round gives beside its update; no data, only sizes and means. In a private run no size and no mean either."""
 
     client: str
     examples: int
-    train_loss: float
+    train_loss: float | None
     base_lost: float
     seconds: float
     nbytes: int = 0
     """Of the answer to a question outside local training."""
+    key: str = ""
+    """Identity of the client's noise key."""
+    key_is_fixed: bool = False
+    """Whether that key is one that a test has fixed."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +75,5 @@ class Failure:
     client: str
     cause: str
     details: str
+    key: str = ""
+    """Identity of the noise key that the client has now, where it is not the one it was told to use."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from fedray.federation.coordinator import Outcome, threads
-from fedray.federation.messages import Question
+from fedray.federation.messages import Orders, Question
 from fedray.federation.wire import Message, Packet
 from fedray.federation.worker import Worker
 
@@ -20,13 +21,14 @@ class InlinePool:
         return message
 
     def train(
-        self, handle: Message, round: int, clients: Sequence[str], kept: dict[str, Packet], deadline: float | None
+        self, handle: Message, round: int, clients: Sequence[str], kept: dict[str, Packet], deadline: float | None,
+        orders: Mapping[str, Orders] = MappingProxyType({}),
     ) -> list[Outcome]:
         """A deadline means nothing to clients that run one after the other, and is not enforced here."""
         outcomes = []
         for client in clients:
             update, keeps, report = self.worker.train(
-                client, round, handle.header, handle.packet_of(client), handle.increments.__getitem__, kept.get(client)
+                client, round, handle.header, handle.packet_of(client), handle.increments.__getitem__, kept.get(client), orders.get(client)
             )
             outcomes.append(Outcome(client, report, update, keeps))
             self.progress(client)

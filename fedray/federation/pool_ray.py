@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -14,7 +15,7 @@ from fedray.config import Config
 from fedray.errors import FedrayError, RoundError
 from fedray.federation.coordinator import Coordinator, Outcome, evaluate_shares
 from fedray.federation.failures import WORKER_ATTEMPTS, Action, ClientState, after_client
-from fedray.federation.messages import Failure, Question
+from fedray.federation.messages import Failure, Orders, Question
 from fedray.federation.wire import Header, Message, Packet
 
 
@@ -51,13 +52,14 @@ class RayPool:
         return Published(message.header, ray.put(message.packet), self._increments, cut, message.ranks)
 
     def train(
-        self, handle: Published, round: int, clients: Sequence[str], kept: dict[str, Any], deadline: float | None
+        self, handle: Published, round: int, clients: Sequence[str], kept: dict[str, Any], deadline: float | None,
+        orders: Mapping[str, Orders] = MappingProxyType({}),
     ) -> list[Outcome]:
         """One local training for each client; see `_each`."""
 
         def call(worker: Any, client: str) -> tuple:
             remote = worker.train.options(num_returns=3).remote
-            return remote(client, round, handle.header, handle.packet_of(client), handle.increments, kept.get(client))
+            return remote(client, round, handle.header, handle.packet_of(client), handle.increments, kept.get(client), orders.get(client))
 
         return self._each(clients, call, deadline, self.progress)
 
@@ -209,8 +211,12 @@ class CoordinatorActor:
         except FedrayError as error:
             return error
 
-    def run_round(self) -> dict | FedrayError:
-        """The round's record; an error meant for a person comes back as a value, free of remote tracebacks."""
+    def finish(self) -> None:
+        """See `Coordinator.finish`."""
+        self._coordinator.finish()
+
+    def run_round(self) -> dict | FedrayError | None:
+        """The round's record, None where privacy ends the run; an error meant for a person comes back as a value, free of remote tracebacks."""
         self._done.clear()
         try:
             return self._coordinator.run_round()

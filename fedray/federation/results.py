@@ -20,6 +20,7 @@ from fedray.errors import ConfigError
 from fedray.federation import checkpoint as checkpoints
 from fedray.federation.worker import OWN
 from fedray.methods import State, View
+from fedray.privacy.ledger import worst
 from fedray.training.local import LocalTrainer
 from fedray.training.model import load_base, load_tokenizer, resolve, skeleton
 
@@ -155,8 +156,8 @@ def summarise(config: Config, trainable: int, clients: int, records: list[dict[s
         "aggregation_error": _most(r["aggregation_error"] for r in rounds),
         "exactness": _most(r["exactness"] for r in rounds),
         "store_error": max(r["store_error"] or 0.0 for r in rounds),
-        "epsilon": None,
-        "delta": None,
+        "epsilon": worst(list((records[-1].get("epsilon") or {}).values())),
+        "delta": start.get("delta"),
         "seed": config.seed,
         "wall_seconds": round(wall_seconds, 2),
     }

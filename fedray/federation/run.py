@@ -222,7 +222,12 @@ def _inline_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str,
     yield from list(coordinator.records[1:])
     while coordinator.rounds_done < config.federation.rounds:
         done.clear()
-        yield coordinator.run_round()
+        record = coordinator.run_round()
+        if record is None:
+            listener.note(stopped(coordinator.records))
+            break
+        yield record
+    coordinator.finish()
 
 
 def _ray_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str, Any]]:
@@ -252,6 +257,7 @@ def _ray_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str, An
                         yield record
                         told = record["round"]
                     if told >= config.federation.rounds:
+                        ray.get(coordinator.finish.remote())
                         return
                     pending = coordinator.run_round.remote()
                     while not ray.wait([pending], timeout=0.2)[0]:
@@ -259,6 +265,10 @@ def _ray_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str, An
                     outcome = ray.get(pending)
                     if isinstance(outcome, FedrayError):
                         raise outcome
+                    if outcome is None:
+                        listener.note(stopped(ray.get(coordinator.records.remote())))
+                        ray.get(coordinator.finish.remote())
+                        return
                 except RayTaskError as error:
                     raise FedrayError(f"the coordinator failed: {_short(error)}") from error
                 except RayActorError as error:
@@ -273,6 +283,11 @@ def _ray_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str, An
             for worker in workers:
                 ray.kill(worker)
             ray.util.remove_placement_group(group)
+
+
+def stopped(records: list[dict[str, Any]]) -> str:
+    """Why privacy ended a run before its last round."""
+    return f"the run ends after round {records[-1]['round']}: {records[-1].get('stopped', 'no client can afford a round')}"
 
 
 def _answer(reference: Any, what: str) -> Any:

@@ -6,6 +6,7 @@
 | gradient           | their gradient, a few layers at a time          | sign of the weighted sum           |
 | gradient-raw       | G_i Omega, then Q^T G_i: m q and q n numbers    | the weighted sum, never formed     |
 | public             | nothing: a worker reads the public data set     | its gradient, never formed         |
+| private            | the same two sketches, of normalised gradients of a Poisson sample, summed and noised by each client | their weighted sum |
 
 The sketches are linear in the clients' gradients: the coordinator needs only their sums. q is the rank and `subspace_oversample`; each
 of `subspace_passes` power iterations costs one more upload of either kind (Halko, Martinsson, Tropp, 2011, algorithm 4.4).
@@ -26,6 +27,7 @@ from fedray.adapters import Layer
 from fedray.adapters.lora_sb import A, B
 from fedray.config import Config
 from fedray.errors import ClientError
+from fedray.federation.guard import Guard
 from fedray.federation.messages import PUBLIC, Ask, Failure, Question, Report
 from fedray.federation.wire import pack
 from fedray.lowrank import top_svd
@@ -56,8 +58,9 @@ class Start:
         return {k: v for k, v in asdict(self).items() if k != "tensors"}
 
 
-def start(config: Config, spec: Spec, clients: Sequence[str], answers: Answers) -> Start | None:
-    """None when the adapter starts from the seed alone. Raises ClientError when a client fails: bases need all of them."""
+def start(config: Config, spec: Spec, clients: Sequence[str], answers: Answers, guard: Guard | None = None) -> Start | None:
+    """None when the adapter starts from the seed alone. `guard`: of a private run. Raises ClientError when a client fails: bases need
+    all of them."""
     if not spec.adapter.started:
         return None
     began = time.monotonic()
@@ -67,7 +70,7 @@ def start(config: Config, spec: Spec, clients: Sequence[str], answers: Answers) 
     elif source == "gradient":
         found = _signed(config, spec, clients, answers)
     else:
-        found = _sketched(config, spec, clients if source == "gradient-raw" else [PUBLIC], answers, source)
+        found = _sketched(config, spec, [PUBLIC] if source == "public" else clients, answers, source, guard)
     return Start(**vars(found) | {"seconds": round(time.monotonic() - began, 4)})
 
 
@@ -88,13 +91,16 @@ def numbers(config: Config, spec: Spec) -> tuple[int, int]:
 
 
 def _range(config: Config) -> tuple[int, int]:
-    """(columns beyond the rank, power iterations) of the range finder."""
+    """(columns beyond the rank, power iterations) of the range finder. Every column adds noise and every pass a release, so a private one
+    has neither."""
     oversample, passes = config.adapter.subspace_oversample, config.adapter.subspace_passes
+    if config.adapter.subspace == "private":
+        return 0, 0
     return OVERSAMPLE if oversample is None else oversample, PASSES if passes is None else passes
 
 
 def _shares(config: Config, reports: Sequence[Report]) -> list[float]:
-    weights = [float(r.examples) if config.method.weights == "examples" and r.examples else 1.0 for r in reports]
+    weights = [float(r.examples) if config.by_examples and r.examples else 1.0 for r in reports]
     return [w / sum(weights) for w in weights]
 
 
@@ -109,6 +115,7 @@ def _total(config: Config, told) -> dict[str, Tensor]:
 
 
 def _examples(config: Config) -> int:
+    """Of each client, without privacy."""
     return config.adapter.subspace_examples or EXAMPLES
 
 
@@ -140,7 +147,7 @@ def grouped(layers: Sequence[Layer]) -> list[list[Layer]]:
     return groups
 
 
-def _sketched(config: Config, spec: Spec, clients: Sequence[str], answers: Answers, source: str) -> Start:
+def _sketched(config: Config, spec: Spec, clients: Sequence[str], answers: Answers, source: str, guard: Guard | None) -> Start:
     oversample, passes = _range(config)
     up = down = 0
 
@@ -148,7 +155,8 @@ def _sketched(config: Config, spec: Spec, clients: Sequence[str], answers: Answe
         """sum p_i of the clients' sketches. Without sides the clients draw Omega from the seed, and no bytes go down."""
         nonlocal up, down
         packet = pack(sides) if sides is not None else None
-        told = answers(Question(ask, packet, examples=_examples(config), columns=oversample), clients)
+        orders = guard.subspace_orders() if source == "private" else {}
+        told = answers(Question(ask, packet, examples=_examples(config), columns=oversample, orders=orders), clients)
         if source != "public":
             up, down = up + sum(size for _, _, size in told), down + (packet.nbytes * len(clients) if packet else 0)
         return _total(config, told)
@@ -172,7 +180,9 @@ def _sketched(config: Config, spec: Spec, clients: Sequence[str], answers: Answe
         # power iterations Q spans that sketch, and the second part reads 0.
         left = columns[name] - Q[name] @ (Q[name].T @ columns[name])
         whole += S.square().sum().item() + left.square().sum().item() / left.shape[1]
-    return Start(tensors, source, up, down, kept / whole if whole else 0.0)
+    # Of a private gradient most of the energy is noise.
+    energy = None if source == "private" else kept / whole if whole else 0.0
+    return Start(tensors, source, up, down, energy)
 
 
 def raise_failure(failure: Failure) -> None:

@@ -7,6 +7,7 @@ of these vectors.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,6 +85,12 @@ class Header:
     def base_key(self) -> tuple:
         """Equal keys mean the same base weights, unless a method is personal."""
         return self.increments
+
+
+def inputs_digest(header: Header, packet: Packet) -> str:
+    """SHA-256 of all that a client's round follows from beside its data: equal for a round that is repeated after a kill."""
+    plain = json.dumps([header.round, header.trained, header.draw, header.plain, header.increments], sort_keys=True)
+    return hashlib.sha256(f"{plain}\n{packet.manifest}\n{packet.digest}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)

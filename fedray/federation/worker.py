@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedray.adapters import Layer
 from fedray.config import Config, make_method, make_spec
 from fedray.data.partition import FederatedData
-from fedray.federation.messages import PUBLIC, Ask, Failure, Question, Report
-from fedray.federation.wire import Header, Packet, decode, pack, unpack
+from fedray.errors import PrivacyError
+from fedray.federation.messages import PUBLIC, Ask, Failure, Orders, Question, Report
+from fedray.federation.wire import Header, Packet, decode, inputs_digest, pack, unpack
 from fedray.methods import View
+from fedray.privacy import client_level
+from fedray.privacy.dpsgd import Mechanism
+from fedray.privacy.keys import Key, KeyStore
 from fedray.training import subspace
-from fedray.training.local import LocalTrainer
+from fedray.training.local import LocalTrainer, Private
 
 OWN, OPTIMIZER = "own/", "optimizer/"
 
@@ -29,55 +35,116 @@ class Worker:
         self.method = make_method(config)
         self.spec = make_spec(config, self.trainer.layers, self.trainer.data.clients)
         self._increments: dict[tuple[int, str], dict[str, Tensor]] = {}  # by version and digest
+        self._keys = KeyStore(config.privacy.key_dir)
 
     def describe(self) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:
         """The adapted layers and the heads' initial values."""
         return self.trainer.describe()
 
     def train(
-        self, client: str, round: int, header: Header, packet: Packet, fetch: Callable[[int], Packet], kept: Packet | None
+        self, client: str, round: int, header: Header, packet: Packet, fetch: Callable[[int], Packet], kept: Packet | None,
+        orders: Orders | None = None,
     ) -> tuple[Packet | None, Packet | None, Report | Failure]:
         """(update, what the client keeps, report) of a client's round (from 0), or its failure. Never raises for the client's sake.
 
-        `kept`: what it kept last time, its optimizer state and its own factors; they never reach the aggregation.
+        `kept`: what it kept last time, its optimizer state and its own factors; they never reach the aggregation. `orders`: of a
+        private run.
         """
         try:
+            key = self._key(client, orders)
             held = unpack(kept) if kept is not None else {}
             view, base_key = self._view(client, header, packet, fetch, held)
             state = {n.removeprefix(OPTIMIZER): t for n, t in held.items() if n.startswith(OPTIMIZER)}
-            result = self.trainer.train(view, client, round, state or None, base_key)
+            private = None
+            if orders is not None and not self._by_client:
+                purpose = ("round", round, inputs_digest(header, packet))
+                private = Private(key, purpose, orders.rate, Mechanism(orders.clip, orders.noise, orders.expected))
+            result = self.trainer.train(view, client, round, state or None, base_key, private)
             sent = self.method.upload(self.spec, client, result.tensors, round)
+            if self._by_client:
+                sent = self._clipped(client, round, view, result.tensors, sent, orders)
         except Exception as error:  # whatever a client's data or step raises is that client's failure, and is reported as such
             self.trainer.reset()
-            return None, None, Failure(client, _cause(error), traceback.format_exc())
+            return None, None, self._failure(client, error)
         keeps = {f"{OPTIMIZER}{n}": t for n, t in result.optimizer_state.items()}
         own = self.spec.names if self.method.asks else self.method.keeps(self.spec)
         keeps |= {f"{OWN}{n}": t for n, t in result.tensors.items() if n.rsplit(".", 1)[1] in own}
-        return pack(sent), pack(keeps) if keeps else None, Report(client, result.examples, result.loss, result.base_lost, result.seconds)
+        told = (0, None) if self.private else (result.examples, result.loss)
+        return pack(sent), pack(keeps) if keeps else None, Report(client, *told, result.base_lost, result.seconds)
+
+    @property
+    def _by_client(self) -> bool:
+        return self.private and self.trainer.config.privacy.unit == "client"
+
+    def _clipped(
+        self, client: str, round: int, view: View, trained: dict[str, Tensor], sent: dict[str, Tensor], orders: Orders
+    ) -> dict[str, Tensor]:
+        """What the client's training changed of what it sends, clipped; and whether it was within the clip, where that is asked."""
+        untrained = self.method.upload(self.spec, client, {n: view.tensors[n] for n in trained}, round)
+        update, within = client_level.clipped({n: t - untrained[n] for n, t in sent.items()}, orders.clip)
+        bit = {client_level.WITHIN: torch.tensor([float(within)])} if self.trainer.config.privacy.adaptive_clip else {}
+        return update | bit
+
+    def _key(self, client: str, orders: Orders | None) -> Key | None:
+        if orders is None:
+            return None
+        key = self._keys.key(orders.run, client)
+        if orders.key and key.identity != orders.key:
+            raise _KeyLost(key.identity)
+        return key
+
+    def _failure(self, client: str, error: Exception) -> Failure:
+        """In a private run an error's own words stay here, in the worker's log: they may quote data."""
+        if isinstance(error, _KeyLost):
+            return Failure(client, "its noise key was lost", "", error.identity)
+        if not self.private or isinstance(error, (PrivacyError, FloatingPointError)):
+            return Failure(client, _cause(error), traceback.format_exc() if not self.private else "")
+        logging.getLogger("fedray").error("client %s failed", client, exc_info=error)
+        return Failure(client, f"{type(error).__name__}; its words are in the log of the worker that served it, since they may quote data", "")
+
+    @property
+    def private(self) -> bool:
+        return self.trainer.config.privacy.on
 
     def ask(self, client: str, question: Question, kept: Packet | None) -> tuple[Packet | None, None, Report | Failure]:
         """(answer, nothing, report) to a question outside local training, or the client's failure."""
         try:
-            answer = self._answer(client, question, kept)
+            key = self._key(client, question.orders.get(client))
+            answer = self._answer(client, question, kept, key)
         except Exception as error:  # as in `train`
-            return None, None, Failure(client, _cause(error), traceback.format_exc())
-        examples = len(self.trainer.examples("train", client)) if question.ask is not Ask.WEIGHTS and client != PUBLIC else 0
+            return None, None, self._failure(client, error)
+        told = question.ask not in (Ask.WEIGHTS, Ask.FORGET) and client != PUBLIC and not self.private
         packet = pack(answer)
-        return packet, None, Report(client, examples, 0.0, 0.0, 0.0, packet.nbytes)
+        identity = (key.identity, key.fixed) if key is not None else ("", False)
+        return packet, None, Report(client, len(self.trainer.examples("train", client)) if told else 0, None, 0.0, 0.0, packet.nbytes, *identity)
 
-    def _answer(self, client: str, question: Question, kept: Packet | None) -> dict[str, Tensor]:
+    def _answer(self, client: str, question: Question, kept: Packet | None, key: Key | None) -> dict[str, Tensor]:
+        orders = question.orders.get(client)
+        if question.ask is Ask.COUNT:
+            noise = key.stream("count").normals(1).item() * orders.noise
+            return {"count": torch.tensor([len(self.trainer.examples("train", client)) + noise]).round()}
+        if question.ask is Ask.FORGET:
+            self._keys.forget(orders.run, client)
+            return {}
         given = unpack(question.packet) if question.packet is not None else {}
         if question.ask is Ask.ANSWER:
             trained = {n.removeprefix(OWN): t for n, t in unpack(kept).items() if n.startswith(OWN)}
             return self.method.answer(self.spec, given, trained)
         if question.ask is Ask.WEIGHTS:
             return self.trainer.start_from_weights(self.spec.adapter)
-        examples = self.trainer.gradient_examples(client if client != PUBLIC else None, question.examples)
-        if question.ask is Ask.DENSE:
-            return subspace.dense(self.trainer, examples, question.layers)
         if question.packet is None:
             given = subspace.gaussian_tests(self.spec.layers, question.columns, self.spec.seed)
-        return {Ask.RANGE: subspace.range_sketch, Ask.ROWS: subspace.row_sketch}[question.ask](self.trainer, examples, given)
+        noise = None
+        if orders is not None:
+            purpose = ("subspace", question.ask.name, question.packet.digest if question.packet is not None else "")
+            every = self.trainer.examples("train", client)
+            examples = [every[i] for i in key.stream("sample", *purpose).sample(len(every), orders.rate)]
+            noise = subspace.Noise(orders.noise, key.stream("noise", *purpose), orders.expected)
+        else:
+            examples = self.trainer.gradient_examples(client if client != PUBLIC else None, question.examples)
+        if question.ask is Ask.DENSE:
+            return subspace.dense(self.trainer, examples, question.layers)
+        return {Ask.RANGE: subspace.range_sketch, Ask.ROWS: subspace.row_sketch}[question.ask](self.trainer, examples, given, noise)
 
     def evaluate(
         self, part: str, client: str | None, share: tuple[int, int], header: Header, packet: Packet, fetch: Callable[[int], Packet],
@@ -101,6 +168,14 @@ class Worker:
         own = {n.removeprefix(OWN): t for n, t in held.items() if n.startswith(OWN) and n.rsplit(".", 1)[1] in keeps}
         view = View(view.tensors | own, view.base, view.trained)
         return view, None if self.method.personal else header.base_key
+
+
+class _KeyLost(Exception):
+    """The client's key is not the one that the ledger knows."""
+
+    def __init__(self, identity: str):
+        super().__init__(identity)
+        self.identity = identity
 
 
 def _cause(error: Exception) -> str:

@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fedray.config import Config
 from fedray.errors import FedrayError
-from fedray.federation.messages import Question
+from fedray.federation.messages import Orders, Question
 from fedray.federation.placement import Placement
 from fedray.federation.wire import Header, Packet
 from fedray.federation.worker import Worker
@@ -30,8 +30,10 @@ class WorkerActor:
         """Answers when the actor is up, after a restart too."""
         return True
 
-    def train(self, client: str, round: int, header: Header, packet: Packet, increments: dict[int, Any], kept: Packet | None):
-        return self.worker.train(client, round, header, packet, lambda v: ray.get(increments[v]), kept)
+    def train(
+        self, client: str, round: int, header: Header, packet: Packet, increments: dict[int, Any], kept: Packet | None, orders: Orders | None
+    ):
+        return self.worker.train(client, round, header, packet, lambda v: ray.get(increments[v]), kept, orders)
 
     def ask(self, client: str, question: Question, kept: Packet | None):
         return self.worker.ask(client, question, kept)

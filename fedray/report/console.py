@@ -126,8 +126,10 @@ class ConsoleListener:
     def round(self, record: dict[str, Any]) -> None:
         metric = f"{self.metric} {record['metrics'][self.metric_key]:.4f}  " if record["metrics"] else ""
         left_out = f"  left out: {', '.join(d['client'] for d in record['dropped'])}" if record["dropped"] else ""
+        loss = f"loss {record['train_loss']:.4f}  " if record["train_loss"] is not None else ""
+        spent = f"epsilon {max(record['epsilon'].values()):.3f}  " if record["epsilon"] else ""
         self.progress_bar.console.print(
-            f"round {record['round']:>3}  loss {record['train_loss']:.4f}  {metric}up {size(record['bytes_up'])}  "
+            f"round {record['round']:>3}  {loss}{spent}{metric}up {size(record['bytes_up'])}  "
             f"down {size(record['bytes_down'])}  factor averaging would lose {share(record['aggregation_error'], '.2%')}, lost "
             f"{share(record['exactness'], '.1e')}  {sum(record['seconds'].values()):.1f} s{left_out}",
             soft_wrap=True,

@@ -30,6 +30,12 @@ class StepEngine(Protocol):
     def step(self, micro_batches: Sequence[dict], loss: Loss, lr: float) -> float:
         """One optimizer step over the micro-batches; returns their mean loss."""
 
+    def backward(self, value: Tensor, last: bool) -> None:
+        """Gradients of one of a step's micro-batches; `last`: no other follows."""
+
+    def apply(self, gradients: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
+        """One optimizer step along these gradients (fp32, by name) and no others; returns those that the optimizer held."""
+
     def read(self) -> dict[str, Tensor]:
         """The trained parameters as fp32 CPU tensors."""
 
@@ -106,6 +112,19 @@ class TorchEngine:
         self.optimizer.step()
         return total
 
+    def backward(self, value: Tensor, last: bool) -> None:
+        value.backward()
+
+    def apply(self, gradients: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for name, parameter in self.parameters.items():
+            parameter.grad = gradients[name].clone()
+        held = {name: parameter.grad.clone() for name, parameter in self.parameters.items()}
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return held
+
     def read(self) -> dict[str, Tensor]:
         return {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in self.parameters.items()}
 
@@ -157,15 +176,18 @@ class DeepSpeedEngine:
         optimizer = self.engine.optimizer
         self._torch_optimizer = getattr(optimizer, "optimizer", optimizer)
         self._proximal = Proximal(self._torch_optimizer, config.proximal)
+        self._has_gradients = False
         if config.keep_optimizer and zero_stage > 0:
             self._materialise()
 
     def _materialise(self) -> None:
         """ZeRO makes its momenta at the first step: take one with gradient and rate 0, so that they can be restored."""
-        device = next(self.model.parameters()).device
-        inputs = {"input_ids": torch.ones(1, 2, dtype=torch.long, device=device)}
         with torch.enable_grad():  # the engine may be built for an evaluation
-            self.step([inputs] * self.config.accumulate, lambda forward, batch: 0.0 * forward(batch).sum(), 0.0)
+            self.step([self._dummy] * self.config.accumulate, lambda forward, batch: 0.0 * forward(batch).sum(), 0.0)
+
+    @property
+    def _dummy(self) -> dict[str, Tensor]:
+        return {"input_ids": torch.ones(1, 2, dtype=torch.long, device=next(self.model.parameters()).device)}
 
     def gathered(self, parameters: Sequence[nn.Parameter]):
         """A context in which the parameters are whole and may be written."""
@@ -211,6 +233,24 @@ class DeepSpeedEngine:
             self.engine.step()
             total += value.item() / len(micro_batches)
         return total
+
+    def backward(self, value: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(value)
+        self._has_gradients = True
+
+    def apply(self, gradients: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        if not self._has_gradients:  # ZeRO takes gradients only in the place of others
+            self.backward(0.0 * self.forward(self._dummy).sum(), True)
+        for name, parameter in self.parameters.items():
+            self._fragments.safe_set_full_grad(parameter, gradients[name])
+        held = {name: self._fragments.safe_get_full_grad(parameter).clone() for name, parameter in self.parameters.items()}
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.step()
+        self._has_gradients = False
+        return held
 
     def read(self) -> dict[str, Tensor]:
         if self.stage == 0:
@@ -262,8 +302,12 @@ def _deepspeed(device: torch.device):
     return deepspeed
 
 
-def make_engine(model: nn.Module, parameters: Parameters, federation: FederationSection, worker: WorkerSection) -> StepEngine:
-    """The engine that `worker.backend` and `worker.zero_stage` ask for."""
+def make_engine(
+    model: nn.Module, parameters: Parameters, federation: FederationSection, worker: WorkerSection, private: bool = False
+) -> StepEngine:
+    """The engine that `worker.backend` and `worker.zero_stage` ask for. `private`: clipping and micro-batches are `private_step`'s."""
+    if private:
+        federation = federation.model_copy(update={"accumulate": 1, "max_grad_norm": None})
     if worker.backend == "torch":
         return TorchEngine(model, parameters, federation)
     return DeepSpeedEngine(model, parameters, federation, worker.zero_stage)

@@ -22,21 +22,33 @@ from fedray.config import Config, FederationSection
 from fedray.data.partition import FederatedData, load_data, public_data
 from fedray.data.tasks import TASKS, Example, Task
 from fedray.methods import View
+from fedray.privacy.dpsgd import Mechanism, SampleHooks, private_step
+from fedray.privacy.keys import Key
 from fedray.training.engine import StepEngine, make_engine
 from fedray.training.model import load_model, load_tokenizer
 
 
 @dataclass
 class LocalResult:
-    """What local training gives: the trained tensors (fp32, CPU), the number of examples held, the mean loss."""
+    """What local training gives: the trained tensors (fp32, CPU), the number of examples held, the mean loss (None where it is private)."""
 
     tensors: dict[str, Tensor]
     examples: int
-    loss: float
+    loss: float | None
     optimizer_state: dict[str, Tensor] = field(default_factory=dict)
     base_lost: float = 0.0
     """Frobenius norm of the part of the base update that the weights' dtype could not hold."""
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Private:
+    """How a client's steps of a round are made private. `purpose`: what its random numbers are for; other inputs must have another."""
+
+    key: Key
+    purpose: tuple[str | int, ...]
+    rate: float
+    mechanism: Mechanism
 
 
 def learning_rate(config: FederationSection, round: int, step: int) -> float:
@@ -76,6 +88,7 @@ class LocalTrainer:
         self._initial_heads = {n: p.detach().float().cpu().clone() for n, p in self._heads.items()}
         self.layers = attach.layers(self.model)
         self._engine: StepEngine | None = None
+        self._hooks: SampleHooks | None = None
         self._engine_for: tuple = ()
         self._base: attach.BaseWeights | None = None
         self._base_key: Any = None
@@ -120,15 +133,20 @@ class LocalTrainer:
         return self._encoded[part, client]
 
     def train(
-        self, view: View, client: str, round: int, optimizer_state: dict[str, Tensor] | None = None, base_key: Any = None
+        self, view: View, client: str, round: int, optimizer_state: dict[str, Tensor] | None = None, base_key: Any = None,
+        private: Private | None = None,
     ) -> LocalResult:
-        """Take the client's local steps of a round (from 0) from what was broadcast."""
+        """Take the client's local steps of a round (from 0) from what was broadcast; with DP-SGD where they are private."""
         started = time.monotonic()
         config = self.config.client(client)
         examples = self.examples("train", client)
         engine = self._load(view, config, optimizer_state, base_key)
         self.model.train()
         torch.manual_seed(seeding.derive(self.config.seed, "dropout", client, round))
+        kept_of = engine.optimizer_state if config.keep_optimizer else dict
+        if private is not None:
+            self._private_steps(config, examples, round, private)
+            return LocalResult(engine.read(), len(examples), None, kept_of(), self._base_lost, time.monotonic() - started)
         losses = []
         for step in range(config.local_steps):
             picked = sample(len(examples), config.batch_size, round * config.local_steps + step, self.config.seed, "data", client)
@@ -139,10 +157,19 @@ class LocalTrainer:
             losses.append(engine.step(micro, self.task.loss, learning_rate(config, round, step)))
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(f"the loss became {losses[-1]} at local step {step + 1} of round {round + 1}: lower federation.lr")
-        kept = engine.optimizer_state() if config.keep_optimizer else {}
-        return LocalResult(
-            engine.read(), len(examples), math.fsum(losses) / len(losses), kept, self._base_lost, time.monotonic() - started
-        )
+        loss = math.fsum(losses) / len(losses)
+        return LocalResult(engine.read(), len(examples), loss, kept_of(), self._base_lost, time.monotonic() - started)
+
+    def _private_steps(self, config: FederationSection, examples: list[Example], round: int, private: Private) -> None:
+        size = config.batch_size // config.accumulate  # the most samples whose gradients are in memory at once
+        for step in range(config.local_steps):
+            picked = private.key.stream("sample", *private.purpose, step).sample(len(examples), private.rate)
+            picked.sort(key=lambda i: (len(examples[i].input_ids), i))  # less padding; each sample's gradient is its own
+            micro = [self._batch([examples[i] for i in picked[j : j + size]]) for j in range(0, len(picked), size)]
+            private_step(
+                self._engine, self._hooks, micro, self.task.losses, learning_rate(config, round, step), private.mechanism,
+                private.key.stream("noise", *private.purpose, step), check=step == 0,
+            )
 
     @torch.no_grad()
     def evaluate(self, view: View, part: str, client: str, share: tuple[int, int], base_key: Any = None) -> list[list[dict]]:
@@ -184,7 +211,12 @@ class LocalTrainer:
                 self._engine.close()
             for name, parameter in self._factors.items():
                 parameter.requires_grad_(name in trained)
-            self._engine = make_engine(self.model, trained, self.config.federation, self.config.worker)
+            private = self.config.privacy.on and self.config.privacy.unit == "example"
+            self._engine = make_engine(self.model, trained, self.config.federation, self.config.worker, private)
+            if private:
+                if self._hooks is not None:
+                    self._hooks.close()
+                self._hooks = SampleHooks(self.model)
             self._engine_for = tuple(trained)
             self._base = self._base or attach.BaseWeights(self.model, lambda parameters: self._engine.gathered(parameters))
         frozen = {n: p for n, p in self._factors.items() if n not in trained}

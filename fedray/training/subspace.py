@@ -2,12 +2,18 @@
 
 For a linear layer with inputs X (T x n) and gradients D (T x m) of its outputs, the weight's gradient is G = D^T X. Sketches need
 only D^T (X Omega) and (D Q)^T X, so m x n is never formed, here or anywhere; only the sign of the sum (the authors' choice) needs G itself.
+
+Private sketches: each example's sketch of each layer is scaled to norm 1 / sqrt(layers), so that adding or removing an example moves the
+whole by 1 at most whatever its gradient is; Gaussian noise joins the sum in the sketch's own, small, space. Only the space that the
+sum spans is used, so nothing is lost with the scale but the examples' own weights.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +23,7 @@ from fedray import seeding
 from fedray.adapters import attach
 from fedray.adapters.base import Layer
 from fedray.data.tasks import Example
+from fedray.privacy.keys import Stream
 
 if TYPE_CHECKING:
     from fedray.training.local import LocalTrainer
@@ -46,28 +53,56 @@ def gaussian_tests(layers: Sequence[Layer], oversample: int, seed: int) -> dict[
     return tests
 
 
-def range_sketch(trainer: LocalTrainer, examples: Sequence[Example], tests_nq: dict[str, Tensor]) -> dict[str, Tensor]:
-    """G Omega (m x q) of every layer in `tests_nq`; linear in G, so clients' sketches add up."""
-    return _sketch(trainer, examples, tests_nq, lambda test, x_tn, d_tm: d_tm.T @ (x_tn @ test), lambda layer, q: (layer.m, q))
+@dataclass(frozen=True)
+class Noise:
+    """Of a private sketch: standard deviation (the sensitivity is 1), its numbers, and what the sum is divided by."""
+
+    deviation: float
+    stream: Stream
+    expected: float
 
 
-def row_sketch(trainer: LocalTrainer, examples: Sequence[Example], bases_mq: dict[str, Tensor]) -> dict[str, Tensor]:
+def range_sketch(
+    trainer: LocalTrainer, examples: Sequence[Example], tests_nq: dict[str, Tensor], noise: Noise | None = None
+) -> dict[str, Tensor]:
+    """G Omega (m x q) of every layer in `tests_nq`; linear in G, so clients' sketches add up. `examples`: with noise, a Poisson sample."""
+    return _sketch(trainer, examples, tests_nq, lambda test, x_tn, d_tm: d_tm.T @ (x_tn @ test), lambda layer, q: (layer.m, q), noise)
+
+
+def row_sketch(
+    trainer: LocalTrainer, examples: Sequence[Example], bases_mq: dict[str, Tensor], noise: Noise | None = None
+) -> dict[str, Tensor]:
     """Q^T G (q x n) of every layer in `bases_mq`; linear too."""
-    return _sketch(trainer, examples, bases_mq, lambda basis, x_tn, d_tm: (d_tm @ basis).T @ x_tn, lambda layer, q: (q, layer.n))
+    return _sketch(trainer, examples, bases_mq, lambda basis, x_tn, d_tm: (d_tm @ basis).T @ x_tn, lambda layer, q: (q, layer.n), noise)
 
 
-def _sketch(trainer: LocalTrainer, examples: Sequence[Example], sides: dict[str, Tensor], product, shape) -> dict[str, Tensor]:
+def _sketch(
+    trainer: LocalTrainer, examples: Sequence[Example], sides: dict[str, Tensor], product, shape, noise: Noise | None
+) -> dict[str, Tensor]:
     sides = {name: side.to(trainer.device) for name, side in sides.items()}
+    shapes = {layer.name: shape(layer, sides[layer.name].shape[1]) for layer in trainer.layers if layer.name in sides}
     sums: dict[str, Tensor] = {}
 
     def add(name: str, x_tn: Tensor, d_tm: Tensor) -> None:
         part = product(sides[name], x_tn, d_tm)
         sums[name] = sums[name].add_(part) if name in sums else part
 
-    _pass(trainer, examples, list(sides), add)
-    for layer in (one for one in trainer.layers if one.name in sides and one.name not in sums):
-        sums[layer.name] = torch.zeros(shape(layer, sides[layer.name].shape[1]))
-    return {name: (total / len(examples)).cpu() for name, total in sums.items()}
+    if noise is None:
+        _pass(trainer, examples, list(sides), add)
+        # No example came by some layer (an expert that none was sent to).
+        return {name: (sums[name] / len(examples)).cpu() if name in sums else torch.zeros(size) for name, size in shapes.items()}
+    total = {name: torch.zeros(size, dtype=torch.float64) for name, size in shapes.items()}
+    for example in examples:
+        _pass(trainer, [example], list(sides), add)
+        for name, part in sums.items():
+            size = torch.linalg.vector_norm(part, dtype=torch.float64)
+            if not torch.isfinite(size):
+                raise FloatingPointError("a gradient is not finite before the first step: the base model does not fit the data")
+            # A millionth below: what fp32 rounds up may not pass 1.
+            total[name] += (part.double() * ((1 - 1e-6) / (size.clamp_min(1e-30) * math.sqrt(len(shapes))))).cpu()
+        sums.clear()
+    drawn = {name: noise.stream.normals(t.numel()).reshape(t.shape) for name, t in sorted(total.items())}
+    return {name: ((total[name] + noise.deviation * drawn[name]) / noise.expected).float() for name in shapes}
 
 
 def _pass(trainer: LocalTrainer, examples: Sequence[Example], layers: Sequence[str], add: Accumulate) -> None:

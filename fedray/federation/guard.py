@@ -1,0 +1,252 @@
+"""The coordinator's side of privacy: plans from noised counts, the ledger, who may still train, and what each client is ordered to do.
+
+| unit    | who adds the noise                    | sampled in a step                  | charged                        |
+|---------|---------------------------------------|------------------------------------|--------------------------------|
+| example | the client, from a key that it keeps  | each example, with rate batch / n  | to the client that trains      |
+| client  | the coordinator, from a key it keeps  | each client, with rate cohort / k  | to every client, sampled or not |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedray.config import Config
+from fedray.errors import ClientError, ConfigError, PrivacyError
+from fedray.federation.messages import Ask, Failure, Orders, Question
+from fedray.federation.wire import Message, inputs_digest
+from fedray.privacy import client_level
+from fedray.privacy.accountant import Release, epsilon
+from fedray.privacy.keys import Key, KeyStore
+from fedray.privacy.ledger import EVERYONE, Ledger, draw_of, worst
+from fedray.privacy.plan import PrivacyPlan, calibrate, default_delta, round_up
+
+CLIP, COUNT_NOISE, SUBSPACE_FRACTION, SUBSPACE_EXAMPLES = 1.0, 20.0, 0.2, 512
+SUBSPACE_RELEASES = 2  # G Omega, then Q^T G
+
+
+def plans_for(config: Config, counts: Mapping[str, float]) -> dict[str, PrivacyPlan]:
+    """The plan of each client from (noised) numbers of examples; of unit client one plan, under EVERYONE.
+
+    Raises ConfigError for a delta that is none, or a budget that what comes before training has spent.
+    """
+    try:
+        return _client_plan(config, counts) if config.privacy.unit == "client" else _example_plans(config, counts)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _delta(config: Config, units: float, of: str) -> float:
+    delta = config.privacy.delta if config.privacy.delta is not None else default_delta(units)
+    if delta >= 1 / units:
+        raise ConfigError(
+            f"privacy.delta {delta:g} is not below 1 / {units:.0f}, {of}: a mechanism that shows one of them to everybody would satisfy it; lower it"
+        )
+    return delta
+
+
+def _example_plans(config: Config, counts: Mapping[str, float]) -> dict[str, PrivacyPlan]:
+    privacy, rounds = config.privacy, config.federation.rounds
+    delta, plans = _delta(config, max(counts.values()), "the largest client's number of examples"), {}
+    for client, count in counts.items():
+        section = config.client(client)
+        before = [Release("count", privacy.count_noise or COUNT_NOISE)]
+        if config.adapter.subspace == "private":
+            rate = subspace_rate(config, count)
+            share = (privacy.subspace_fraction or SUBSPACE_FRACTION) * privacy.epsilon if privacy.epsilon else None
+            noise = calibrate(rate, SUBSPACE_RELEASES, delta, share) if share else privacy.noise
+            before.append(Release("subspace", noise, rate, SUBSPACE_RELEASES))
+        rate = round_up(section.batch_size / count)
+        steps = rounds * section.local_steps
+        noise = privacy.noise if privacy.noise is not None else calibrate(rate, steps, delta, privacy.epsilon, before)
+        plans[client] = PrivacyPlan("example", rate, rate * count, privacy.clip or CLIP, noise, steps, delta, privacy.epsilon, tuple(before))
+        _check_first_round(plans[client], section.local_steps, f"client '{client}'")
+    return plans
+
+
+def _check_first_round(plan: PrivacyPlan, steps: int, who: str) -> None:
+    needed = epsilon([*plan.before, plan.release(steps)], plan.delta)
+    if plan.budget is not None and needed > plan.budget:
+        raise ValueError(
+            f"{who} would spend epsilon {needed:.3g} by its first round with privacy.noise {plan.noise:g}, and its budget is {plan.budget:g}: raise one of them"
+        )
+
+
+def subspace_rate(config: Config, count: float) -> float:
+    """Poisson rate of the examples that a private subspace is read from."""
+    return round_up(min(1.0, (config.adapter.subspace_examples or SUBSPACE_EXAMPLES) / count))
+
+
+def _client_plan(config: Config, counts: Mapping[str, float]) -> dict[str, PrivacyPlan]:
+    privacy, clients = config.privacy, len(counts)
+    cohort = min(config.federation.cohort or clients, clients)
+    delta, rate, steps = _delta(config, clients, "the number of clients"), cohort / clients, config.federation.rounds
+    noise = privacy.noise if privacy.noise is not None else calibrate(rate, steps, delta, privacy.epsilon)
+    plan = PrivacyPlan("client", rate, float(cohort), privacy.clip or CLIP, noise, steps, delta, privacy.epsilon)
+    _check_first_round(plan, 1, "every client")
+    return {EVERYONE: plan}
+
+
+class Guard:
+    """One run's ledger and what follows from it. `folder`: of the checkpoints, where the ledger and the coordinator's key are too."""
+
+    def __init__(self, config: Config, clients: Sequence[str], folder: Path):
+        self.config, self.clients, self.path = config, list(clients), folder / "ledger.json"
+        self._keys = KeyStore(folder / "keys")
+        self.by_client = config.privacy.unit == "client"
+        self.ledger = Ledger.load(self.path) or Ledger(secrets.token_hex(8))
+
+    def resume(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Go on after these records: the clip is what the last of them left."""
+        if self.by_client and records and "next_clip" in records[-1]:
+            self.ledger.clip = records[-1]["next_clip"]
+
+    @property
+    def begun(self) -> bool:
+        """Whether plans are there."""
+        return bool(self.ledger.plans)
+
+    def begin(self, ask: Callable[[Question, Sequence[str]], Sequence[tuple[Any, Callable[[], dict], int]]]) -> None:
+        """Ask the clients for their noised counts and make the plans. Raises ConfigError as `plans_for`, ClientError when a client fails."""
+        ledger, clients = self.ledger, self.clients
+        if self.by_client:
+            counts = dict.fromkeys(clients, 1.0)
+        else:
+            noise = self.config.privacy.count_noise or COUNT_NOISE
+            orders = dict.fromkeys(clients, Orders(ledger.run, "", 1.0, noise, 1.0, 1.0))
+            self.ledger.save(self.path)  # the run's name first: the keys that the question makes are filed under it
+            for client, (report, fetch, _) in zip(clients, ask(Question(Ask.COUNT, orders=orders), clients), strict=True):
+                ledger.keys[client], ledger.fixed = report.key, ledger.fixed or report.key_is_fixed
+                ledger.counts[client] = max(float(self.config.client(client).batch_size), fetch()["count"].item())
+                ledger.charge(client, draw_of(report.key, ledger.run, client, "count"), Release("count", noise), 0)
+            counts = ledger.counts
+        ledger.plans = plans_for(self.config, counts)
+        ledger.delta = next(iter(ledger.plans.values())).delta
+        ledger.clip = self.config.privacy.clip or CLIP
+        self.ledger.save(self.path)
+
+    def weight(self, client: str) -> float:
+        """What a client's update counts with: its noised number of examples, or 1."""
+        return self.ledger.counts[client] if self.config.by_examples else 1.0
+
+    def spent(self) -> list[dict[str, str]]:
+        """The clients that another round would take over their budget, and why they are left out, in client order."""
+        if self.by_client:
+            plan = self.ledger.plans[EVERYONE]
+            out = not self.ledger.affords(EVERYONE, "", plan.release(1))
+            return [{"client": c, "reason": self._reason(EVERYONE)} for c in self.clients] if out else []
+        return [{"client": c, "reason": self._reason(c)} for c in self.clients if not self.ledger.affords(c, "", self._round_of(c))]
+
+    def _reason(self, name: str) -> str:
+        return f"another round would take it beyond its budget of epsilon {self.ledger.plans[name].budget:g} (spent: {self.ledger.epsilon(name):.4g})"
+
+    def _round_of(self, client: str) -> Release:
+        return self.ledger.plans[client].release(self.config.client(client).local_steps)
+
+    def orders(self, round: int, message: Message, clients: Sequence[str]) -> tuple[dict[str, Orders], list[Failure]]:
+        """What each client is told for its round (from 0), charged and on disk before it is told, and who cannot afford it."""
+        ledger, told, refused = self.ledger, {}, []
+        if self.by_client:
+            plan = ledger.plans[EVERYONE]
+            return dict.fromkeys(clients, Orders(ledger.run, "", plan.rate, plan.noise, ledger.clip, plan.expected)), []
+        for client in clients:
+            plan, release = ledger.plans[client], self._round_of(client)
+            draw = self._draw(client, "round", round, inputs_digest(message.header, message.packet_of(client)))
+            if not ledger.affords(client, draw, release):
+                refused.append(Failure(client, self._reason(client), ""))
+                continue
+            ledger.charge(client, draw, release, round + 1)
+            told[client] = Orders(ledger.run, ledger.keys[client], plan.rate, plan.noise, plan.clip, plan.expected)
+        ledger.save(self.path)
+        return told, refused
+
+    # --- unit client: the coordinator's own noise ----------------------------------------------------------------
+
+    @property
+    def _key(self) -> Key:
+        return self._keys.key(self.ledger.run, "(coordinator)")
+
+    def sample(self, round: int) -> list[str]:
+        """The clients of a round (from 0), each by itself with the plan's rate; nobody else must know them, or sampling protects nothing."""
+        picked = self._key.stream("cohort", round).sample(len(self.clients), self.ledger.plans[EVERYONE].rate)
+        return [self.clients[i] for i in picked]
+
+    def mean(self, round: int, reference: Mapping[str, Tensor], updates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The noised mean (fp64) of the clipped updates, charged before it is made. Raises PrivacyError for an update that is not clipped,
+        or when the budget does not allow it."""
+        ledger, plan, adaptive = self.ledger, self.ledger.plans[EVERYONE], self.config.privacy.adaptive_clip
+        total, within = client_level.zeros_like(reference), 0.0
+        for update in updates:
+            own = dict(update)
+            within += own.pop(client_level.WITHIN).item() if adaptive else 0.0
+            if client_level.norm(own) > ledger.clip:
+                raise PrivacyError("a client sent an update beyond the clip: its worker does not run this fedray")
+            total = {name: t + own[name].double() for name, t in total.items()}
+        digest = hashlib.sha256(b"".join(total[n].numpy().tobytes() for n in sorted(total))).hexdigest()
+        purpose, release = ("round", round, digest, repr(within)), plan.release(1)
+        draw = draw_of(self._key.identity, ledger.run, *purpose)
+        if not ledger.affords(EVERYONE, draw, release):
+            raise PrivacyError(self._reason(EVERYONE))
+        ledger.charge(EVERYONE, draw, release, round + 1)
+        ledger.fixed = self._key.fixed
+        ledger.save(self.path)
+        deviation = client_level.update_noise(plan.noise, plan.expected, adaptive is not None) * ledger.clip
+        mean = client_level.noised_mean(total, deviation, plan.expected, self._key.stream("noise", *purpose))
+        self._clip_used = ledger.clip
+        if adaptive:
+            ledger.clip = client_level.next_clip(
+                ledger.clip, adaptive, within, plan.noise, plan.expected, self._key.stream("clip", *purpose)
+            )
+        return mean
+
+    # --- both --------------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        """What a round's record says of privacy. Who was sampled is a secret with unit client."""
+        told: dict[str, Any] = {"epsilon": self.epsilons()}
+        if self.by_client:
+            told |= {"clip": self._clip_used, "next_clip": self.ledger.clip, "cohort": None}
+        return told
+
+    def farewell(self) -> Question:
+        """The question that ends every client's noise key; the coordinator's own goes with it."""
+        self._keys.forget(self.ledger.run, "(coordinator)")
+        return Question(Ask.FORGET, orders=dict.fromkeys(self.clients, Orders(self.ledger.run, "", 1.0, 1.0, 1.0, 1.0)))
+
+    def subspace_orders(self) -> dict[str, Orders]:
+        """What every client is told for one of the subspace's releases; all of them are charged with the first."""
+        ledger, told = self.ledger, {}
+        for client in self.clients:
+            (release,) = (r for r in ledger.plans[client].before if r.what == "subspace")
+            draw = self._draw(client, "subspace")
+            if not ledger.affords(client, draw, release):
+                raise ClientError(client, self._reason(client))
+            ledger.charge(client, draw, release, 0)
+            told[client] = Orders(ledger.run, ledger.keys[client], release.rate, release.noise, 1.0, release.rate * ledger.counts[client])
+        ledger.save(self.path)
+        return told
+
+    def _draw(self, client: str, *inputs: str | int) -> str:
+        return draw_of(self.ledger.keys[client], self.ledger.run, client, *inputs)
+
+    def note_lost_keys(self, failures: Sequence[Failure]) -> list[str]:
+        """Clients whose noise will come from another key from now on: their next draw is another, and is charged."""
+        lost = [f.client for f in failures if f.key]
+        self.ledger.keys |= {f.client: f.key for f in failures if f.key}
+        if lost:
+            self.ledger.save(self.path)
+        return lost
+
+    def epsilons(self) -> dict[str, float]:
+        """What each client has spent so far, at the ledger's delta."""
+        return {c: self.ledger.epsilon(EVERYONE if self.by_client else c) for c in self.clients}
+
+    def epsilon(self) -> float | None:
+        """The largest of them."""
+        return worst(list(self.epsilons().values()))
+

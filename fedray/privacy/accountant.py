@@ -1,0 +1,64 @@
+"""How much a sequence of releases tells: (epsilon, delta) of composed Poisson-subsampled Gaussian mechanisms.
+
+The neighbouring relation is add-or-remove-one throughout. Epsilon is opacus's PRV accountant (Gopi, Lee, Wutschitz, NeurIPS 2021),
+its upper bound, and never more than its RDP accountant's (Mironov et al., 2019), which is an upper bound too.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from opacus.accountants import PRVAccountant, RDPAccountant
+
+#: Above this the mesh of the PRV accountant outgrows memory, and the number means nothing anyway.
+PRV_UP_TO = 200.0
+
+
+@dataclass(frozen=True)
+class Release:
+    """`steps` Gaussian mechanisms of sensitivity 1 and standard deviation `noise`, each on a Poisson sample of `rate`.
+
+    `what`: training, subspace, count, ... Raises ValueError for numbers that mean no mechanism.
+    """
+
+    what: str
+    noise: float
+    rate: float = 1.0
+    steps: int = 1
+
+    def __post_init__(self):
+        if not (self.noise >= 0 and 0 < self.rate <= 1 and self.steps >= 0):
+            raise ValueError(f"no mechanism has noise {self.noise}, rate {self.rate} and {self.steps} steps")
+
+
+def epsilon(releases: Iterable[Release], delta: float) -> float:
+    """The epsilon of all of them together at `delta`; 0 for none, infinite where one has no noise. Raises ValueError for a delta outside (0, 1)."""
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must lie between 0 and 1, not at {delta}")
+    merged: dict[tuple[float, float], int] = {}
+    for release in releases:
+        if release.steps:
+            merged[release.noise, release.rate] = merged.get((release.noise, release.rate), 0) + release.steps
+    return _epsilon(tuple(sorted((noise, rate, steps) for (noise, rate), steps in merged.items())), delta)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float) -> float:
+    if not history:
+        return 0.0
+    if any(noise == 0 for noise, _, _ in history):
+        return math.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of orders at the edge of the RDP grid: the bound holds all the same
+        rdp = RDPAccountant()
+        rdp.history = list(history)
+        bound = float(rdp.get_epsilon(delta))
+        if bound > PRV_UP_TO:
+            return bound
+        prv = PRVAccountant()
+        prv.history = list(history)
+        return min(bound, float(prv.get_epsilon(delta)))

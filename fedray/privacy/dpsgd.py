@@ -1,0 +1,190 @@
+"""DP-SGD (Abadi et al., CCS 2016) over an engine's step: per-sample gradients, clipped, summed, noised once, divided by the expected batch.
+
+Opacus's hooks compute the per-sample gradients without wrapping the model. Noise is added to the sum of the clipped
+gradients after it is complete (over micro-batches, and over a client's ranks once there are several) and handed to the engine as the whole
+gradient: a gradient written anywhere else is silently ignored by ZeRO 1 and 2 (ENGINE.md section 5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from opacus.grad_sample import GradSampleHooks, register_grad_sampler
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from fedray.adapters.modules import CoreProduct, HadamardProduct, Product
+from fedray.errors import PrivacyError
+from fedray.privacy.keys import Stream
+
+Losses = Callable[[Callable, dict], Tensor]
+
+for _product in (CoreProduct, HadamardProduct):
+    register_grad_sampler(_product)(lambda module, activations, backprops: module.sample_gradients(activations[0], backprops))
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """Gaussian noise of standard deviation `noise * clip` on a sum of gradients of norm `clip` at most, divided by `expected`."""
+
+    clip: float
+    noise: float
+    expected: float
+
+
+class Engine(Protocol):
+    """What a private step needs of an engine (`fedray.training.engine`)."""
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+
+    def forward(self, inputs: dict) -> Tensor: ...
+    def backward(self, value: Tensor, last: bool) -> None: ...
+    def apply(self, gradients: dict[str, Tensor], lr: float) -> dict[str, Tensor]: ...
+    def read(self) -> dict[str, Tensor]: ...
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises PrivacyError, with the reason, for a model whose per-sample gradients would be missing or wrong."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            if any(getattr(module, "use_dora", {}).values()):
+                raise PrivacyError(f"{name} is a DoRA layer: its norm mixes samples, and it has no per-sample gradient; use plain LoRA")
+            if len(module.lora_embedding_A):
+                raise PrivacyError(f"{name} adapts an embedding, which has no per-sample gradient in opacus: leave it out of adapter.targets")
+        if getattr(module, "gradient_checkpointing", False):
+            options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+            if not options.get("use_reentrant", False):
+                raise PrivacyError(
+                    f"{name} checkpoints with use_reentrant=False, which runs the forward pass where opacus's hooks do not see it: set it to True"
+                )
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        if own and any(True for _ in module.buffers(recurse=False)):
+            raise PrivacyError(f"{name} trains and keeps statistics over the batch ({type(module).__name__}), which are not private: leave it out of adapter.heads")
+        if own and type(module) not in GradSampleHooks.GRAD_SAMPLERS:
+            raise PrivacyError(f"{name} ({type(module).__name__}) trains and has no per-sample gradient: leave it out of adapter.heads")
+
+
+class SampleHooks:
+    """Opacus's hooks on all that trains in a model, asleep until a private step. Raises PrivacyError as `check_model` does."""
+
+    def __init__(self, model: nn.Module):
+        check_model(model)
+        self._hooks = GradSampleHooks(model, strict=True, loss_reduction="sum")
+        self._modules = list(model.modules())
+        self._hooks.disable_hooks()
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Training passes leave per-sample gradients; whatever a pass that failed left behind is cleared."""
+        products = [m for m in self._modules if isinstance(m, Product)]
+        self._hooks.enable_hooks()
+        for product in products:
+            product.remember(True)
+        try:
+            yield
+        finally:
+            self._hooks.disable_hooks()
+            for product in products:
+                product.remember(False)
+            for module in self._modules:
+                for left in ("activations", "max_batch_len"):
+                    module.__dict__.pop(left, None)  # PEFT's wrappers show their inner module's attributes as their own
+                for parameter in module.parameters(recurse=False):
+                    if hasattr(parameter, "_forward_counter"):
+                        parameter._forward_counter, parameter.grad_sample = 0, None
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        self._hooks.cleanup()
+
+
+class ClippedSum:
+    """The sum of per-sample gradients, each clipped to a norm over all parameters together; fp64, in order of the parameters."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], clip: float):
+        self.parameters, self.clip = parameters, clip
+        self._sums: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, samples: int) -> None:
+        """Take the per-sample gradients that a backward pass left, and clear them. Raises PrivacyError where they are not one for each
+        of `samples`, FloatingPointError where one is not finite."""
+        taken = {name: self._take(name, p, samples) for name, p in self.parameters.items()}
+        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in taken.values()]).norm(dim=0)
+        if not torch.isfinite(norms).all():
+            raise FloatingPointError("a gradient is not finite: lower federation.lr")
+        # A millionth below: what fp32 rounds up may not pass the clip.
+        factors = (self.clip * (1 - 1e-6) / norms.clamp_min(1e-30)).clamp_max(1.0)
+        for name, gradient in taken.items():
+            part = (factors.to(gradient.dtype) @ gradient.flatten(1)).double()
+            self._sums[name] = self._sums[name].add_(part) if name in self._sums else part
+
+    @staticmethod
+    def _take(name: str, parameter: nn.Parameter, samples: int) -> Tensor:
+        gradient, parameter.grad_sample = getattr(parameter, "grad_sample", None), None
+        shape = (samples, *getattr(parameter, "ds_shape", parameter.shape))
+        if not torch.is_tensor(gradient) or tuple(gradient.shape) != shape:
+            have = "none" if gradient is None else "several" if not torch.is_tensor(gradient) else str(tuple(gradient.shape))
+            raise PrivacyError(
+                f"{name} has no gradient of each sample (wanted {shape}, found {have}): its module does not keep samples apart, "
+                "so no noise would make it private; leave it out of adapter.targets or adapter.heads"
+            )
+        return gradient
+
+    def total(self) -> Tensor:
+        """The sum as one fp64 vector on the CPU; zeros where no sample came."""
+        return torch.cat([
+            self._sums[name].cpu() if name in self._sums else torch.zeros(math.prod(getattr(p, "ds_shape", p.shape)), dtype=torch.float64)
+            for name, p in self.parameters.items()
+        ])
+
+
+def noised(total: Tensor, mechanism: Mechanism, noise: Stream | None) -> Tensor:
+    """(total + noise) / expected, fp64. `noise`: standard normals, asked for as many as there are numbers; None only where noise is 0."""
+    if mechanism.noise > 0:
+        total = total + noise.normals(len(total)).mul_(mechanism.noise * mechanism.clip)
+    return total / mechanism.expected
+
+
+def private_step(
+    engine: Engine, hooks: SampleHooks, micro_batches: Sequence[dict], losses: Losses, lr: float, mechanism: Mechanism,
+    noise: Stream | None, check: bool,
+) -> None:
+    """One optimizer step on a Poisson batch, cut into micro-batches (none, when it is empty: then the step is noise alone).
+
+    `losses(forward, batch)`: one loss a sequence, each over its own tokens. `check`: hold what the optimizer got against what was
+    meant, and see that every parameter moved. Raises PrivacyError when the step was not a private one, FloatingPointError for a loss
+    or gradient that is not finite: then nothing has been stepped.
+    """
+    clipped = ClippedSum(engine.parameters, mechanism.clip)
+    with hooks.awake():
+        for i, batch in enumerate(micro_batches):
+            each = losses(engine.forward, batch)
+            if not torch.isfinite(each).all():
+                raise FloatingPointError("a loss is not finite: lower federation.lr")
+            engine.backward(each.sum(), i == len(micro_batches) - 1)
+            clipped.add(len(each))
+    before = engine.read() if check else {}
+    mean = noised(clipped.total(), mechanism, noise)
+    gradients, offset = {}, 0
+    for name, parameter in engine.parameters.items():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        gradients[name] = mean[offset : offset + math.prod(shape)].reshape(shape).to(parameter.device, torch.float32)
+        offset += math.prod(shape)
+    got = engine.apply(gradients, lr)
+    if check:
+        _check(gradients, got, before, engine.read(), mechanism.noise > 0 and lr > 0)
+
+
+def _check(wanted: dict[str, Tensor], got: dict[str, Tensor], before: dict[str, Tensor], after: dict[str, Tensor], noisy: bool) -> None:
+    for name, gradient in wanted.items():
+        if not torch.equal(got[name].reshape(-1).cpu(), gradient.reshape(-1).cpu()):
+            raise PrivacyError(f"the optimizer did not step on the private gradient of {name}: the run stops, since its noise was lost")
+        if noisy and torch.equal(before[name], after[name]):
+            raise PrivacyError(f"{name} did not move in a private step, whose noise moves everything that trains: the run stops")

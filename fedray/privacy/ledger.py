@@ -1,0 +1,109 @@
+"""The ledger: every release of every client's data, charged before it happens, on disk before it happens.
+
+A release is known by its draw: the hash of who adds the noise (the identity of its key) and of all inputs of the computation. A round that is
+repeated from the same inputs with the same key gives the same numbers, so it has the same draw and costs nothing; whatever
+differs is another draw, and is charged again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedray.privacy.accountant import Release, epsilon
+from fedray.privacy.keys import words
+from fedray.privacy.plan import PrivacyPlan
+
+
+def draw_of(identity: str, *inputs: str | int) -> str:
+    """The name of a draw of noise: by whom, from what."""
+    return hashlib.sha256(words(identity, *inputs)).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One release: what was drawn (`draw`), its mechanism, and the round (from 1; 0: before the first)."""
+
+    draw: str
+    release: Release
+    round: int
+
+
+@dataclass
+class Ledger:
+    """Of one run. `plans`, `counts` (noised numbers of examples) and `keys` (identities) by client; with unit `client` all clients
+    share the entries of one name, EVERYONE. Kept in one file, replaced whole."""
+
+    run: str
+    delta: float | None = None
+    plans: dict[str, PrivacyPlan] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    entries: dict[str, list[Entry]] = field(default_factory=dict)
+    clip: float | None = None
+    """Unit client: the clip of the next round."""
+    fixed: bool = False
+    """Whether a key was fixed for a test: then nothing is private."""
+
+    def epsilon(self, client: str, more: Iterable[Release] = ()) -> float:
+        """What the client's data has spent so far, and would have with `more`."""
+        return epsilon([*(e.release for e in self.entries.get(client, [])), *more], self.delta)
+
+    def affords(self, client: str, draw: str, release: Release) -> bool:
+        """Whether the release, unless it is in the books already, stays within the client's budget."""
+        plan = self.plans.get(client)
+        if self._has(client, draw) or plan is None or plan.budget is None:
+            return True
+        return self.epsilon(client, [release]) <= plan.budget
+
+    def charge(self, client: str, draw: str, release: Release, round: int) -> bool:
+        """Enter the release unless the same draw is there; whether it was new."""
+        if self._has(client, draw):
+            return False
+        self.entries.setdefault(client, []).append(Entry(draw, release, round))
+        return True
+
+    def _has(self, client: str, draw: str) -> bool:
+        return any(e.draw == draw for e in self.entries.get(client, []))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the file and for `privacy.json`."""
+        return asdict(self)
+
+    def save(self, path: Path) -> None:
+        """Replace the file, and come back only when it is on disk."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        with part.open("w") as file:
+            json.dump(self.to_dict(), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    @classmethod
+    def load(cls, path: Path) -> Ledger | None:
+        """The ledger in the file; None where there is no file."""
+        if not path.is_file():
+            return None
+        values = json.loads(path.read_text())
+        plans = {c: PrivacyPlan.from_dict(p) for c, p in values.pop("plans").items()}
+        entries = {c: [Entry(e["draw"], Release(**e["release"]), e["round"]) for e in es] for c, es in values.pop("entries").items()}
+        return cls(**values, plans=plans, entries=entries)
+
+
+EVERYONE = "(every client)"
+
+
+def worst(epsilons: Sequence[float]) -> float | None:
+    """The largest of the clients' epsilons, which is the run's: their data do not overlap."""
+    return max(epsilons, default=None)

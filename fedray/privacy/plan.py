@@ -1,0 +1,113 @@
+"""The privacy plan of one client: everything that its (epsilon, delta) follows from, in one value that cannot be put together wrongly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+from fedray.privacy.accountant import Release, epsilon
+
+RELATION, SAMPLING = "add-or-remove-one", "poisson"
+UNITS = ("example", "client")
+#: Calibrated noise is above the least possible by at most this share.
+PRECISION = 2e-3
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """Gaussian noise of standard deviation `noise * clip` on a sum whose every term has norm `clip` at most.
+
+    `unit`: what may be added or removed, one example (a sequence as the task cuts it) or one client with all it has. `rate`: the Poisson
+    rate of a step; `expected`: how many units that is, the divisor of the sum. `steps`: of the whole run for a client that is in every
+    cohort (example), or rounds (client). `before`: what else is released of the same data. `budget`: epsilon at `delta` that may not be passed; None: no
+    limit. Raises ValueError for what is no plan.
+    """
+
+    unit: str
+    rate: float
+    expected: float
+    clip: float
+    noise: float
+    steps: int
+    delta: float
+    budget: float | None = None
+    before: tuple[Release, ...] = ()
+    relation: str = RELATION
+    sampling: str = SAMPLING
+
+    def __post_init__(self):
+        if self.unit not in UNITS or self.relation != RELATION or self.sampling != SAMPLING:
+            raise ValueError(f"a plan is for {' or '.join(UNITS)}, {RELATION} and {SAMPLING} sampling")
+        if not (0 < self.delta < 1 and self.clip > 0 and self.expected > 0 and (self.budget is None or self.budget > 0)):
+            raise ValueError("delta lies between 0 and 1; clip, the expected batch and the budget are above 0")
+        self.release(self.steps)
+
+    def release(self, steps: int) -> Release:
+        """So many of its steps as an event of the ledger."""
+        return Release("training", self.noise, self.rate, steps)
+
+    @property
+    def epsilon(self) -> float:
+        """Of the whole run and what came before it."""
+        return epsilon([*self.before, self.release(self.steps)], self.delta)
+
+    def signal_to_noise(self, numbers: int) -> float:
+        """At best, for one step: the norm of a mean of clipped terms that all agree, over that of the noise in `numbers` coordinates.
+        The noise of T steps and k clients grows as sqrt(T k), what agrees as T k."""
+        return math.inf if self.noise == 0 else self.expected / (self.noise * math.sqrt(numbers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `from_dict` reads them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PrivacyPlan:
+        return cls(**values | {"before": tuple(Release(**r) for r in values["before"])})
+
+
+def calibrate(rate: float, steps: int, delta: float, budget: float, before: Iterable[Release] = ()) -> float:
+    """The least noise multiplier (within PRECISION, from above) with which `steps` steps and `before` stay within the budget.
+
+    Raises ValueError when `before` alone spends it.
+    """
+    return _calibrate(rate, steps, delta, budget, tuple(before))
+
+
+@lru_cache(maxsize=1024)
+def _calibrate(rate: float, steps: int, delta: float, budget: float, before: tuple[Release, ...]) -> float:
+    def spent(noise: float) -> float:
+        return epsilon([*before, Release("training", noise, rate, steps)], delta)
+
+    if before and epsilon(before, delta) >= budget:
+        raise ValueError(
+            f"what is released before training ({', '.join(sorted({r.what for r in before}))}) alone spends epsilon "
+            f"{epsilon(before, delta):.3g} of {budget:g}: raise privacy.epsilon, or release less"
+        )
+    low, high = 0.0, 1.0
+    while spent(high) > budget:
+        low, high = high, 2 * high
+        if high > 1e6:
+            raise ValueError(f"no noise keeps {steps} steps at rate {rate:g} within epsilon {budget:g}: raise it")
+    while low == 0.0 and high > 1e-2 and spent(high / 2) <= budget:
+        high /= 2
+    low = max(low, high / 2)
+    while high / low > 1 + PRECISION:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if spent(middle) <= budget else (middle, high)
+    return high
+
+
+def default_delta(units: float) -> float:
+    """A power of ten, at most a tenth of 1 / units."""
+    return 10.0 ** math.floor(math.log10(0.1 / max(1.0, units)) + 1e-9)
+
+
+def round_up(rate: float) -> float:
+    """To two digits, at most 1: a rate that is sampled at and accounted for, and that few clients differ in."""
+    if rate >= 1:
+        return 1.0
+    unit = 10.0 ** (math.floor(math.log10(rate)) - 1)
+    return min(1.0, float(f"{math.ceil(rate / unit - 1e-9) * unit:.2g}"))
