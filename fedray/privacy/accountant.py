@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 from opacus.accountants import PRVAccountant, RDPAccountant
 
 #: Above this the mesh of the PRV accountant outgrows memory, and the number means nothing anyway.
@@ -37,28 +38,45 @@ class Release:
 
 def epsilon(releases: Iterable[Release], delta: float) -> float:
     """The epsilon of all of them together at `delta`; 0 for none, infinite where one has no noise. Raises ValueError for a delta outside (0, 1)."""
+    return _epsilon(_merged(releases, delta), delta)
+
+
+def rdp_epsilon(releases: Iterable[Release], delta: float) -> float:
+    """The RDP accountant's bound alone: larger, and a hundred times cheaper."""
+    return _rdp(_merged(releases, delta), delta)
+
+
+_History = tuple[tuple[float, float, int], ...]
+
+
+def _merged(releases: Iterable[Release], delta: float) -> _History:
     if not 0 < delta < 1:
         raise ValueError(f"delta must lie between 0 and 1, not at {delta}")
     merged: dict[tuple[float, float], int] = {}
     for release in releases:
         if release.steps:
             merged[release.noise, release.rate] = merged.get((release.noise, release.rate), 0) + release.steps
-    return _epsilon(tuple(sorted((noise, rate, steps) for (noise, rate), steps in merged.items())), delta)
+    return tuple(sorted((noise, rate, steps) for (noise, rate), steps in merged.items()))
 
 
-@lru_cache(maxsize=4096)
-def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float) -> float:
+def _rdp(history: _History, delta: float) -> float:
     if not history:
         return 0.0
     if any(noise == 0 for noise, _, _ in history):
         return math.inf
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of orders at the edge of the RDP grid: the bound holds all the same
-        rdp = RDPAccountant()
-        rdp.history = list(history)
-        bound = float(rdp.get_epsilon(delta))
-        if bound > PRV_UP_TO:
-            return bound
-        prv = PRVAccountant()
-        prv.history = list(history)
-        return min(bound, float(prv.get_epsilon(delta)))
+        accountant = RDPAccountant()
+        accountant.history = list(history)
+        return float(accountant.get_epsilon(delta))
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(history: _History, delta: float) -> float:
+    bound = _rdp(history, delta)
+    if bound == 0.0 or bound > PRV_UP_TO:
+        return bound
+    accountant = PRVAccountant()
+    accountant.history = list(history)
+    with np.errstate(divide="ignore"):  # log 0 at the end of a mechanism's support, which opacus selects away
+        return min(bound, float(accountant.get_epsilon(delta)))

@@ -8,6 +8,7 @@ gradient: a gradient written anywhere else is silently ignored by ZeRO 1 and 2 (
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +88,9 @@ class SampleHooks:
         for product in products:
             product.remember(True)
         try:
-            yield
+            with warnings.catch_warnings():  # modules that see token numbers have no input gradients, which is no harm
+                warnings.filterwarnings("ignore", "Full backward hook is firing")
+                yield
         finally:
             self._hooks.disable_hooks()
             for product in products:

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from fedray.privacy.accountant import Release, epsilon
+from fedray.privacy.accountant import Release, epsilon, rdp_epsilon
 
 RELATION, SAMPLING = "add-or-remove-one", "poisson"
 UNITS = ("example", "client")
 #: Calibrated noise is above the least possible by at most this share.
 PRECISION = 2e-3
+#: Less noise than this is not looked for.
+LEAST = 1e-2
 
 
 @dataclass(frozen=True)
@@ -81,22 +83,40 @@ def _calibrate(rate: float, steps: int, delta: float, budget: float, before: tup
     def spent(noise: float) -> float:
         return epsilon([*before, Release("training", noise, rate, steps)], delta)
 
+    def rdp(noise: float) -> float:
+        return rdp_epsilon([*before, Release("training", noise, rate, steps)], delta)
+
     if before and epsilon(before, delta) >= budget:
         raise ValueError(
             f"what is released before training ({', '.join(sorted({r.what for r in before}))}) alone spends epsilon "
             f"{epsilon(before, delta):.3g} of {budget:g}: raise privacy.epsilon, or release less"
         )
-    low, high = 0.0, 1.0
-    while spent(high) > budget:
-        low, high = high, 2 * high
+    # The RDP bound is cheap and above the PRV's: the noise that it asks for is enough, and not far from the least.
+    high = 1.0
+    while rdp(high) > budget:
+        high *= 2
         if high > 1e6:
             raise ValueError(f"no noise keeps {steps} steps at rate {rate:g} within epsilon {budget:g}: raise it")
-    while low == 0.0 and high > 1e-2 and spent(high / 2) <= budget:
-        high /= 2
-    low = max(low, high / 2)
-    while high / low > 1 + PRECISION:
+    low = high / 2
+    while high > LEAST and rdp(low) <= budget:
+        low, high = low / 2, low
+    while high / low > 1.01:
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if spent(middle) <= budget else (middle, high)
+        low, high = (low, middle) if rdp(middle) <= budget else (middle, high)
+    at_high, low = spent(high), high / 1.1
+    while (at_low := spent(low)) <= budget:
+        if low < LEAST:
+            return low
+        low, high, at_high = low / 1.3, low, at_low
+    while high / low > 1 + PRECISION:
+        # log epsilon is nearly straight in log noise: a secant's step, kept off both ends.
+        share = math.log(budget / at_high) / math.log(at_low / at_high)
+        middle = high * (low / high) ** min(0.9, max(0.1, share))
+        at_middle = spent(middle)
+        if at_middle <= budget:
+            high, at_high = middle, at_middle
+        else:
+            low, at_low = middle, at_middle
     return high
 
 
