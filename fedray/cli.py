@@ -23,6 +23,7 @@ _USAGE = """fedray: exact, private, federated low-rank fine-tuning of language m
                                                                 several methods and seeds, tuned alike: one table, one picture
                   --methods: [ADAPTER+]METHOD[@RANK],...; --lrs.ENTRY: an entry's own grid; --set.ENTRY key=value,...: its own options
   fedray evaluate RUN_DIR [--json]                              held-out metrics of a run's last state
+  fedray report   RUN_DIR                                       write report.html again, of an unfinished run too
   fedray export   RUN_DIR OUT --format lora|peft|merged         write its result for others to load
   fedray run --help                                             every key, its default and what it means
 """
@@ -78,6 +79,7 @@ def _run(argv: list[str], console: Console) -> int:
     from fedray.config import read_config
     from fedray.federation.run import execute, prepare
     from fedray.report.console import ConsoleListener
+    from fedray.report.html import write_report
 
     prepared = prepare(read_config(argv))
     listener = ConsoleListener(console)
@@ -85,6 +87,7 @@ def _run(argv: list[str], console: Console) -> int:
         summary = execute(prepared, listener)
     finally:
         listener.close()
+    write_report(prepared.folder)
     listener.finished(summary, str(prepared.folder))
     return 0
 
@@ -100,11 +103,13 @@ def _plan(argv: list[str], console: Console) -> int:
     placement = None
     if config.model.path in shape_names():
         costs = plan(config)
+        if config.privacy.on and not as_json:
+            console.print("privacy  needs the clients' numbers of examples: give model.path a model and data.source the data to see noise and epsilon")
     else:
         from fedray.federation.run import prepare
 
         prepared = prepare(config)
-        costs, placement = plan(config, prepared.cohort, len(prepared.data.classes) or 2), prepared.placement.reason
+        costs, placement = plan(config, prepared.cohort, len(prepared.data.classes) or 2, prepared.counts), prepared.placement.reason
     if as_json:
         print(json.dumps(costs.to_json() | {"placement": placement}, indent=2))
     else:
@@ -185,7 +190,18 @@ def _export(argv: list[str], console: Console) -> int:
     return 0
 
 
-_COMMANDS = {"run": _run, "plan": _plan, "methods": _methods, "compare": _compare, "evaluate": _evaluate, "export": _export}
+def _report(argv: list[str], console: Console) -> int:
+    from fedray.report.html import write_report
+
+    if len(argv) != 1 or argv[0].startswith("--"):
+        raise ConfigError("fedray report takes one run directory")
+    console.print(f"written to {write_report(Path(argv[0]))}", soft_wrap=True)
+    return 0
+
+
+_COMMANDS = {
+    "run": _run, "plan": _plan, "methods": _methods, "compare": _compare, "evaluate": _evaluate, "export": _export, "report": _report,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

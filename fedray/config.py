@@ -465,6 +465,8 @@ def _check_privacy(config: Config) -> None:
             raise ValueError(f"privacy.unit client adds noise to the mean of the updates, and {method.name} broadcasts more than that: use {linear}")
         if type(method).keeps is not Method.keeps:
             raise ValueError(f"privacy.unit client noises what is averaged, and {method.name}'s clients keep factors of their own that it does not reach: use unit example")
+        if privacy.secure_aggregation and config.federation.cohort is not None:
+            raise ValueError("privacy.secure_aggregation with privacy.unit client needs every client in every round, since a small sample would show its members: leave federation.cohort out")
         if config.method.weights == "examples":
             raise ValueError("method.weights examples would weigh clients by sizes that privacy.unit client protects: use equal, or leave it out")
 

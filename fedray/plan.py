@@ -5,8 +5,8 @@ Works from a model's `config.json` alone: the model is built on the meta device 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ import torch
 from fedray.adapters import attach
 from fedray.config import DEFAULT_CLIENTS, Config, from_dict, make_method, make_spec
 from fedray.federation import start
+from fedray.federation.guard import plans_for
 from fedray.methods import METHODS, FedEx, FedExKeep, Spec
+from fedray.privacy.plan import PrivacyPlan
+from fedray.privacy.secure_sum import overhead
 from fedray.training.model import read_model_config, skeleton
 
 BYTES = 4  # the wire is fp32
@@ -69,13 +72,18 @@ class Plan:
     clients: int
     costs: tuple[MethodCost, ...]
     memory: Memory
+    privacy: dict[str, PrivacyPlan] = field(default_factory=dict)
+    """By client, of a private run whose numbers of examples are known; the run itself plans from noised ones."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"memory": asdict(self.memory) | {"total": self.memory.total}}
+        numbers = self.costs[0].trainable
+        told = {c: p.to_dict() | {"epsilon": p.epsilon, "signal_to_noise": p.signal_to_noise(numbers)} for c, p in self.privacy.items()}
+        return asdict(self) | {"memory": asdict(self.memory) | {"total": self.memory.total}, "privacy": told}
 
 
-def plan(config: Config, cohort: int | None = None, classes: int = 2) -> Plan:
-    """The costs of a config. `cohort`: clients a round (default: as the config says). Raises ConfigError as `skeleton` does."""
+def plan(config: Config, cohort: int | None = None, classes: int = 2, counts: Mapping[str, int] | None = None) -> Plan:
+    """The costs of a config. `cohort`: clients a round (default: as the config says); `counts`: examples of each client, where they are
+    known. Raises ConfigError as `skeleton` and `plans_for` do."""
     model = skeleton(config, classes)
     heads = sum(p.numel() for p in attach.heads(model).values())
     adapters = sum(p.numel() for p in attach.factors(model).values())
@@ -99,6 +107,7 @@ def plan(config: Config, cohort: int | None = None, classes: int = 2) -> Plan:
         clients=max(cohort, count),
         costs=tuple(_cost(c, spec, heads, names[:cohort]) for c in _variants(config)),
         memory=_memory(config, spec, base, heads),
+        privacy=plans_for(config, {c: float(max(n, config.client(c).batch_size)) for c, n in counts.items()}) if counts and config.privacy.on else {},
     )
 
 
@@ -118,18 +127,24 @@ def _cost(config: Config, spec: Spec, heads: int, cohort: Sequence[str]) -> Meth
     # Two rounds beyond the run's, of which one trains A and the other B where a method alternates; what is sent besides is in `once`.
     late = [method.payload(spec, cohort, cohort[0], rounds + more) for more in (2, 3)]
     start_up, start_down = start.numbers(config, spec)
+    # A secure sum has 8 bytes a number on the way up, and keys and shares both ways.
+    secure = config.privacy.secure_aggregation
+    wide, (more_up, more_down) = (2 * BYTES, overhead(len(cohort))) if secure else (BYTES, (0, 0))
+    sums = start.sums(config, spec) if secure else 0
+    heads_up = heads + (config.privacy.adaptive_clip is not None)  # and whether the update was within the clip
+    start_bytes = wide * start_up + sums * more_up, BYTES * start_down + sums * more_down
     return MethodCost(
         method=config.method.name,
         exact=method.exact,
         trainable=spec.size(*method.trained(spec)) + heads,
-        up=BYTES * (sum(p.up for p in late) // 2 + heads),
-        down=BYTES * (sum(p.down for p in late) // 2 + heads),
-        first_down=BYTES * (moves[0].down + heads),
+        up=wide * (sum(p.up for p in late) // 2 + heads_up) + more_up,
+        down=BYTES * (sum(p.down for p in late) // 2 + heads) + more_down,
+        first_down=BYTES * (moves[0].down + heads) + more_down,
         once=BYTES * sum(p.once for p in moves),
-        start_up=BYTES * start_up,
-        start_down=BYTES * start_down,
-        run_up=BYTES * (start_up + sum(p.up + heads for p in moves)),
-        run_down=BYTES * (start_down + sum(p.down + p.once + heads for p in moves)),
+        start_up=start_bytes[0],
+        start_down=start_bytes[1],
+        run_up=start_bytes[0] + sum(wide * (p.up + heads_up) + more_up for p in moves),
+        run_down=start_bytes[1] + sum(BYTES * (p.down + p.once + heads) + more_down for p in moves),
         rounds=rounds,
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,11 +28,14 @@ from fedray.errors import ClientError, RoundError
 from fedray.federation import checkpoint as checkpoints
 from fedray.federation.failures import ROUND_ATTEMPTS, WORKER_ATTEMPTS, Action, after_round
 from fedray.federation.guard import Guard
-from fedray.federation.messages import Ask, Failure, Orders, Question, Report
+from fedray.federation.messages import PUBLIC, Ask, Failure, Orders, Question, Report
+from fedray.federation.secure import Opened, SecureSums
 from fedray.federation.start import raise_failure, start
 from fedray.federation.wire import Message, Packet, encode, pack, unpack
-from fedray.methods import State, Update
+from fedray.methods import Diagnostics, State, Update
 from fedray.methods.base import check_finite
+from fedray.privacy import client_level
+from fedray.privacy.secure_sum import STEP
 
 #: CPU threads of the aggregation: a constant of the machine, so that both engines give the same bits.
 AGGREGATION_THREADS = min(8, os.cpu_count() or 1)
@@ -95,6 +99,8 @@ class Coordinator:
         self._kept: dict[str, Any] = {}
         self._packets: dict[int, Packet] = {}
         self.guard = Guard(config, self.data.clients, self.folder / "checkpoint") if config.privacy.on else None
+        run = self.guard.ledger.run if self.guard is not None else secrets.token_hex(8)
+        self.secure = SecureSums(config, self._ask, run) if config.privacy.secure_aggregation else None
         if held is not None:
             self._begin(held.state)
             self.seen, self.records, self.start = dict(held.seen), list(held.records), held.start
@@ -146,7 +152,13 @@ class Coordinator:
         self.records.append(record)
         return record
 
+    def _ask(self, question: Question, clients: Sequence[str]) -> list[Outcome]:
+        return self.pool.ask(question, clients, {}, self.config.federation.deadline)
+
     def _answers(self, question: Question, clients: Sequence[str]) -> list[tuple[Report, Callable[[], dict[str, torch.Tensor]], int]]:
+        """Each client's answer; of sketches under secure aggregation one, their mean."""
+        if self.secure is not None and question.ask in (Ask.RANGE, Ask.ROWS) and PUBLIC not in clients:
+            return [self._summed_answer(question, clients)]
         result = []
         for outcome in self.pool.ask(question, clients, {}, None):
             if isinstance(outcome.report, Failure):
@@ -156,6 +168,29 @@ class Coordinator:
                 report = replace(report, examples=self.guard.weight(report.client))
             result.append((report, lambda fetch=fetch: unpack(fetch()), report.nbytes))
         return result
+
+    def _summed_answer(self, question: Question, clients: Sequence[str]) -> tuple[Report, Callable[[], dict[str, torch.Tensor]], int]:
+        opened, failures = self.secure.open(clients)
+        if not failures:
+            orders = {c: question.orders.get(c, Orders(self.secure.run)) for c in clients}
+            told = self.pool.ask(replace(question, orders=self._sealed_orders(orders, opened)), clients, {}, None)
+            failures = [o.report for o in told if isinstance(o.report, Failure)]
+        if failures:
+            raise_failure(failures[0])  # bases need all of them
+        packets = {o.client: self.pool.fetch(o.update) for o in told}
+        total, weight = self.secure.close(opened, packets), sum(self._weight(o) for o in told)
+        nbytes = sum(p.nbytes for p in packets.values()) + opened.up
+        return Report("(the sum)", 1, None, 0.0, 0.0, nbytes, opened.down), lambda: {n: t / weight for n, t in total.items()}, nbytes
+
+    def _sealed_orders(self, orders: Mapping[str, Orders], opened: Opened) -> dict[str, Orders]:
+        """The same orders, for vectors that go into a secure sum. A client whose size is no secret weighs its vector itself."""
+        own = self.guard is None and self.config.by_examples
+        return {c: replace(o, secure=opened.secure, weight=None if own else self.guard.weight(c) if self.guard else 1.0) for c, o in orders.items()}
+
+    def _weight(self, outcome: Outcome) -> float:
+        if self.guard is not None:
+            return self.guard.weight(outcome.client)
+        return float(outcome.report.examples) if self.config.by_examples else 1.0
 
     def run_round(self) -> dict[str, Any] | None:
         """Broadcast, local training, updates, aggregation, evaluation, checkpoint; the record that `rounds.jsonl` holds. None when every
@@ -169,19 +204,25 @@ class Coordinator:
             return None
         with _timed(seconds, "train"):
             cohort = self.cohort(round, [s["client"] for s in spent])
-            outcomes, dropped = self._train(round, cohort)
+            opened, gone = self.secure.open(cohort) if self.secure is not None else (None, [])
+            outcomes, dropped = self._train(round, cohort, opened, gone)
             dropped = [*spent, *dropped]
         down = self._bytes_down(cohort)
         before = self.state
         with _timed(seconds, "aggregate"), threads(AGGREGATION_THREADS):
             sizes: list[int] = []
-            updates: Iterable[Update] = self._updates(outcomes, sizes)
+            updates: Iterable[Update] = self._updates(outcomes, sizes, opened)
             if self.method.asks:
                 before, outcomes, updates, asked = self._second(before, outcomes, list(updates), sizes, dropped)
                 down += asked
             if self.guard is not None and self.guard.by_client:
                 updates = [self._noised(round, cohort, list(updates))]
             self.state, diagnostics = self.method.aggregate(before, updates)
+            if opened is not None:
+                sizes.append(opened.up)
+                down += opened.down
+                # What averaging lost cannot be told from a mean; a method that is exact loses what rounding the mean loses.
+                diagnostics = Diagnostics(None, self._rounded if self.method.exact == "yes" else None, diagnostics.ideal_norm)
             self._publish()
         if self.config.federation.keep_optimizer or self.method.keeps(self._spec):
             self._kept |= {o.client: o.kept for o in outcomes if o.kept is not None}  # SGD has no state
@@ -227,15 +268,17 @@ class Coordinator:
         self._packets = message.increments
         self._message, self._handle = message, self.pool.publish(message)
 
-    def _train(self, round: int, cohort: list[str]) -> tuple[list[Outcome], list[dict[str, str]]]:
-        """Outcomes of the clients that reported, in cohort order, and who was dropped and why."""
+    def _train(
+        self, round: int, cohort: list[str], opened: Opened | None, gone: list[Failure]
+    ) -> tuple[list[Outcome], list[dict[str, str]]]:
+        """Outcomes of the clients that reported, in cohort order, and who was dropped and why. `gone`: who has failed the secure sum already."""
         done: dict[str, Outcome] = {}
         attempt = 0
         while True:
             attempt += 1
-            missing = [c for c in cohort if c not in done]
-            outcomes = self._ask_to_train(round, missing)
-            failures = [o.report for o in outcomes if isinstance(o.report, Failure)]
+            missing = [c for c in cohort if c not in done and c not in [f.client for f in gone]]
+            outcomes = self._ask_to_train(round, missing, opened)
+            failures = [*gone, *(o.report for o in outcomes if isinstance(o.report, Failure))]
             done |= {o.client: o for o in outcomes if isinstance(o.report, Report)}
             reasons = [f"client '{f.client}': {f.cause}" for f in failures]
             decision = after_round(len(cohort), len(done), self.config.federation.quorum, attempt, reasons)
@@ -248,15 +291,17 @@ class Coordinator:
                 error.details = "\n".join(f.details for f in failures)
                 raise error
 
-    def _ask_to_train(self, round: int, clients: list[str]) -> list[Outcome]:
+    def _ask_to_train(self, round: int, clients: list[str], opened: Opened | None) -> list[Outcome]:
         """One outcome for each client. A client that has lost its noise key is charged for another draw, if it can afford it, and asked again."""
         deadline = self.config.federation.deadline
         if self.guard is None:
-            return self.pool.train(self._handle, round, clients, self._kept, deadline)
+            orders = self._sealed_orders(dict.fromkeys(clients, Orders(self.secure.run)), opened) if opened is not None else {}
+            return self.pool.train(self._handle, round, clients, self._kept, deadline, orders)
         outcomes: dict[str, Outcome] = {}
         for _ in range(WORKER_ATTEMPTS):
             asked = [c for c in clients if c not in outcomes]
             orders, refused = self.guard.orders(round, self._message, asked)
+            orders = self._sealed_orders(orders, opened) if opened is not None else orders
             outcomes |= {f.client: Outcome(f.client, f) for f in refused}
             told = self.pool.train(self._handle, round, list(orders), self._kept, deadline, orders)
             lost = self.guard.note_lost_keys([o.report for o in told if isinstance(o.report, Failure)])
@@ -274,22 +319,35 @@ class Coordinator:
         reference = self.method.upload(self._spec, "", trained, round)
         for update in updates:
             check_finite(update)
-        mean = self.guard.mean(round, reference, [dict(u.tensors) for u in updates])
+        mean = self.guard.mean(round, reference, [dict(u.tensors) for u in updates], self.secure is not None)
         return Update("(the noised mean)", 1.0, {n: (t.double() + mean[n]).float() for n, t in reference.items()})
 
     def finish(self) -> None:
         """The run is over: clients remove their noise keys, so that nobody can take the noise away again."""
         if self.guard is not None:
             self.pool.ask(self.guard.farewell(), self.data.clients, {}, None)
+        elif self.secure is not None:
+            orders = dict.fromkeys(self.data.clients, Orders(self.secure.run))
+            self.pool.ask(Question(Ask.FORGET, orders=orders), self.data.clients, {}, None)
 
-    def _updates(self, outcomes: list[Outcome], sizes: list[int]) -> Iterator[Update]:
+    def _updates(self, outcomes: list[Outcome], sizes: list[int], opened: Opened | None) -> Iterator[Update]:
+        """Each client's update, or with secure aggregation one: their weighted mean (with unit client their sum)."""
+        if opened is not None:
+            packets = {o.client: self.pool.fetch(o.update) for o in outcomes}
+            sizes += [p.nbytes for p in packets.values()]
+            weight = sum(self._weight(o) for o in outcomes)
+            divisor = 1.0 if self.guard is not None and self.guard.by_client else weight
+            mean = {n: t / divisor for n, t in self.secure.close(opened, packets).items()}
+            sent = {n: t.float() for n, t in mean.items()}
+            # Relative to the mean itself: fp32, and half a step of the ring for each number of each client at most.
+            step = len(packets) * STEP / 2 / divisor * sum(t.numel() for t in mean.values()) ** 0.5
+            self._rounded = (client_level.norm({n: t - sent[n] for n, t in mean.items()}) + step) / (client_level.norm(mean) or 1.0)
+            yield Update("(the sum)", weight, sent)
+            return
         for outcome in outcomes:
             packet = self.pool.fetch(outcome.update)
             sizes.append(packet.nbytes)
-            weight = float(outcome.report.examples) if self.config.by_examples else 1.0
-            if self.guard is not None:
-                weight = self.guard.weight(outcome.client)
-            yield Update(outcome.client, weight, unpack(packet))
+            yield Update(outcome.client, self._weight(outcome), unpack(packet))
 
     def _second(
         self, before: State, outcomes: list[Outcome], updates: list[Update], sizes: list[int], dropped: list[dict[str, str]]

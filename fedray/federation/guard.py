@@ -118,7 +118,7 @@ class Guard:
             counts = dict.fromkeys(clients, 1.0)
         else:
             noise = self.config.privacy.count_noise or COUNT_NOISE
-            orders = dict.fromkeys(clients, Orders(ledger.run, "", 1.0, noise, 1.0, 1.0))
+            orders = dict.fromkeys(clients, Orders(ledger.run, noise=noise))
             self.ledger.save(self.path)  # the run's name first: the keys that the question makes are filed under it
             for client, (report, fetch, _) in zip(clients, ask(Question(Ask.COUNT, orders=orders), clients), strict=True):
                 ledger.keys[client], ledger.fixed = report.key, ledger.fixed or report.key_is_fixed
@@ -176,15 +176,17 @@ class Guard:
         picked = self._key.stream("cohort", round).sample(len(self.clients), self.ledger.plans[EVERYONE].rate)
         return [self.clients[i] for i in picked]
 
-    def mean(self, round: int, reference: Mapping[str, Tensor], updates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The noised mean (fp64) of the clipped updates, charged before it is made. Raises PrivacyError for an update that is not clipped,
-        or when the budget does not allow it."""
+    def mean(
+        self, round: int, reference: Mapping[str, Tensor], updates: Sequence[Mapping[str, Tensor]], summed: bool
+    ) -> dict[str, Tensor]:
+        """The noised mean (fp64) of the clipped updates (`summed`: of what is already their sum), charged before it is made. Raises
+        PrivacyError for an update that is not clipped, or when the budget does not allow it."""
         ledger, plan, adaptive = self.ledger, self.ledger.plans[EVERYONE], self.config.privacy.adaptive_clip
         total, within = client_level.zeros_like(reference), 0.0
         for update in updates:
             own = dict(update)
             within += own.pop(client_level.WITHIN).item() if adaptive else 0.0
-            if client_level.norm(own) > ledger.clip:
+            if not summed and client_level.norm(own) > ledger.clip:
                 raise PrivacyError("a client sent an update beyond the clip: its worker does not run this fedray")
             total = {name: t + own[name].double() for name, t in total.items()}
         digest = hashlib.sha256(b"".join(total[n].numpy().tobytes() for n in sorted(total))).hexdigest()
@@ -216,7 +218,7 @@ class Guard:
     def farewell(self) -> Question:
         """The question that ends every client's noise key; the coordinator's own goes with it."""
         self._keys.forget(self.ledger.run, "(coordinator)")
-        return Question(Ask.FORGET, orders=dict.fromkeys(self.clients, Orders(self.ledger.run, "", 1.0, 1.0, 1.0, 1.0)))
+        return Question(Ask.FORGET, orders=dict.fromkeys(self.clients, Orders(self.ledger.run)))
 
     def subspace_orders(self) -> dict[str, Orders]:
         """What every client is told for one of the subspace's releases; all of them are charged with the first."""

@@ -32,6 +32,9 @@ from fedray.federation.results import load_checkpoint, read_run_config, summaris
 from fedray.federation.worker import Worker
 from fedray.federation.worker_ray import start_workers
 from fedray.methods import Spec
+from fedray.privacy.ledger import Ledger
+from fedray.privacy.secure_sum import LEAST_MEMBERS
+from fedray.privacy.statement import statement
 from fedray.training.model import check_loadable, skeleton
 
 COORDINATOR_ATTEMPTS = 3
@@ -73,6 +76,11 @@ class Prepared:
         return self.spec.size(*make_method(self.config).trained(self.spec)) + self.heads
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Rows of training data of each client."""
+        return {name: len(part) for name, part in self.data.train.items()}
+
+    @property
     def cohort(self) -> int:
         return min(self.config.federation.cohort or len(self.data.clients), len(self.data.clients))
 
@@ -86,6 +94,9 @@ def prepare(config: Config) -> Prepared:
         raise ConfigError(f"federation.cohort {config.federation.cohort} is more than the {len(data.clients)} clients: lower it")
     if config.adapter.subspace == "public":
         public_data(config, data)
+    least = min(config.federation.cohort or len(data.clients), len(data.clients))
+    if config.privacy.secure_aggregation and least < LEAST_MEMBERS:
+        raise ConfigError(f"privacy.secure_aggregation with {least} clients a round would show each of them: have {LEAST_MEMBERS} or more")
     check_loadable(config)
     model = skeleton(config, len(data.classes) or 2)
     spec = make_spec(config, attach.layers(model), data.clients)
@@ -189,6 +200,8 @@ def execute(prepared: Prepared, listener: Listener | None = None) -> dict[str, A
         else:
             listener.round(record)
         _write_rounds(folder / "rounds.jsonl", records)
+        if prepared.config.privacy.on:
+            _write_privacy(prepared, records)
     if prepared.resuming and (folder / "summary.json").is_file():
         return json.loads((folder / "summary.json").read_text())  # it was finished
     config, classes = prepared.config, len(prepared.data.classes)
@@ -196,6 +209,12 @@ def execute(prepared: Prepared, listener: Listener | None = None) -> dict[str, A
     summary = summarise(config, prepared.trainable, len(prepared.data.clients), records, time.monotonic() - started)
     _write(folder / "summary.json", json.dumps(summary, indent=2))
     return summary
+
+
+def _write_privacy(prepared: Prepared, records: list[dict[str, Any]]) -> None:
+    config, ledger = prepared.config, Ledger.load(prepared.folder / "checkpoint" / "ledger.json")
+    told = statement(config, ledger, prepared.data.clients, records, make_method(config))
+    _write(prepared.folder / "privacy.json", json.dumps(told, indent=2))
 
 
 def _write(path: Path, text: str) -> None:

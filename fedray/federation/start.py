@@ -90,6 +90,11 @@ def numbers(config: Config, spec: Spec) -> tuple[int, int]:
     return up, down
 
 
+def sums(config: Config, spec: Spec) -> int:
+    """How many sums of sketches the bases take."""
+    return 2 * (_range(config)[1] + 1) if spec.adapter.kind == "lora-sb" and config.adapter.subspace in ("gradient-raw", "private") else 0
+
+
 def _range(config: Config) -> tuple[int, int]:
     """(columns beyond the rank, power iterations) of the range finder. Every column adds noise and every pass a release, so a private one
     has neither."""
@@ -158,7 +163,8 @@ def _sketched(config: Config, spec: Spec, clients: Sequence[str], answers: Answe
         orders = guard.subspace_orders() if source == "private" else {}
         told = answers(Question(ask, packet, examples=_examples(config), columns=oversample, orders=orders), clients)
         if source != "public":
-            up, down = up + sum(size for _, _, size in told), down + (packet.nbytes * len(clients) if packet else 0)
+            up += sum(size for _, _, size in told)
+            down += (packet.nbytes * len(clients) if packet else 0) + sum(report.nbytes_down for report, _, _ in told)
         return _total(config, told)
 
     def basis(sketches: dict[str, Tensor]) -> dict[str, Tensor]:

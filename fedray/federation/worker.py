@@ -14,10 +14,11 @@ from fedray.adapters import Layer
 from fedray.config import Config, make_method, make_spec
 from fedray.data.partition import FederatedData
 from fedray.errors import PrivacyError
-from fedray.federation.messages import PUBLIC, Ask, Failure, Orders, Question, Report
+from fedray.federation.messages import PUBLIC, Ask, Failure, Orders, Question, Report, Secure
+from fedray.federation.secure import masked
 from fedray.federation.wire import Header, Packet, decode, inputs_digest, pack, unpack
 from fedray.methods import View
-from fedray.privacy import client_level
+from fedray.privacy import client_level, secure_sum
 from fedray.privacy.dpsgd import Mechanism
 from fedray.privacy.keys import Key, KeyStore
 from fedray.training import subspace
@@ -56,13 +57,14 @@ class Worker:
             view, base_key = self._view(client, header, packet, fetch, held)
             state = {n.removeprefix(OPTIMIZER): t for n, t in held.items() if n.startswith(OPTIMIZER)}
             private = None
-            if orders is not None and not self._by_client:
+            if self.private and not self._by_client:
                 purpose = ("round", round, inputs_digest(header, packet))
                 private = Private(key, purpose, orders.rate, Mechanism(orders.clip, orders.noise, orders.expected))
             result = self.trainer.train(view, client, round, state or None, base_key, private)
             sent = self.method.upload(self.spec, client, result.tensors, round)
             if self._by_client:
                 sent = self._clipped(client, round, view, result.tensors, sent, orders)
+            packet = self._packed(client, sent, orders)
         except Exception as error:  # whatever a client's data or step raises is that client's failure, and is reported as such
             self.trainer.reset()
             return None, None, self._failure(client, error)
@@ -70,7 +72,7 @@ class Worker:
         own = self.spec.names if self.method.asks else self.method.keeps(self.spec)
         keeps |= {f"{OWN}{n}": t for n, t in result.tensors.items() if n.rsplit(".", 1)[1] in own}
         told = (0, None) if self.private else (result.examples, result.loss)
-        return pack(sent), pack(keeps) if keeps else None, Report(client, *told, result.base_lost, result.seconds)
+        return packet, pack(keeps) if keeps else None, Report(client, *told, result.base_lost, result.seconds)
 
     @property
     def _by_client(self) -> bool:
@@ -84,6 +86,22 @@ class Worker:
         update, within = client_level.clipped({n: t - untrained[n] for n, t in sent.items()}, orders.clip)
         bit = {client_level.WITHIN: torch.tensor([float(within)])} if self.trainer.config.privacy.adaptive_clip else {}
         return update | bit
+
+    def _packed(self, client: str, tensors: dict[str, Tensor], orders: Orders | None) -> Packet:
+        """As it travels: masked where the orders name a secure sum."""
+        if orders is None or orders.secure is None:
+            return pack(tensors)
+        weight = orders.weight if orders.weight is not None else float(len(self.trainer.examples("train", client)))
+        return masked(self._keys.key(orders.run, client), client, tensors, orders.secure, weight)
+
+    def _secure(self, client: str, ask: Ask, secure: Secure) -> Any:
+        """The answer to a step of a secure sum."""
+        key = self._keys.key(secure.run, client)
+        if ask is Ask.ADVERTISE:
+            return secure_sum.advertise(key, secure.session)
+        if ask is Ask.SHARE:
+            return secure_sum.share(key, client, secure.session, secure.adverts)
+        return secure_sum.reveal(key, client, secure.session, secure.adverts, secure.sealed[client], secure.sent)
 
     def _key(self, client: str, orders: Orders | None) -> Key | None:
         if orders is None:
@@ -109,14 +127,15 @@ class Worker:
     def ask(self, client: str, question: Question, kept: Packet | None) -> tuple[Packet | None, None, Report | Failure]:
         """(answer, nothing, report) to a question outside local training, or the client's failure."""
         try:
+            if question.secure is not None:
+                return None, None, Report(client, 0, None, 0.0, 0.0, sealed=self._secure(client, question.ask, question.secure))
             key = self._key(client, question.orders.get(client))
-            answer = self._answer(client, question, kept, key)
+            packet = self._packed(client, self._answer(client, question, kept, key), question.orders.get(client))
         except Exception as error:  # as in `train`
             return None, None, self._failure(client, error)
         told = question.ask not in (Ask.WEIGHTS, Ask.FORGET) and client != PUBLIC and not self.private
-        packet = pack(answer)
         identity = (key.identity, key.fixed) if key is not None else ("", False)
-        return packet, None, Report(client, len(self.trainer.examples("train", client)) if told else 0, None, 0.0, 0.0, packet.nbytes, *identity)
+        return packet, None, Report(client, len(self.trainer.examples("train", client)) if told else 0, None, 0.0, 0.0, packet.nbytes, key=identity[0], key_is_fixed=identity[1])
 
     def _answer(self, client: str, question: Question, kept: Packet | None, key: Key | None) -> dict[str, Tensor]:
         orders = question.orders.get(client)
@@ -135,7 +154,7 @@ class Worker:
         if question.packet is None:
             given = subspace.gaussian_tests(self.spec.layers, question.columns, self.spec.seed)
         noise = None
-        if orders is not None:
+        if self.private and client != PUBLIC:
             purpose = ("subspace", question.ask.name, question.packet.digest if question.packet is not None else "")
             every = self.trainer.examples("train", client)
             examples = [every[i] for i in key.stream("sample", *purpose).sample(len(every), orders.rate)]

@@ -12,22 +12,7 @@ from fedray.compare import Result
 from fedray.data.tasks import TASKS
 from fedray.federation.run import Prepared
 from fedray.plan import Plan, plan
-
-_TITLES = {"bits_per_byte": "bits per byte", "accuracy": "accuracy"}
-
-
-def size(count: float) -> str:
-    """Bytes for a person: 1024-based, three digits."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
-
-
-def number(count: int) -> str:
-    """Parameters for a person."""
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count:,}"
+from fedray.report.words import TITLES, number, share, size
 
 
 def plan_table(costs: Plan) -> Table:
@@ -45,6 +30,21 @@ def plan_table(costs: Plan) -> Table:
     return table
 
 
+def privacy_table(costs: Plan) -> Table:
+    """What each client's privacy will cost: with noised counts, so about."""
+    first = next(iter(costs.privacy.values()))
+    title = f"privacy by {first.unit}, {first.relation}, delta {first.delta:g}; the signal is what clipped terms add up to when all agree"
+    table = Table(title=title, title_justify="left")
+    for column in ("client", "rate", "steps", "clip", "noise multiplier", "epsilon, whole run", "signal to noise, a step at best"):
+        table.add_column(column, justify="left" if column == "client" else "right")
+    for client, own in costs.privacy.items():
+        table.add_row(
+            client, f"{own.rate:g}", f"{own.steps}", f"{own.clip:g}", f"{own.noise:.4g}", f"{own.epsilon:.4g}",
+            f"{own.signal_to_noise(costs.costs[0].trainable):.3g}",
+        )
+    return table
+
+
 def print_plan(console: Console, costs: Plan, placement: str | None = None) -> None:
     """Model, memory, placement, and the table of methods."""
     memory = costs.memory
@@ -59,6 +59,8 @@ def print_plan(console: Console, costs: Plan, placement: str | None = None) -> N
     if own := costs.costs[0].start_up:
         down = costs.costs[0].start_down
         console.print(f"before round 1 each client sends {size(own)} and receives {size(down)} for the subspace; both are counted in the run")
+    if costs.privacy:
+        console.print(privacy_table(costs))
     if costs.clients > costs.cohort:
         console.print("a client that sat rounds out also downloads the base updates it missed (fedex, flora)")
 
@@ -79,11 +81,6 @@ def print_comparison(console: Console, results: list[Result]) -> None:
         console.print("(edge): the best learning rate is the grid's first or last; give --lrs that reach further")
 
 
-def share(value: float | None, form: str) -> str:
-    """A relative error, or a word where it cannot be known."""
-    return "not known" if value is None else format(value, form)
-
-
 class ConsoleListener:
     """Prints a run as it goes."""
 
@@ -100,10 +97,10 @@ class ConsoleListener:
     def started(self, prepared: Prepared) -> None:
         config = prepared.config
         self.metric_key = TASKS[config.model.task].metric
-        self.metric = _TITLES[self.metric_key]
-        counts = {name: len(part) for name, part in prepared.data.train.items()}
+        self.metric = TITLES[self.metric_key]
+        counts = prepared.counts
         named = ", ".join(f"{n} ({c})" for n, c in list(counts.items())[:7]) + (", ..." if len(counts) > 7 else "")
-        print_plan(self.console, plan(config, prepared.cohort, len(prepared.data.classes) or 2), prepared.placement.reason)
+        print_plan(self.console, plan(config, prepared.cohort, len(prepared.data.classes) or 2, counts), prepared.placement.reason)
         self.console.print(f"clients  {len(counts)}, with rows: {named}", soft_wrap=True)
         self.console.print(
             f"method   {config.method.name} on {config.adapter.kind} of rank {config.adapter.rank}, "
@@ -170,7 +167,12 @@ class ConsoleListener:
                 f"plain factor averaging (FedIT) would have lost up to {share(summary['aggregation_error'], '.2%')} of a round's update; "
                 f"{summary['method']} lost at most {summary['exactness']:.1e}", soft_wrap=True,
             )
-        self.console.print(f"results in {folder} (adapter/ loads with plain PEFT)", soft_wrap=True)
+        if summary["epsilon"] is not None:
+            self.console.print(
+                f"private: epsilon {summary['epsilon']:.4g} at delta {summary['delta']:g} for the client that spent most; what left each client, and what "
+                "is not guaranteed, is in privacy.json and report.html", soft_wrap=True,
+            )
+        self.console.print(f"results in {folder} (adapter/ loads with plain PEFT; report.html)", soft_wrap=True)
 
     def close(self) -> None:
         if self._task is not None:

@@ -1,0 +1,410 @@
+"""Whole private runs: budgets, ledgers, lost keys, kills and resumes, secure sums, and what is said about it all."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from test_federation import final_tensors, options, rounds, run, sabotaged, same_bits
+
+from fedray.cli import main
+from fedray.config import from_dict
+from fedray.errors import ClientError, ConfigError, PrivacyError, RoundError
+from fedray.federation import pool_inline, worker
+from fedray.federation.coordinator import Coordinator
+from fedray.federation.run import execute, prepare
+from fedray.plan import plan
+from fedray.privacy import secure_sum
+from fedray.privacy.keys import TEST_KEY
+from fedray.privacy.ledger import EVERYONE, Ledger
+from fedray.training.local import LocalTrainer
+
+CLIENTS = ("client-0", "client-1", "client-2")
+
+
+def ledger(folder: Path) -> Ledger:
+    return Ledger.load(folder / "checkpoint" / "ledger.json")
+
+
+def resumed(config):
+    return config.model_copy(update={"output": config.output.model_copy(update={"resume": True})})
+
+
+def killed_after(monkeypatch, calls_left: int):
+    """The job dies at a call for training, by a KeyboardInterrupt: nothing gets a chance to clean up."""
+    calls = []
+
+    def dies(self, *args, real=pool_inline.InlinePool.train):
+        calls.append(1)
+        if len(calls) == calls_left:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(pool_inline.InlinePool, "train", dies)
+
+
+PRIVATE = {
+    "fedit": {"method__name": "fedit", "privacy": {"epsilon": 3.0}},
+    "fedex, ZeRO 2": {"method__name": "fedex", "privacy": {"epsilon": 3.0}, "worker": {"cpus": 1, "zero_stage": 2}},
+    "fed-sb, private subspace": {
+        "method__name": "fed-sb", "adapter": {"kind": "lora-sb", "rank": 2, "subspace": "private"}, "privacy": {"epsilon": 8.0}, "federation__lr": 0.1,
+    },
+    "abba, kept": {"adapter": {"kind": "abba", "rank": 4, "alpha": 4}, "privacy": {"noise": 0.8}, "federation__keep_optimizer": True},
+    "fedsa": {"method__name": "fedsa", "privacy": {"epsilon": 3.0}},
+    "fedask": {"method__name": "fedask", "privacy": {"epsilon": 3.0}},
+    "clients": {"method__name": "ffa", "privacy": {"epsilon": 8.0, "unit": "client", "adaptive_clip": 0.5}},
+    "clients, sampled": {
+        "method__name": "ravan", "adapter": {"kind": "ravan", "rank": 2}, "privacy": {"noise": 1.0, "unit": "client"}, "federation__cohort": 3,
+    },
+    "secure": {"method__name": "rolora", "privacy": {"epsilon": 3.0, "secure_aggregation": True}},
+    "secure, clients": {"method__name": "fedit", "privacy": {"epsilon": 8.0, "unit": "client", "secure_aggregation": True}},
+}
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_private_run_keeps_its_budget_and_a_resumed_one_ends_in_the_same_bits_and_epsilons(make_config, name, monkeypatch):
+    given = {"federation__clients": 5, "federation__rounds": 4, **PRIVATE[name]}
+    config = make_config(**given)
+    whole = run(config)
+    spent = [r["epsilon"] for r in rounds(whole)]
+    summary = json.loads((whole / "summary.json").read_text())
+    assert len(spent) == 4 and all(list(e) == [f"client-{i}" for i in range(5)] for e in spent)
+    assert all(before[c] <= after[c] for before, after in zip(spent, spent[1:], strict=False) for c in before)
+    assert summary["epsilon"] == max(spent[-1].values()) and 0 < summary["delta"] < 1
+    if config.privacy.epsilon:
+        assert 0.98 * config.privacy.epsilon < summary["epsilon"] <= config.privacy.epsilon
+    assert all(r["train_loss"] is None and r["metrics"] for r in rounds(whole))
+
+    config = make_config(**given)
+    killed_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    folder = Path(config.output.dir)
+    assert len(rounds(folder)) == 2
+    assert run(resumed(config)) == folder
+    same_bits(whole, folder)  # records too, epsilons among them
+    names = [EVERYONE] if config.privacy.unit == "client" else spent[-1]
+    for client in names:
+        entries = ledger(folder).entries[client]
+        training = [e.round for e in entries if e.release.what == "training"]
+        assert training == [1, 2, 3, 4] and ledger(folder).epsilon(client) == ledger(whole).epsilon(client)
+
+
+def test_killed_at_any_moment_of_a_round_the_ledger_says_the_same(make_config, monkeypatch):
+    """Before training (charged, not trained), between training and aggregation, and after aggregation without a checkpoint."""
+    given = dict(method__name="ffa", privacy={"epsilon": 3.0}, federation__rounds=3)
+    whole = run(make_config(**given))
+
+    def dying(method, which):
+        calls, real = [], getattr(Coordinator, method)
+
+        def dies(self, *args, **kw):
+            calls.append(1)
+            if len(calls) == which:
+                raise KeyboardInterrupt
+            return real(self, *args, **kw)
+
+        return dies
+
+    for method, which in (("_ask_to_train", 2), ("_updates", 2), ("_publish", 3), ("_evaluate", 3), ("_save", 2)):
+        config = make_config(**given)
+        with monkeypatch.context() as patch:
+            patch.setattr(Coordinator, method, dying(method, which))
+            with pytest.raises(KeyboardInterrupt):
+                run(config)
+        folder = run(resumed(config))
+        same_bits(whole, folder)
+        assert {c: [e.round for e in es] for c, es in ledger(folder).entries.items()} == {c: [0, 1, 2, 3] for c in CLIENTS}
+
+
+def test_a_key_that_is_lost_in_a_round_is_charged_for_another_draw(make_config, monkeypatch):
+    monkeypatch.delenv(TEST_KEY)
+    config = make_config(method__name="ffa", privacy={"noise": 1.0})
+    real, lost = pool_inline.InlinePool.train, []
+
+    def loses(self, handle, round, clients, *args):
+        if round == 1 and not lost:  # after the charge, before the work
+            lost.append(self.worker._keys.folder)
+            for path in lost[0].rglob("client-1"):
+                path.unlink()
+        return real(self, handle, round, clients, *args)
+
+    monkeypatch.setattr(pool_inline.InlinePool, "train", loses)
+    folder = run(config)
+    entries = ledger(folder).entries
+    assert [e.round for e in entries["client-0"]] == [0, 1, 2, 3] and [e.round for e in entries["client-1"]] == [0, 1, 2, 2, 3]
+    assert len({e.draw for e in entries["client-1"]}) == 5
+    last = rounds(folder)[-1]
+    assert last["epsilon"]["client-1"] > last["epsilon"]["client-2"] and not last["dropped"]
+    assert not list(lost[0].rglob("client-*"))  # no key outlives the run
+
+
+def test_a_client_that_cannot_pay_for_another_draw_is_left_out(make_config, monkeypatch):
+    monkeypatch.delenv(TEST_KEY)
+    config = make_config(method__name="ffa", privacy={"epsilon": 3.0}, federation__quorum=0.6)
+    real, done = pool_inline.InlinePool.train, []
+
+    def loses(self, handle, round, clients, *args):
+        if round == 2 and not done:
+            done.extend(path.unlink() for path in self.worker._keys.folder.rglob("client-1"))
+        return real(self, handle, round, clients, *args)
+
+    monkeypatch.setattr(pool_inline.InlinePool, "train", loses)
+    folder = run(config)
+    assert [d["client"] for d in rounds(folder)[2]["dropped"]] == ["client-1"] and "budget" in rounds(folder)[2]["dropped"][0]["reason"]
+    assert max(rounds(folder)[-1]["epsilon"].values()) <= 3.0
+
+
+def test_two_runs_have_different_noise_and_real_keys_survive_a_kill(make_config, monkeypatch):
+    monkeypatch.delenv(TEST_KEY)
+    given = dict(method__name="ffa", privacy={"epsilon": 3.0}, federation__rounds=3)
+    one, config = run(make_config(**given)), make_config(**given)
+    killed_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    before = rounds(Path(config.output.dir))
+    two = run(resumed(config))
+    a, b = final_tensors(one), final_tensors(two)
+    assert all(not torch.equal(a[n], b[n]) for n in a if n.endswith("lora_B"))
+    assert rounds(two)[:2] == before and {len(e) for e in ledger(two).entries.values()} == {4}
+    assert json.loads((two / "privacy.json").read_text())["guarantee"]["void"] is None
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_more_rounds_than_its_epsilon_allows_stops_every_client_in_time(make_config, capsys):
+    config = make_config(method__name="ffa", privacy={"epsilon": 2.2, "noise": 1.1}, federation__rounds=40, federation__evaluate_every=50)
+    folder = run(config)
+    done = rounds(folder)
+    assert 2 < len(done) < 40
+    assert max(done[-1]["epsilon"].values()) <= 2.2 and "budget of epsilon 2.2" in done[-1]["stopped"] and done[-1]["metrics"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["rounds"] == len(done) and summary["epsilon"] <= 2.2 and (folder / "adapter").is_dir()
+    books = ledger(folder)
+    for client in CLIENTS:  # nobody could have paid for one more
+        assert books.epsilon(client, [books.plans[client].release(2)]) > 2.2 >= books.epsilon(client)
+    before = (folder / "rounds.jsonl").read_text()
+    assert run(resumed(config)) == folder and (folder / "rounds.jsonl").read_text() == before
+
+
+def test_a_client_whose_budget_is_spent_first_is_left_out_before_it_trains_and_the_others_go_on(make_config, monkeypatch):
+    trained = []
+    real = LocalTrainer.train
+    monkeypatch.setattr(LocalTrainer, "train", lambda self, view, client, *args: trained.append(client) or real(self, view, client, *args))
+    clients = {"client-1": {"batch_size": 16}, "client-0": {}, "client-2": {}}
+    folder = run(make_config(method__name="ffa", privacy={"epsilon": 4.0, "noise": 1.1}, clients=clients, federation__rounds=8))
+    done = rounds(folder)
+    out = [r["round"] for r in done if "client-1" not in r["cohort"]]
+    assert out and out == list(range(out[0], done[-1]["round"] + 1)) and out[0] > 1
+    assert all(r["dropped"][0]["client"] == "client-1" and "budget of epsilon 4" in r["dropped"][0]["reason"] for r in done if r["round"] in out)
+    assert trained.count("client-1") == out[0] - 1 < trained.count("client-0")
+    assert all(e <= 4.0 for r in done for e in r["epsilon"].values())
+
+
+def test_what_would_not_be_private_is_refused(make_config):
+    for wrong, words in (
+        ({"privacy": {"delta": 1e-5}}, "privacy.delta without privacy.epsilon"),
+        ({"privacy": {"unit": "client"}}, "privacy.unit without privacy.epsilon"),
+        ({"privacy": {"epsilon": 1.0}, "method": {"name": "fed-sb"}, "adapter": {"kind": "lora-sb", "subspace": "gradient"}}, "reads the clients' data without noise"),
+        ({"privacy": {"epsilon": 1.0}, "method": {"name": "fed-sb"}, "adapter": {"kind": "lora-sb", "subspace": "gradient-raw"}}, "reads the clients' data without noise"),
+        ({"method": {"name": "fed-sb"}, "adapter": {"kind": "lora-sb", "subspace": "private"}}, "needs privacy.epsilon"),
+        ({"privacy": {"epsilon": 1.0}, "data": {"client_held_out": 0.2}}, "client_held_out"),
+        ({"privacy": {"epsilon": 1.0}, "method": {"name": "flora"}, "adapter": {"rank": [2, 1]}}, "one rank"),
+        ({"privacy": {"epsilon": 1.0, "unit": "client"}, "method": {"name": "fedex"}}, "noise to the mean"),
+        ({"privacy": {"epsilon": 1.0, "unit": "client"}, "method": {"name": "fedsa"}}, "keep factors of their own"),
+        ({"privacy": {"epsilon": 1.0, "unit": "client"}, "method": {"name": "ffa", "weights": "examples"}}, "use equal"),
+        ({"privacy": {"epsilon": 1.0, "unit": "client", "count_noise": 3.0}, "method": {"name": "ffa"}}, "belongs to privacy.unit example"),
+        ({"privacy": {"epsilon": 1.0, "adaptive_clip": 0.5}}, "belongs to privacy.unit client"),
+        ({"privacy": {"epsilon": 1.0, "subspace_fraction": 0.5}}, "belongs to adapter.subspace private"),
+        ({"privacy": {"secure_aggregation": True}, "method": {"name": "fedex"}}, "opens only the sum of the updates, and fedex needs each one"),
+        ({"privacy": {"secure_aggregation": True}, "method": {"name": "flora"}}, "flora needs each one"),
+        ({"privacy": {"secure_threshold": 0.5}}, "belongs to privacy.secure_aggregation"),
+        ({"privacy": {"epsilon": 1.0, "unit": "client", "secure_aggregation": True}, "method": {"name": "ffa"}, "federation": {"cohort": 3}}, "every client in every round"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            from_dict(wrong)
+    with pytest.raises(ConfigError, match="have 3 or more"):
+        prepare(make_config(method__name="ffa", federation__clients=2, privacy={"secure_aggregation": True}))
+    config = make_config(privacy={"epsilon": 1.0, "unit": "example", "clip": 0.1})
+    assert from_dict(json.loads(config.model_dump_json())) == config
+
+
+# --- both engines -----------------------------------------------------------------------------------------------
+
+ENGINES = {
+    "fed-sb, private subspace": PRIVATE["fed-sb, private subspace"],
+    "clients": PRIVATE["clients"],
+    "secure": {"method__name": "fed-sb", "adapter": {"kind": "lora-sb", "rank": 2, "subspace": "private"}, "privacy": {"epsilon": 8.0, "secure_aggregation": True}},
+}
+
+
+@pytest.mark.parametrize("name", [n if n == "secure" else pytest.param(n, marks=pytest.mark.slow) for n in ENGINES])
+def test_private_runs_have_the_same_bits_on_ray(make_config, ray_session, name):
+    same_bits(run(make_config(**ENGINES[name])), run(make_config(**ENGINES[name], engine="ray")))
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "secure"])
+def test_a_worker_that_dies_repeats_its_draw_and_is_charged_once(make_config, ray_session, monkeypatch, secure):
+    given = dict(method__name="ffa", privacy={"epsilon": 3.0, "secure_aggregation": secure})
+    whole = run(make_config(**given))
+    folder = run(sabotaged(make_config, monkeypatch, "dies", **given))
+    assert (folder / "flag").exists()
+    same_bits(whole, folder)
+    assert {c: [e.round for e in es] for c, es in ledger(folder).entries.items()} == {c: [0, 1, 2, 3] for c in CLIENTS}
+
+
+# --- secure sums ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", ["lora+fedit", "lora+ffa", "lora+rolora", "lora-sb+fed-sb", "ravan+ravan"])
+def test_a_secure_run_equals_the_plain_one_within_the_fixed_point_step(make_config, pair):
+    given = options(pair) | ({"adapter": {"kind": "lora-sb", "rank": 2, "subspace": "gradient-raw"}} if pair == "lora-sb+fed-sb" else {})
+    plain, config = run(make_config(**given)), make_config(**given, privacy={"secure_aggregation": True})
+    prepared = prepare(config)
+    execute(prepared)
+    folder = Path(config.output.dir)
+    a, b = final_tensors(plain), final_tensors(folder)
+    assert all((a[n] - b[n]).abs().max() <= 1e-5 * a[n].abs().max().clamp_min(1e-3) for n in a)
+    assert any(not torch.equal(a[n], b[n]) for n in a) or pair == "ravan+ravan"
+    for record in rounds(folder):
+        assert record["aggregation_error"] is None
+        assert record["exactness"] is None if pair == "lora+fedit" else 0 < record["exactness"] < 1e-6
+    cost, summary = plan(config, prepared.cohort).costs[0], json.loads((folder / "summary.json").read_text())
+    assert (summary["bytes_up"], summary["bytes_down"]) == (3 * cost.run_up, 3 * cost.run_down)
+
+
+def test_the_coordinator_of_a_secure_run_never_holds_an_update(make_config, monkeypatch):
+    seen, clear = [], []
+    real_fetch, real_pack = pool_inline.InlinePool.fetch, worker.Worker._packed
+
+    def packed(self, client, tensors, orders):
+        clear.append(torch.cat([t.double().reshape(-1) for _, t in sorted(tensors.items())]))
+        return real_pack(self, client, tensors, orders)
+
+    monkeypatch.setattr(pool_inline.InlinePool, "fetch", lambda self, update: seen.append(real_fetch(self, update)) or seen[-1])
+    monkeypatch.setattr(worker.Worker, "_packed", packed)
+    run(make_config(method__name="ffa", privacy={"secure_aggregation": True}, federation__rounds=2))
+    assert len(seen) == len(clear) == 6
+    for packet, values in zip(seen, clear, strict=True):
+        assert packet.vector.dtype == "uint64"
+        read = torch.from_numpy(secure_sum.decode(packet.vector))
+        assert (read - values).abs().min() > 1.0 and abs(torch.corrcoef(torch.stack([read, values]))[0, 1]) < 0.2
+
+
+def test_clients_that_fail_leave_the_sum_right_and_below_the_threshold_the_run_fails(make_config, monkeypatch):
+    real = LocalTrainer.train
+
+    def fails(who):
+        def train(self, view, client, round, *args):
+            if client in who and round == 1:
+                raise OSError("its disk is gone: row 17 'Mrs Smith'")
+            return real(self, view, client, round, *args)
+
+        return train
+
+    given = dict(method__name="ffa", federation__clients=5, federation__quorum=0.3)
+    monkeypatch.setattr(LocalTrainer, "train", fails(["client-1", "client-4"]))
+    plain, secure = run(make_config(**given)), run(make_config(**given, privacy={"secure_aggregation": True}))
+    a, b = final_tensors(plain), final_tensors(secure)
+    assert all((a[n] - b[n]).abs().max() < 1e-7 for n in a)
+    assert [[d["client"] for d in r["dropped"]] for r in rounds(secure)] == [[], ["client-1", "client-4"], []]
+    monkeypatch.setattr(LocalTrainer, "train", fails(["client-0", "client-1", "client-4"]))
+    with pytest.raises(PrivacyError, match="2 clients .* 3 are needed"):
+        run(make_config(**given, privacy={"secure_aggregation": True}))
+    # Nor do an error's words leave a private client.
+    with pytest.raises(RoundError) as caught:
+        run(make_config(**given | {"federation__quorum": 0.9}, privacy={"epsilon": 3.0}))
+    assert "OSError" in str(caught.value) and "Smith" not in str(caught.value) + caught.value.details
+
+
+# --- guards, and what is said -----------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_reaches_nobody(make_config):
+    config = make_config(privacy={"noise": 1.0}, clients={"client-2": {"lr": 1e30}})
+    with pytest.raises(ClientError, match="client 'client-2' failed: a (loss|gradient) is not finite: lower federation.lr") as caught:
+        run(config)
+    assert not caught.value.details
+    assert not rounds(Path(config.output.dir)) if (Path(config.output.dir) / "rounds.jsonl").exists() else True
+
+
+def test_the_run_directory_says_what_left_and_what_is_not_guaranteed(make_config, monkeypatch):
+    monkeypatch.delenv(TEST_KEY)
+    config = make_config(
+        task="classification", method__name="fed-sb", adapter={"kind": "lora-sb", "rank": 2, "subspace": "private"},
+        privacy={"epsilon": 4.0, "secure_aggregation": True},
+    )
+    (Path(config.output.dir).parent / "c.yaml").write_text(config.to_yaml())
+    assert main(["run", "--config", str(Path(config.output.dir).parent / "c.yaml")]) == 0
+    folder = Path(config.output.dir)
+    told = json.loads((folder / "privacy.json").read_text())
+    assert told["guarantee"]["epsilon"] == json.loads((folder / "summary.json").read_text())["epsilon"] <= 4.0
+    assert told["guarantee"]["void"] is None and told["guarantee"]["relation"] == "add-or-remove-one" and told["rounds"] == 3
+    assert {r["what"] for r in told["releases"]["client-0"]} == {"count", "subspace", "training"}
+    words = json.dumps(told["left_each_client"])
+    assert all(w in words for w in ("number of examples", "sketches", "trained factors", "secure sum", "identity of its key"))
+    here = Path(__file__).parent.parent / "fedray"
+    for entry in [*told["left_each_client"], *told["not_guaranteed"]]:
+        place, _, name = entry["place"].partition(", ")
+        source = (here / place).read_text()  # every place it names is there
+        assert all(part in source for part in name.split(".") if part), entry
+    assert {e["severity"] for e in told["not_guaranteed"]} == {"high", "medium", "low"}
+    page = (folder / "report.html").read_text()
+    assert "What left each client" in page and "What is not guaranteed" in page and "<svg" in page and "epsilon spent" in page
+    # No count of anybody's examples stands anywhere: rates are of noised ones.
+    counts = {c: len(d) for c, d in prepare(config.model_copy(update={"output": config.output.model_copy(update={"dir": None})})).data.train.items()}
+    noised = json.loads((folder / "checkpoint" / "ledger.json").read_text())["counts"]
+    assert set(noised) == set(counts) and any(noised[c] != counts[c] for c in counts)
+
+
+def test_a_fixed_key_voids_the_guarantee(make_config):
+    folder = run(make_config(method__name="ffa", privacy={"epsilon": 4.0}))
+    told = json.loads((folder / "privacy.json").read_text())
+    assert os.environ[TEST_KEY] and TEST_KEY in told["guarantee"]["void"] and told["guarantee"]["epsilon"] is None
+
+
+def test_plan_shows_noise_steps_epsilon_and_signal_before_anything_runs(make_config, tmp_path, capsys):
+    config = make_config(method__name="ffa", privacy={"epsilon": 2.0}, clients={"client-1": {"local_steps": 5}, "client-0": {}, "client-2": {}})
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert main(["plan", "--config", str(tmp_path / "c.yaml"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["privacy"]
+    assert list(told) == list(CLIENTS) and [told[c]["steps"] for c in CLIENTS] == [6, 15, 6]
+    for p in told.values():
+        assert p["noise"] > 0 and 1.95 < p["epsilon"] <= 2.0 and 0 < p["signal_to_noise"] < 10 and p["delta"] == 1e-3
+    assert main(["plan", "--config", str(tmp_path / "c.yaml")]) == 0
+    assert "noise multiplier" in capsys.readouterr().out
+    assert not Path(config.output.dir).exists()
+
+
+def test_private_sketches_have_sensitivity_one(make_config):
+    """Take any one example out: the noiseless sum moves by at most 1, over all layers together."""
+    from fedray.federation.messages import Ask
+    from fedray.privacy.keys import Key
+    from fedray.training import subspace
+
+    trainer = LocalTrainer(make_config(task="classification", adapter__rank=3, privacy={"noise": 1.0}), "cpu", 1)
+    trainer._load(*_view(trainer))
+    examples = trainer.examples("train", "client-0")[:6]
+    sides = subspace.gaussian_tests(trainer.layers, 0, 0)
+
+    def total(given, sketch=subspace.range_sketch, sides=sides):
+        told = sketch(trainer, given, sides, subspace.Noise(0.0, Key(b"k" * 32).stream("x"), 1.0))
+        return torch.cat([t.double().flatten() for t in told.values()])
+
+    bases = {n: torch.linalg.qr(torch.randn(next(x for x in trainer.layers if x.name == n).m, 3)).Q for n in sides}
+    for sketch, given in ((subspace.range_sketch, sides), (subspace.row_sketch, bases)):
+        everything = total(examples, sketch, given)
+        moves = [(everything - total(examples[:i] + examples[i + 1 :], sketch, given)).norm().item() for i in range(6)]
+        assert all(0.99 < m <= 1 + 1e-6 for m in moves)
+    assert Ask.RANGE
+
+
+def _view(trainer):
+    from fedray.config import make_method, make_spec
+
+    config = trainer.config
+    method, spec = make_method(config), make_spec(config, trainer.layers, trainer.data.clients)
+    state = method.init(spec, trainer.describe()[1], trainer.start_from_weights(spec.adapter))
+    return method.view(spec, state, None), config.federation, None, None
