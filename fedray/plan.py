@@ -6,6 +6,7 @@ Works from a model's `config.json` alone: the model is built on the meta device 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from fedray.adapters import attach
 from fedray.config import DEFAULT_CLIENTS, Config, from_dict, make_method, make_spec
+from fedray.errors import ConfigError
 from fedray.federation import start
 from fedray.federation.guard import plans_for
 from fedray.methods import METHODS, FedEx, FedExKeep, Spec
@@ -117,7 +119,8 @@ def _variants(config: Config) -> list[Config]:
     for name, method in METHODS.items():
         if name != config.method.name and config.adapter.kind in method.adapters and (method.mixed_ranks or not several):
             plain = config.model_dump(mode="json", exclude_unset=True)
-            variants.append(from_dict(plain | {"method": {"name": name, "weights": config.method.weights}}))
+            with suppress(ConfigError):  # what the run's privacy does not admit is not offered
+                variants.append(from_dict(plain | {"method": {"name": name, "weights": config.method.weights}}))
     return variants
 
 

@@ -11,6 +11,7 @@ from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opacus.accountants import PRVAccountant
 from scipy import stats
 
 from fedray.config import from_dict
@@ -91,6 +92,14 @@ def test_epsilon_agrees_with_dp_accountings_pld_or_is_above_it(plan):
     other, ours = pld.get_epsilon(delta), epsilon([Release("training", noise, rate, steps)], delta)
     assert ours >= other * 0.98
     assert ours <= other * 1.02 + 0.012  # the accountant's own mesh: what is added is on the safe side
+
+
+def test_epsilon_is_opacus_own():
+    for history in ([(1.0, 0.01, 1000)], [(20.0, 1.0, 1), (0.9, 0.1, 12)], [(0.45, 0.0014, 140), (3.0, 0.2, 2)]):
+        accountant = PRVAccountant()
+        accountant.history = history
+        ours = epsilon([Release("x", *h) for h in history], 1e-5)
+        assert ours == pytest.approx(accountant.get_epsilon(1e-5), rel=2e-3)
 
 
 def test_epsilon_composes_what_differs():

@@ -16,6 +16,7 @@ from fedray.federation.coordinator import Coordinator
 from fedray.federation.run import execute, prepare
 from fedray.plan import plan
 from fedray.privacy import secure_sum
+from fedray.privacy.accountant import epsilon
 from fedray.privacy.keys import TEST_KEY
 from fedray.privacy.ledger import EVERYONE, Ledger
 from fedray.training.local import LocalTrainer
@@ -25,6 +26,11 @@ CLIENTS = ("client-0", "client-1", "client-2")
 
 def ledger(folder: Path) -> Ledger:
     return Ledger.load(folder / "checkpoint" / "ledger.json")
+
+
+def known(records: list[dict]) -> list[dict]:
+    """Records without what a clock says."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
 
 
 def resumed(config):
@@ -55,21 +61,25 @@ PRIVATE = {
     "fedask": {"method__name": "fedask", "privacy": {"epsilon": 3.0}},
     "clients": {"method__name": "ffa", "privacy": {"epsilon": 8.0, "unit": "client", "adaptive_clip": 0.5}},
     "clients, sampled": {
-        "method__name": "ravan", "adapter": {"kind": "ravan", "rank": 2}, "privacy": {"noise": 1.0, "unit": "client"}, "federation__cohort": 3,
+        "method__name": "ravan", "adapter": {"kind": "ravan", "rank": 2}, "privacy": {"noise": 1.0, "unit": "client"}, "federation__cohort": 2,
     },
     "secure": {"method__name": "rolora", "privacy": {"epsilon": 3.0, "secure_aggregation": True}},
     "secure, clients": {"method__name": "fedit", "privacy": {"epsilon": 8.0, "unit": "client", "secure_aggregation": True}},
 }
 
 
-@pytest.mark.parametrize("name", PRIVATE)
+# A whole run costs seconds: those that share no code with another here, the others marked slow.
+OFTEN = ("fedit", "fed-sb, private subspace", "abba, kept", "clients", "secure, clients")
+
+
+@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in PRIVATE])
 def test_a_private_run_keeps_its_budget_and_a_resumed_one_ends_in_the_same_bits_and_epsilons(make_config, name, monkeypatch):
-    given = {"federation__clients": 5, "federation__rounds": 4, **PRIVATE[name]}
+    given = {"federation__clients": 3, "federation__rounds": 4, **PRIVATE[name]}
     config = make_config(**given)
     whole = run(config)
     spent = [r["epsilon"] for r in rounds(whole)]
     summary = json.loads((whole / "summary.json").read_text())
-    assert len(spent) == 4 and all(list(e) == [f"client-{i}" for i in range(5)] for e in spent)
+    assert len(spent) == 4 and all(list(e) == [f"client-{i}" for i in range(3)] for e in spent)
     assert all(before[c] <= after[c] for before, after in zip(spent, spent[1:], strict=False) for c in before)
     assert summary["epsilon"] == max(spent[-1].values()) and 0 < summary["delta"] < 1
     if config.privacy.epsilon:
@@ -136,7 +146,8 @@ def test_a_key_that_is_lost_in_a_round_is_charged_for_another_draw(make_config, 
     assert [e.round for e in entries["client-0"]] == [0, 1, 2, 3] and [e.round for e in entries["client-1"]] == [0, 1, 2, 2, 3]
     assert len({e.draw for e in entries["client-1"]}) == 5
     last = rounds(folder)[-1]
-    assert last["epsilon"]["client-1"] > last["epsilon"]["client-2"] and not last["dropped"]
+    once = epsilon([e.release for e in entries["client-1"][:3] + entries["client-1"][4:]], ledger(folder).delta)
+    assert last["epsilon"]["client-1"] == ledger(folder).epsilon("client-1") > once and not last["dropped"]
     assert not list(lost[0].rglob("client-*"))  # no key outlives the run
 
 
@@ -167,7 +178,7 @@ def test_two_runs_have_different_noise_and_real_keys_survive_a_kill(make_config,
     two = run(resumed(config))
     a, b = final_tensors(one), final_tensors(two)
     assert all(not torch.equal(a[n], b[n]) for n in a if n.endswith("lora_B"))
-    assert rounds(two)[:2] == before and {len(e) for e in ledger(two).entries.values()} == {4}
+    assert known(rounds(two)[:2]) == known(before) and {len(e) for e in ledger(two).entries.values()} == {4}
     assert json.loads((two / "privacy.json").read_text())["guarantee"]["void"] is None
 
 
@@ -175,7 +186,7 @@ def test_two_runs_have_different_noise_and_real_keys_survive_a_kill(make_config,
 
 
 def test_a_run_with_more_rounds_than_its_epsilon_allows_stops_every_client_in_time(make_config, capsys):
-    config = make_config(method__name="ffa", privacy={"epsilon": 2.2, "noise": 1.1}, federation__rounds=40, federation__evaluate_every=50)
+    config = make_config(method__name="ffa", privacy={"epsilon": 2.2, "noise": 0.9}, federation__rounds=40, federation__evaluate_every=50)
     folder = run(config)
     done = rounds(folder)
     assert 2 < len(done) < 40
@@ -185,8 +196,7 @@ def test_a_run_with_more_rounds_than_its_epsilon_allows_stops_every_client_in_ti
     books = ledger(folder)
     for client in CLIENTS:  # nobody could have paid for one more
         assert books.epsilon(client, [books.plans[client].release(2)]) > 2.2 >= books.epsilon(client)
-    before = (folder / "rounds.jsonl").read_text()
-    assert run(resumed(config)) == folder and (folder / "rounds.jsonl").read_text() == before
+    assert run(resumed(config)) == folder and known(rounds(folder)) == known(done)
 
 
 def test_a_client_whose_budget_is_spent_first_is_left_out_before_it_trains_and_the_others_go_on(make_config, monkeypatch):
@@ -194,7 +204,7 @@ def test_a_client_whose_budget_is_spent_first_is_left_out_before_it_trains_and_t
     real = LocalTrainer.train
     monkeypatch.setattr(LocalTrainer, "train", lambda self, view, client, *args: trained.append(client) or real(self, view, client, *args))
     clients = {"client-1": {"batch_size": 16}, "client-0": {}, "client-2": {}}
-    folder = run(make_config(method__name="ffa", privacy={"epsilon": 4.0, "noise": 1.1}, clients=clients, federation__rounds=8))
+    folder = run(make_config(method__name="ffa", privacy={"epsilon": 4.0, "noise": 0.8}, clients=clients, federation__rounds=8))
     done = rounds(folder)
     out = [r["round"] for r in done if "client-1" not in r["cohort"]]
     assert out and out == list(range(out[0], done[-1]["round"] + 1)) and out[0] > 1
@@ -311,7 +321,7 @@ def test_clients_that_fail_leave_the_sum_right_and_below_the_threshold_the_run_f
     assert all((a[n] - b[n]).abs().max() < 1e-7 for n in a)
     assert [[d["client"] for d in r["dropped"]] for r in rounds(secure)] == [[], ["client-1", "client-4"], []]
     monkeypatch.setattr(LocalTrainer, "train", fails(["client-0", "client-1", "client-4"]))
-    with pytest.raises(PrivacyError, match="2 clients .* 3 are needed"):
+    with pytest.raises(PrivacyError, match="stays closed .*2 clients sent their part"):
         run(make_config(**given, privacy={"secure_aggregation": True}))
     # Nor do an error's words leave a private client.
     with pytest.raises(RoundError) as caught:
@@ -374,7 +384,7 @@ def test_plan_shows_noise_steps_epsilon_and_signal_before_anything_runs(make_con
     for p in told.values():
         assert p["noise"] > 0 and 1.95 < p["epsilon"] <= 2.0 and 0 < p["signal_to_noise"] < 10 and p["delta"] == 1e-3
     assert main(["plan", "--config", str(tmp_path / "c.yaml")]) == 0
-    assert "noise multiplier" in capsys.readouterr().out
+    assert "privacy by example" in capsys.readouterr().out
     assert not Path(config.output.dir).exists()
 
 

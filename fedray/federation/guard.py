@@ -9,8 +9,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +248,10 @@ class Guard:
 
     def epsilons(self) -> dict[str, float]:
         """What each client has spent so far, at the ledger's delta."""
-        return {c: self.ledger.epsilon(EVERYONE if self.by_client else c) for c in self.clients}
+        if self.by_client:
+            return dict.fromkeys(self.clients, self.ledger.epsilon(EVERYONE))
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # a quarter of a second each, most of it in NumPy
+            return dict(zip(self.clients, pool.map(self.ledger.epsilon, self.clients), strict=True))
 
     def epsilon(self) -> float | None:
         """The largest of them."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedray.config import Config
-from fedray.errors import RoundError
+from fedray.errors import PrivacyError, RoundError
 from fedray.federation.messages import Ask, Failure, Question, Report, Secure
 from fedray.federation.wire import Packet
 from fedray.privacy import secure_sum
@@ -65,9 +65,14 @@ class SecureSums:
         """The sum (fp64) of what the clients of `packets` masked. Raises PrivacyError when too few stay to open it."""
         sent = tuple(packets)
         mine = {c: {o: opened.sealed[o][c] for o in opened.secure.adverts} for c in sent}
-        told, _ = self._answered(Ask.REVEAL, sent, Secure(self.run, opened.secure.session, opened.secure.adverts, mine, sent))
+        told, refused = self._answered(Ask.REVEAL, sent, Secure(self.run, opened.secure.session, opened.secure.adverts, mine, sent))
         opened.down += sum(len(text) for texts in mine.values() for text in texts.values())
         opened.up += SHARE_BYTES * sum(len(shares) for shares in told.values())
+        if len(told) < opened.secure.session.threshold:
+            raise PrivacyError(
+                f"{len(told)} clients of a secure sum stayed to the end, and {opened.secure.session.threshold} are needed: the sum stays closed"
+                + (f" ({refused[0].client}: {refused[0].cause})" if refused else "")
+            )
         vectors = {c: packet.vector for c, packet in packets.items()}
         total = secure_sum.unmask(opened.secure.session, opened.advertised, opened.secure.adverts, vectors, told)
         return unflatten(next(iter(packets.values())).manifest, secure_sum.decode(total))

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,21 @@ class Ledger:
     def affords(self, client: str, draw: str, release: Release) -> bool:
         """Whether the release, unless it is in the books already, stays within the client's budget."""
         plan = self.plans.get(client)
-        if self._has(client, draw) or plan is None or plan.budget is None:
+        if self._has(client, draw) or plan is None or plan.budget is None or self._as_planned(client, release):
             return True
         return self.epsilon(client, [release]) <= plan.budget
+
+    def _as_planned(self, client: str, more: Release) -> bool:
+        """Whether all of it, with `more`, is part of a plan that stays within its budget: then no epsilon need be worked out."""
+        plan = self.plans[client]
+        left = [*plan.before, plan.release(plan.steps)]
+        for release in [*(e.release for e in self.entries.get(client, [])), more]:
+            found = next((r for r in left if (r.noise, r.rate) == (release.noise, release.rate) and r.steps >= release.steps), None)
+            if found is None:
+                return False
+            left.remove(found)
+            left.append(replace(found, steps=found.steps - release.steps))
+        return plan.epsilon <= plan.budget
 
     def charge(self, client: str, draw: str, release: Release, round: int) -> bool:
         """Enter the release unless the same draw is there; whether it was new."""
