@@ -4,6 +4,7 @@
     python jobs/bench.py aggregation    # factored against dense, 4096 x 4096, 10 clients, rank 16
     python jobs/bench.py step           # a DeepSpeed client step against the same loop in plain PyTorch
     python jobs/bench.py abba           # ABBA's memory and step against LoRA's at equal parameters, and LoHa's
+    python jobs/bench.py privacy        # a DP-SGD step against the plain step, each adapter; what a secure sum costs a client
     python jobs/bench.py model          # a whole Llama-3.2-1B: 10 clients of rank 16, every linear layer; --clients, --shape
 
 Times in seconds are this machine's; the ratios are what is claimed. Run it on a quiet machine.
@@ -20,10 +21,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fedray.adapters import ADAPTERS
+from fedray.adapters import ADAPTERS, attach
 from fedray.config import from_dict, make_method
+from fedray.federation.wire import pack
 from fedray.lowrank import LowRank
 from fedray.methods import Spec
+from fedray.privacy import secure_sum
+from fedray.privacy.dpsgd import Mechanism, SampleHooks, private_step
+from fedray.privacy.keys import Key
+from fedray.training.engine import TorchEngine
 from fedray.training.local import LocalTrainer
 
 
@@ -135,22 +141,20 @@ def encoder(kind: str, rank: int, hidden: int, layers: int):
     from peft import LoHaConfig, get_peft_model
     from transformers import BertConfig, BertForSequenceClassification
 
-    from fedray.adapters import attach
-
     torch.manual_seed(0)
     shape = BertConfig(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32, intermediate_size=4 * hidden, vocab_size=1000)
     model = BertForSequenceClassification(shape)
     targets = ("query", "key", "value", "dense")
     if kind == "loha":
         return get_peft_model(model, LoHaConfig(r=rank // 2, alpha=rank, target_modules=list(targets), exclude_modules="classifier"))
-    return attach.attach(model, from_dict({"adapter": {"kind": kind, "rank": rank, "targets": targets}}).adapter, "classification")
+    method = {"lora-sb": "fed-sb", "ravan": "ravan"}.get(kind, "fedex")
+    config = from_dict({"adapter": {"kind": kind, "rank": rank, "targets": targets}, "method": {"name": method}})
+    return attach.attach(model, config.adapter, "classification")
 
 
 def layer(kind: str, rank: int, width: int):
     """One width x width layer."""
     from peft import LoHaConfig, get_peft_model
-
-    from fedray.adapters import attach
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(width, width, bias=False))
@@ -214,6 +218,90 @@ def abba(console: Console, repeats: int) -> None:
                 f"{(standing[kind] + peaks[kind]) / (standing['lora'] + peaks['lora']):.3f}", floor,
             )
         console.print(table)
+
+
+# --- privacy ---------------------------------------------------------------------------------------------------
+
+
+class Bare(TorchEngine):
+    """A TorchEngine over a model that is not a run's."""
+
+    def forward(self, inputs):
+        return self.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+
+
+def private(console: Console, repeats: int) -> None:
+    """A DP-SGD step (per-sample gradients, clip, noise, optimizer) against the plain step on the same batch, in turn."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    federation = from_dict({"federation": {"max_grad_norm": 1.0}}).federation
+    batch = {
+        "input_ids": torch.randint(0, 1000, (16, 64), device=device), "attention_mask": torch.ones(16, 64, dtype=torch.long, device=device),
+        "labels": torch.zeros(16, dtype=torch.long, device=device),
+    }
+    key, mechanism = Key(bytes(32)), Mechanism(1.0, 1.0, 16.0)
+
+    def losses(forward, inputs):
+        return torch.nn.functional.cross_entropy(forward(inputs), inputs["labels"], reduction="none")
+
+    table = Table(title=f"a step with DP-SGD, BERT of 6 layers of 384, all linear, rank 8, 16 x 64 tokens, {device} ({torch.get_num_threads()} CPU threads), {repeats} in turn")
+    for column in ("adapter", "trained numbers", "plain, median s", "DP-SGD, median s", "times plain (median of turns)", "plain, peak MiB", "DP-SGD, peak MiB", "times plain, all memory"):
+        table.add_column(column, justify="left" if column == "adapter" else "right")
+    for kind in ("lora", "lora-sb", "abba", "ravan"):
+        model, trains = encoder(kind, 8, 384, 6).to(device).train(), ADAPTERS[kind].trains
+        for name, parameter in attach.factors(model).items():
+            parameter.requires_grad_(name.rsplit(".", 1)[1] in trains)
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        engine, seconds, turn = Bare(model, parameters, federation), {"plain": [], "private": []}, iter(range(10**9))
+
+        def plain(engine=engine):
+            engine.step([batch], lambda forward, inputs: losses(forward, inputs).mean(), 1e-4)
+
+        plain()
+        standing = sum(p.numel() * (p.element_size() + (12 if p.requires_grad else 0)) for p in model.parameters())
+        peaks = {"plain": peak_bytes(plain, device)}
+        hooks = SampleHooks(model)
+
+        def noisy(engine=engine, hooks=hooks, turn=turn):
+            private_step(engine, hooks, [batch], losses, 1e-4, mechanism, key.stream("noise", next(turn)), check=False)
+
+        noisy()
+        for i in range(repeats):
+            for name, call in ((("plain", plain), ("private", noisy)) if i % 2 else (("private", noisy), ("plain", plain))):
+                seconds[name].append(timed_once(call, device))
+        peaks["private"] = peak_bytes(noisy, device)
+        ratio = statistics.median(mine / other for mine, other in zip(seconds["private"], seconds["plain"], strict=True))
+        table.add_row(
+            kind, f"{sum(p.numel() for p in parameters.values()):,}", f"{statistics.median(seconds['plain']):.4f}", f"{statistics.median(seconds['private']):.4f}",
+            f"{ratio:.3f}", f"{peaks['plain'] / 2**20:.1f}", f"{peaks['private'] / 2**20:.1f}", f"{(standing + peaks['private']) / (standing + peaks['plain']):.3f}",
+        )
+    console.print(table)
+
+
+def secure(console: Console, repeats: int) -> None:
+    """One client's work and bytes in a secure sum, against packing the same vector in the clear."""
+    table = Table(title=f"a client in a secure sum ({torch.get_num_threads()} CPU threads, median of {repeats})")
+    for column in ("clients", "numbers", "advertise and share, s", "mask, s", "reveal, s", "pack in the clear, s", "bytes up, times the clear", "coordinator, s (a third dropped)"):
+        table.add_column(column, justify="right")
+    for members, numbers in ((10, 10_000), (10, 1_000_000), (31, 1_000_000)):
+        names = [f"client {i}" for i in range(members)]
+        keys = {name: Key(os.urandom(32)) for name in names}
+        session = secure_sum.Session("bench", tuple(names), secure_sum.default_threshold(members))
+        adverts = {name: secure_sum.advertise(keys[name], session) for name in names}
+        values, mine = torch.randn(numbers, dtype=torch.float64), names[0]
+        sharing, _ = timed(lambda: (secure_sum.advertise(keys[mine], session), secure_sum.share(keys[mine], mine, session, adverts)), repeats)  # noqa: B023
+        masking, _ = timed(lambda: secure_sum.mask(keys[mine], mine, session, adverts, secure_sum.encode(values.numpy(), members)), repeats)  # noqa: B023
+        sealed = {name: secure_sum.share(keys[name], name, session, adverts) for name in names}
+        sent = names[: members - members // 3]
+        told = {n: {o: sealed[o][n] for o in names} for n in sent}
+        revealing, _ = timed(lambda: secure_sum.reveal(keys[mine], mine, session, adverts, told[mine], sent), repeats)  # noqa: B023
+        revealed = {n: secure_sum.reveal(keys[n], n, session, adverts, told[n], sent) for n in sent}
+        vectors = {n: secure_sum.mask(keys[n], n, session, adverts, secure_sum.encode(values.numpy(), members)) for n in sent}
+        opening, total = timed(lambda: secure_sum.unmask(session, names, adverts, vectors, revealed), 1)  # noqa: B023
+        assert abs(secure_sum.decode(total) - len(sent) * values.numpy()).max() < members * secure_sum.STEP
+        packing, _ = timed(lambda: pack({"x": values}), repeats)  # noqa: B023
+        up = (8 * numbers + secure_sum.overhead(members)[0]) / (4 * numbers)
+        table.add_row(*(f"{v:,}" for v in (members, numbers)), *(f"{v:.4f}" for v in (sharing, masking, revealing, packing)), f"{up:.2f}", f"{opening:.3f}")
+    console.print(table)
 
 
 def timed_once(call, device: str) -> float:
@@ -300,7 +388,7 @@ def mean_rate(console: Console, clients: int, numbers: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", nargs="?", choices=("all", "aggregation", "step", "abba", "model"), default="all")
+    parser.add_argument("part", nargs="?", choices=("all", "aggregation", "step", "abba", "privacy", "model"), default="all")
     parser.add_argument("--size", type=int, default=4096, help="m = n of the aggregation")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the step and abba benchmarks")
     parser.add_argument("--shape", default="llama-3.2-1b", help="of the whole model: a shape that ships with fedray, or a model")
@@ -313,6 +401,9 @@ def main() -> None:
         step(console, args.rounds)
     if args.part in ("all", "abba"):
         abba(console, args.rounds)
+    if args.part in ("all", "privacy"):
+        private(console, args.rounds)
+        secure(console, 5)
     if args.part in ("all", "model"):
         whole_model(console, args.shape, args.clients, 16)
 

@@ -160,18 +160,19 @@ def test_noise_differs_between_rounds_and_inputs_and_repeats_for_the_same(make_c
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 3), (2, 3, 4)], ids=str)
-@pytest.mark.parametrize("kind", ["core", "blocks", "hadamard"])
+@pytest.mark.parametrize("kind", ["core", "core and bases", "blocks", "blocks and bases", "hadamard"])
 def test_sample_gradients_of_products_are_those_of_each_sample_alone(kind, shape):
     torch.manual_seed(0)
     m, n, r = 7, 6, 2
     if kind == "hadamard":
         module = HadamardProduct("A1", "B1", "A2", "B2", {"A1": (r, n), "B1": (m, r), "A2": (3, n), "B2": (m, 3)})
     else:
-        h = 1 if kind == "core" else 3
-        shapes = {"A": (h * r, n), "B": (m, h * r), "C": (r, r) if kind == "core" else (h, r, r)} | ({} if kind == "core" else {"S": (h,)})
-        module = CoreProduct("A", "B", "C", shapes, None if kind == "core" else "S")
-        module.A.requires_grad_(False)
-        module.B.requires_grad_(False)
+        one, bases = kind.startswith("core"), kind.endswith("bases")
+        h = 1 if one else 3
+        shapes = {"A": (h * r, n), "B": (m, h * r), "C": (r, r) if one else (h, r, r)} | ({} if one else {"S": (h,)})
+        module = CoreProduct("A", "B", "C", shapes, None if one else "S")
+        module.A.requires_grad_(bases)
+        module.B.requires_grad_(bases)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
     module.double()

@@ -74,13 +74,18 @@ class CoreProduct(Product):
 
     def _sample_gradients(self, x: Tensor, grad: Tensor, factors: list[Tensor], wanted: list[bool]) -> tuple[Tensor | None, ...]:
         A, B, core, scales = factors
+        x_btn, g_btm = x.reshape(len(x), -1, x.shape[-1]).to(A.dtype), grad.reshape(len(grad), -1, grad.shape[-1]).to(B.dtype)
         heads = (1, *core.shape) if core.ndim == 2 else core.shape
-        u = nn.functional.linear(x.to(A.dtype), A).unflatten(-1, heads[:2])
-        v = (grad.to(B.dtype) @ B).unflatten(-1, heads[:2])
-        d_nhij = torch.einsum("n...hi,n...hj->nhij", v, u)
+        whole = core if core.ndim == 2 else torch.block_diag(*(core * scales[:, None, None]))
+        u_btk, v_btk = x_btn @ A.T, g_btm @ B
+        dA = (v_btk @ whole).mT @ x_btn if wanted[0] else None
+        dB = g_btm.mT @ (u_btk @ whole.T) if wanted[1] else None
+        if not (wanted[2] or wanted[3]):
+            return dA, dB, None, None
+        d_bhij = torch.einsum("bthi,bthj->bhij", v_btk.unflatten(-1, heads[:2]), u_btk.unflatten(-1, heads[:2]))
         if scales is None:
-            return None, None, d_nhij.squeeze(1), None
-        return None, None, d_nhij * scales[:, None, None], torch.einsum("nhij,hij->nh", d_nhij, core)
+            return dA, dB, d_bhij.squeeze(1), None
+        return dA, dB, d_bhij * scales[:, None, None], torch.einsum("bhij,hij->bh", d_bhij, core)
 
 
 class HadamardProduct(Product):
