@@ -109,7 +109,7 @@ def _plan(argv: list[str], console: Console) -> int:
         from fedray.federation.run import prepare
 
         prepared = prepare(config)
-        costs, placement = plan(config, prepared.cohort, len(prepared.data.classes) or 2, prepared.counts), prepared.placement.reason
+        costs, placement = plan(config, prepared.cohort, len(prepared.data.classes) or 2, prepared.units() if config.privacy.on else None), prepared.placement.reason
     if as_json:
         print(json.dumps(costs.to_json() | {"placement": placement}, indent=2))
     else:

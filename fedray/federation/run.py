@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from fedray.adapters import attach
 from fedray.config import BUILTIN, Config, make_method, make_spec
 from fedray.data.partition import FederatedData, load_data, public_data
+from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError, FedrayError
 from fedray.federation.coordinator import Coordinator
 from fedray.federation.placement import Placement, place
@@ -35,7 +36,7 @@ from fedray.methods import Spec
 from fedray.privacy.ledger import Ledger
 from fedray.privacy.secure_sum import LEAST_MEMBERS
 from fedray.privacy.statement import statement
-from fedray.training.model import check_loadable, skeleton
+from fedray.training.model import check_loadable, load_tokenizer, skeleton
 
 COORDINATOR_ATTEMPTS = 3
 
@@ -76,9 +77,16 @@ class Prepared:
         return self.spec.size(*make_method(self.config).trained(self.spec)) + self.heads
 
     @property
-    def counts(self) -> dict[str, int]:
+    def rows(self) -> dict[str, int]:
         """Rows of training data of each client."""
         return {name: len(part) for name, part in self.data.train.items()}
+
+    def units(self) -> dict[str, int]:
+        """Training sequences of each client, which is what example-level privacy protects: rows, unless long texts are cut."""
+        if self.config.model.task != "causal-lm":
+            return self.rows
+        task = TASKS[self.config.model.task](self.config, self.data, load_tokenizer(self.config))
+        return {name: len(task.encode(part)) for name, part in self.data.train.items()}
 
     @property
     def cohort(self) -> int:

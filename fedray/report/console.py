@@ -98,9 +98,10 @@ class ConsoleListener:
         config = prepared.config
         self.metric_key = TASKS[config.model.task].metric
         self.metric = TITLES[self.metric_key]
-        counts = prepared.counts
+        counts = prepared.rows
+        units = prepared.units() if config.privacy.on else None
         named = ", ".join(f"{n} ({c})" for n, c in list(counts.items())[:7]) + (", ..." if len(counts) > 7 else "")
-        print_plan(self.console, plan(config, prepared.cohort, len(prepared.data.classes) or 2, counts), prepared.placement.reason)
+        print_plan(self.console, plan(config, prepared.cohort, len(prepared.data.classes) or 2, units), prepared.placement.reason)
         self.console.print(f"clients  {len(counts)}, with rows: {named}", soft_wrap=True)
         self.console.print(
             f"method   {config.method.name} on {config.adapter.kind} of rank {config.adapter.rank}, "

@@ -16,7 +16,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #1b1f24; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #d5d9de; }
 table { border-collapse: collapse; font-size: 0.92em; display: block; overflow-x: auto; } td, th { padding: 0.25em 0.8em 0.25em 0; text-align: left; vertical-align: top; }
-th { border-bottom: 1px solid #9aa1a9; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
+th { border-bottom: 1px solid #9aa1a9; } .n { text-align: right !important; font-variant-numeric: tabular-nums; }
 .big { font-size: 1.25em; } .warn { background: #fff1d6; padding: 0.6em 1em; border-left: 4px solid #d9870b; } .high { color: #a61b1b; font-weight: 600; } svg { max-width: 100%; height: auto; }
 """
 
@@ -45,7 +45,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable
     cells = "".join(
         "<tr>" + "".join(f"<td{' class=n' if i in right else ''}>{html.escape(str(c))}</td>" for i, c in enumerate(row)) + "</tr>" for row in rows
     )
-    return f"<table><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in head)}</tr>{cells}</table>"
+    names = "".join(f"<th{' class=n' if i in right else ''}>{html.escape(h)}</th>" for i, h in enumerate(head))
+    return f"<table><tr>{names}</tr>{cells}</table>"
 
 
 def _head(summary: dict | None, records: list[dict]) -> str:
@@ -90,6 +91,7 @@ def _curves(summary: dict | None, records: list[dict]) -> str:
         axis.plot(*zip(*points, strict=True), marker="o", markersize=3)
         axis.set(title=title, xlabel="round")
         axis.grid(alpha=0.3)
+        axis.ticklabel_format(useOffset=False)
         axis.xaxis.get_major_locator().set_params(integer=True)
     figure.tight_layout()
     buffer = io.StringIO()
