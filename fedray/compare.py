@@ -97,6 +97,8 @@ class Result:
             "bytes_down": statistics.median(s["bytes_down"] for s in summaries),
             "aggregation_error": _most(s["aggregation_error"] for s in summaries),
             "exactness": _most(s["exactness"] for s in summaries),
+            "epsilon": _most(s["epsilon"] for s in summaries),
+            "delta": _most(s["delta"] for s in summaries),
             "seconds": statistics.median(s["wall_seconds"] for s in summaries),
         }
 

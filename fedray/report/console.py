@@ -68,15 +68,24 @@ def print_plan(console: Console, costs: Plan, placement: str | None = None) -> N
 def print_comparison(console: Console, results: list[Result]) -> None:
     """One line an entry; bytes are of the whole run, all clients."""
     table = Table(title=f"final {results[0].row()['metric'].replace('_', ' ')}, {len(results[0].finals)} seeds", title_justify="left")
-    for column in ("method", "mean", "st. dev.", "seeds", "lr", "trains", "up", "down", "averaging would lose", "lost", "s"):
+    rows = [result.row() for result in results]
+    private = any(row["epsilon"] is not None for row in rows)
+    for column in ("method", "mean", "st. dev.", "seeds", "lr", "trains", "up", "down", "averaging would lose", "lost", *(("epsilon",) if private else ()), "s"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    for row in (result.row() for result in results):
+    for row in rows:
         table.add_row(
             row["method"], f"{row['mean']:.4f}", f"{row['st_dev']:.4f}", ", ".join(f"{v:.4f}" for v in row["finals"]),
             f"{row['lr']:g}{' (edge)' if row['lr_at_edge_of_grid'] else ''}", f"{row['trainable_params']:,}", size(row["bytes_up"]),
-            size(row["bytes_down"]), share(row["aggregation_error"], ".1%"), share(row["exactness"], ".1e"), f"{row['seconds']:.0f}",
+            size(row["bytes_down"]), share(row["aggregation_error"], ".1%"), share(row["exactness"], ".1e"), *((f"{row['epsilon']:.3g}",) if private else ()),
+            f"{row['seconds']:.0f}",
         )
     console.print(table)
+    if private:
+        runs = sum(len(result.tuning) + len(result.finals) for result in results)
+        console.print(
+            f"epsilon is of one run at delta {rows[0]['delta']:g}; the {runs} runs behind this table, tuning included, are releases of the same data, and their sum is not accounted for",
+            soft_wrap=True,
+        )
     if any(result.at_edge for result in results):
         console.print("(edge): the best learning rate is the grid's first or last; give --lrs that reach further")
 
