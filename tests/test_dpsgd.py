@@ -9,7 +9,9 @@ from test_training import OPTIONS, distance, moved, trainer_and_view
 from torch import nn
 
 from fedray.adapters.modules import CoreProduct, HadamardProduct
+from fedray.config import make_method, make_spec
 from fedray.errors import PrivacyError
+from fedray.methods import Update
 from fedray.privacy import dpsgd
 from fedray.privacy.dpsgd import ClippedSum, Mechanism, SampleHooks, check_model, noised, private_step
 from fedray.privacy.keys import Key
@@ -130,6 +132,32 @@ def test_noise_on_the_mean_has_the_predicted_variance():
     scaled = (z / (0.3 * 1.7 / 32)).square().sum().item()
     assert 1e-6 < stats.chi2.cdf(scaled, len(z)) < 1 - 1e-6
     assert torch.equal(noised(torch.ones(3, dtype=torch.float64), Mechanism(1.0, 0.0, 2.0), None), torch.full((3,), 0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("pair", ["lora+ffa", "lora+fedit", "lora+rolora", "lora-sb+fed-sb", "ravan+fed-sb"])
+def test_noise_of_the_clients_adds_up_to_the_predicted_variance(make_config, pair):
+    """Three clients of unequal weights take one SGD step on noise alone; a linear method's mean has variance sum p_i^2 (lr s C / B)^2."""
+    kind, name = pair.split("+")
+    adapter = {"kind": kind, "rank": {"lora": 8, "lora-sb": 10, "ravan": 5}[kind]} | ({"alpha": 4} if kind == "lora" else {"cores": 3} if kind == "ravan" else {})
+    config = make_config(
+        adapter=adapter, method__name=name, privacy={"noise": 1.0}, federation__optimizer="sgd", federation__local_steps=1, federation__lr=0.5,
+        federation__schedule="constant", federation__warmup=0.0,
+    )
+    trainer, _ = trainer_and_view(config)
+    method, spec = make_method(config), make_spec(config, trainer.layers, trainer.data.clients)
+    state = method.init(spec, trainer.describe()[1], trainer.start_from_weights(spec.adapter))
+    view, weights, updates = method.view(spec, state, None), {"client-0": 1.0, "client-1": 2.0, "client-2": 5.0}, []
+    for client, weight in weights.items():
+        plan = Private(Key(client.encode().ljust(32)), ("round", 0), 1e-12, Mechanism(0.7, 1.3, 4.0))
+        found = trainer.train(view, client, 0, private=plan).tensors
+        updates.append(Update(client, weight, method.upload(spec, client, found, 0)))
+    own = [torch.cat([(u.tensors[n] - view.tensors[n]).flatten() for n in sorted(u.tensors)]) for u in updates]
+    assert torch.corrcoef(torch.stack(own)).fill_diagonal_(0.0).abs().max() < 0.1
+    after = method.view(spec, method.aggregate(state, updates)[0], None)
+    moves = torch.cat([(after.tensors[n] - view.tensors[n]).double().flatten() for n in sorted(updates[0].tensors)])
+    for values, share in [(move.double(), 1.0) for move in own] + [(moves, sum((w / 8.0) ** 2 for w in weights.values()))]:
+        deviation = 0.5 * 1.3 * 0.7 / 4.0 * share**0.5
+        assert len(values) > 1000 and 1e-6 < stats.chi2.cdf((values / deviation).square().sum().item(), len(values)) < 1 - 1e-6
 
 
 def test_an_empty_poisson_batch_is_a_step_of_noise_in_every_engine(make_config):

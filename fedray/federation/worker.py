@@ -71,8 +71,8 @@ class Worker:
         keeps = {f"{OPTIMIZER}{n}": t for n, t in result.optimizer_state.items()}
         own = self.spec.names if self.method.asks else self.method.keeps(self.spec)
         keeps |= {f"{OWN}{n}": t for n, t in result.tensors.items() if n.rsplit(".", 1)[1] in own}
-        told = (0, None) if self.private else (result.examples, result.loss)
-        return packet, pack(keeps) if keeps else None, Report(client, *told, result.base_lost, result.seconds)
+        examples, loss, seconds = (0, None, 0.0) if self.private else (result.examples, result.loss, result.seconds)
+        return packet, pack(keeps) if keeps else None, Report(client, examples, loss, result.base_lost, seconds)
 
     @property
     def _by_client(self) -> bool:
