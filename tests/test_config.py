@@ -52,7 +52,7 @@ def test_every_key_has_a_line_of_help():
         ("--adapter.subspace gradient", "adapter.subspace belongs to lora-sb, not to lora: leave it out"),
         ("--adapter.kind lora-sb --method.name fed-sb --adapter.subspace public", "adapter.subspace public needs adapter.subspace_source"),
         ("--adapter.kind lora-sb --method.name fed-sb --adapter.subspace_passes 1", "adapter.subspace_passes belongs to adapter.subspace public and gradient-raw"),
-        ("--adapter.kind lora-sb --method.name fed-sb --adapter.subspace svd", "adapter.subspace: input should be 'weights', 'gradient', 'gradient-raw' or 'public'"),
+        ("--adapter.kind lora-sb --method.name fed-sb --adapter.subspace svd", "adapter.subspace: input should be 'weights', 'gradient', 'gradient-raw', 'public' or 'private'"),
         ("--adapter.kind ravan --method.name ravan --adapter.rank 80", "adapter.rank 80 (320 columns in all) is above the size of layer"),
         ("--adapter.rank 0", "adapter.rank: input should be greater than or equal to 1"),
         ("--adapter.rank 8,4", "adapter.rank differs between clients, and fedex needs one rank for all: use flora, flexlora, hetlora"),

@@ -39,8 +39,13 @@ class Release:
 
 
 def epsilon(releases: Iterable[Release], delta: float) -> float:
-    """The epsilon of all of them together at `delta`; 0 for none, infinite where one has no noise. Raises ValueError for a delta outside (0, 1)."""
-    return _epsilon(_merged(releases, delta), delta)
+    """The epsilon of all of them together at `delta`, rounded up to six digits after the point; 0 for none, infinite where one has no noise.
+
+    Rounded because sums in NumPy's libraries differ in the last bits from process to process, and a resumed run must say the same.
+    Raises ValueError for a delta outside (0, 1).
+    """
+    value = _epsilon(_merged(releases, delta), delta)
+    return math.ceil(value * 1e6 - 1e-3) / 1e6 if math.isfinite(value) else value
 
 
 def rdp_epsilon(releases: Iterable[Release], delta: float) -> float:

@@ -71,11 +71,11 @@ class PrivacyPlan:
 
 
 def calibrate(rate: float, steps: int, delta: float, budget: float, before: Iterable[Release] = ()) -> float:
-    """The least noise multiplier (within PRECISION, from above) with which `steps` steps and `before` stay within the budget.
+    """The least noise multiplier (within PRECISION, from above, and rounded up to five digits after the point) with which `steps` steps and `before` stay within the budget.
 
     Raises ValueError when `before` alone spends it.
     """
-    return _calibrate(rate, steps, delta, budget, tuple(before))
+    return math.ceil(_calibrate(rate, steps, delta, budget, tuple(before)) * 1e5) / 1e5
 
 
 @lru_cache(maxsize=1024)
