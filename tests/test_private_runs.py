@@ -1,5 +1,6 @@
 """Whole private runs: budgets, ledgers, lost keys, kills and resumes, secure sums, and what is said about it all."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,8 @@ from fedray.config import from_dict
 from fedray.errors import ClientError, ConfigError, PrivacyError, RoundError
 from fedray.federation import pool_inline, worker
 from fedray.federation.coordinator import Coordinator
+from fedray.federation.guard import Guard
+from fedray.federation.messages import Ask
 from fedray.federation.run import execute, prepare
 from fedray.plan import plan
 from fedray.privacy import secure_sum
@@ -369,6 +372,36 @@ def test_the_run_directory_says_what_left_and_what_is_not_guaranteed(make_config
     assert set(noised) == set(counts) and any(noised[c] != counts[c] for c in counts)
 
 
+def test_a_client_does_not_follow_orders_that_its_own_config_does_not_allow(make_config, monkeypatch):
+    for change in ({"noise": 0.3}, {"clip": 50.0}, {"rate": 1.0}):
+        def generous(self, round, message, clients, real=Guard.orders, change=change):
+            orders, refused = real(self, round, message, clients)
+            return {c: dataclasses.replace(o, **change) for c, o in orders.items()}, refused
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Guard, "orders", generous)
+            with pytest.raises(RoundError, match="the coordinator ordered .* it trains nothing"):
+                run(make_config(method__name="ffa", privacy={"epsilon": 3.0, "count_noise": 2.0}))
+
+
+def test_a_key_lost_during_the_start_is_charged_anew_when_the_run_goes_on(make_config, monkeypatch):
+    monkeypatch.delenv(TEST_KEY)
+    config = make_config(**PRIVATE["fed-sb, private subspace"] | {"privacy": {"noise": 1.0}})
+    real, lost = pool_inline.InlinePool.ask, []
+
+    def loses(self, question, clients, *args):
+        if question.ask is Ask.ROWS and not lost:
+            lost.extend(path.unlink() for path in self.worker._keys.folder.rglob("client-1"))
+        return real(self, question, clients, *args)
+
+    monkeypatch.setattr(pool_inline.InlinePool, "ask", loses)
+    with pytest.raises(ClientError, match="client 'client-1' failed: its noise key was lost"):
+        run(config)
+    folder = run(resumed(config))
+    subspaces = {c: [e.draw for e in es if e.release.what == "subspace"] for c, es in ledger(folder).entries.items()}
+    assert [len(subspaces[c]) for c in CLIENTS] == [1, 2, 1]
+
+
 def test_a_fixed_key_voids_the_guarantee(make_config):
     folder = run(make_config(method__name="ffa", privacy={"epsilon": 4.0}))
     told = json.loads((folder / "privacy.json").read_text())
@@ -390,7 +423,6 @@ def test_plan_shows_noise_steps_epsilon_and_signal_before_anything_runs(make_con
 
 def test_private_sketches_have_sensitivity_one(make_config):
     """Take any one example out: the noiseless sum moves by at most 1, over all layers together."""
-    from fedray.federation.messages import Ask
     from fedray.privacy.keys import Key
     from fedray.training import subspace
 
@@ -408,7 +440,6 @@ def test_private_sketches_have_sensitivity_one(make_config):
         everything = total(examples, sketch, given)
         moves = [(everything - total(examples[:i] + examples[i + 1 :], sketch, given)).norm().item() for i in range(6)]
         assert all(0.99 < m <= 1 + 1e-6 for m in moves)
-    assert Ask.RANGE
 
 
 def _view(trainer):

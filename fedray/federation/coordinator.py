@@ -162,6 +162,8 @@ class Coordinator:
         result = []
         for outcome in self.pool.ask(question, clients, {}, None):
             if isinstance(outcome.report, Failure):
+                if self.guard is not None:  # a resumed run goes on with the client's new key, and charges for it
+                    self.guard.note_lost_keys([outcome.report])
                 raise_failure(outcome.report)
             fetch, report = partial(self.pool.fetch, outcome.update), outcome.report
             if self.guard is not None and report.client in self.guard.ledger.counts:
@@ -176,6 +178,8 @@ class Coordinator:
             told = self.pool.ask(replace(question, orders=self._sealed_orders(orders, opened)), clients, {}, None)
             failures = [o.report for o in told if isinstance(o.report, Failure)]
         if failures:
+            if self.guard is not None:
+                self.guard.note_lost_keys(failures)
             raise_failure(failures[0])  # bases need all of them
         packets = {o.client: self.pool.fetch(o.update) for o in told}
         total, weight = self.secure.close(opened, packets), sum(self._weight(o) for o in told)

@@ -94,6 +94,26 @@ def _client_plan(config: Config, counts: Mapping[str, float]) -> dict[str, Priva
     return {EVERYONE: plan}
 
 
+def check_orders(config: Config, client: str, count: int, orders: Orders) -> None:
+    """A client's own look at what it is ordered to do: with its own config and its true count, the whole run must stay within the
+    budget. Raises PrivacyError; nothing is trained then.
+
+    The count that the coordinator plans with is noised, maybe under a key that was lost since: it is taken to be within nine standard deviations.
+    """
+    privacy, section = config.privacy, config.client(client)
+    least = max(float(section.batch_size), count - 9 * (privacy.count_noise or COUNT_NOISE))
+    training = Release("training", orders.noise, orders.rate, config.federation.rounds * section.local_steps)
+    if orders.clip != (privacy.clip or CLIP) or (privacy.noise is not None and orders.noise != privacy.noise):
+        raise PrivacyError("the coordinator ordered another clip or noise than the client's own config has: it trains nothing")
+    if orders.rate > round_up(section.batch_size / least):
+        raise PrivacyError("the coordinator ordered a higher sampling rate than the client's own count gives: it trains nothing")
+    delta = privacy.delta if privacy.delta is not None else default_delta(least)
+    if privacy.epsilon is not None and privacy.noise is None:
+        spent = epsilon([Release("count", privacy.count_noise or COUNT_NOISE), training], delta)
+        if spent > privacy.epsilon:
+            raise PrivacyError(f"the coordinator ordered noise with which the run would spend epsilon {spent:.3g} of {privacy.epsilon:g}: it trains nothing")
+
+
 class Guard:
     """One run's ledger and what follows from it. `folder`: of the checkpoints, where the ledger and the coordinator's key are too."""
 

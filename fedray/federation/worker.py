@@ -14,6 +14,7 @@ from fedray.adapters import Layer
 from fedray.config import Config, make_method, make_spec
 from fedray.data.partition import FederatedData
 from fedray.errors import PrivacyError
+from fedray.federation.guard import COUNT_NOISE, check_orders
 from fedray.federation.messages import PUBLIC, Ask, Failure, Orders, Question, Report, Secure
 from fedray.federation.secure import masked
 from fedray.federation.wire import Header, Packet, decode, inputs_digest, pack, unpack
@@ -58,6 +59,7 @@ class Worker:
             state = {n.removeprefix(OPTIMIZER): t for n, t in held.items() if n.startswith(OPTIMIZER)}
             private = None
             if self.private and not self._by_client:
+                check_orders(self.trainer.config, client, len(self.trainer.examples("train", client)), orders)
                 purpose = ("round", round, inputs_digest(header, packet))
                 private = Private(key, purpose, orders.rate, Mechanism(orders.clip, orders.noise, orders.expected))
             result = self.trainer.train(view, client, round, state or None, base_key, private)
@@ -140,7 +142,7 @@ class Worker:
     def _answer(self, client: str, question: Question, kept: Packet | None, key: Key | None) -> dict[str, Tensor]:
         orders = question.orders.get(client)
         if question.ask is Ask.COUNT:
-            noise = key.stream("count").normals(1).item() * orders.noise
+            noise = key.stream("count").normals(1).item() * (self.trainer.config.privacy.count_noise or COUNT_NOISE)
             return {"count": torch.tensor([len(self.trainer.examples("train", client)) + noise]).round()}
         if question.ask is Ask.FORGET:
             self._keys.forget(orders.run, client)

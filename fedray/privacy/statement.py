@@ -100,6 +100,8 @@ def _not_guaranteed(config: Config) -> list[dict[str, str]]:
     add("low", "Times: how long a client takes depends on how many examples it drew", "training/local.py, _private_steps")
     add("low", "That a client failed, or that its loss stopped being finite", "federation/worker.py, _failure")
     add("low", "Real-number analysis: sums are rounded to fp32 after fp64 noise of 53 random bits", "privacy/dpsgd.py, noised")
+    if config.privacy.unit == "example":
+        add("medium", "A coordinator that asks for more rounds than it charges: a client checks the noise, clip and rate of its orders, and keeps no count of rounds", "federation/guard.py, check_orders")
     if config.privacy.unit == "client":
         add("high", "A coordinator that does not follow the protocol: it alone adds the noise", "federation/guard.py, mean")
         add("medium", "`rounds.jsonl` has bytes and times that tell the size of each round's sample: publish the models, not the records", "federation/coordinator.py, run_round")
