@@ -12,7 +12,8 @@ from pathlib import Path
 os.environ["RAY_AUTH_MODE"] = "disabled"  # set before ray is imported, here and in every process the tests start
 os.environ["RAY_worker_niceness"] = "0"  # a starved worker makes a test slow, not right
 os.environ["FEDRAY_UNSAFE_TEST_KEY"] = "tests"  # noise that repeats from run to run; tests of real keys take it away
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="fedray-tests-")
+_STATE = tempfile.TemporaryDirectory(prefix="fedray-tests-")
+os.environ["XDG_STATE_HOME"] = _STATE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
