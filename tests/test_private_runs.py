@@ -402,6 +402,19 @@ def test_a_key_lost_during_the_start_is_charged_anew_when_the_run_goes_on(make_c
     assert [len(subspaces[c]) for c in CLIENTS] == [1, 2, 1]
 
 
+def test_report_of_a_run_that_is_not_finished(make_config, monkeypatch, tmp_path, capsys):
+    config = make_config(method__name="ffa")
+    killed_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    folder = Path(config.output.dir)
+    assert main(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert "not finished: 2 rounds so far" in page and "<svg" in page and "Privacy" not in page
+    assert main(["report", str(tmp_path)]) == 2 and "no run directory with a finished round" in capsys.readouterr().err
+    assert main(["report"]) == 2
+
+
 def test_a_fixed_key_voids_the_guarantee(make_config):
     folder = run(make_config(method__name="ffa", privacy={"epsilon": 4.0}))
     told = json.loads((folder / "privacy.json").read_text())

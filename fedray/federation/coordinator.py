@@ -188,8 +188,12 @@ class Coordinator:
 
     def _sealed_orders(self, orders: Mapping[str, Orders], opened: Opened) -> dict[str, Orders]:
         """The same orders, for vectors that go into a secure sum. A client whose size is no secret weighs its vector itself."""
-        own = self.guard is None and self.config.by_examples
-        return {c: replace(o, secure=opened.secure, weight=None if own else self.guard.weight(c) if self.guard else 1.0) for c, o in orders.items()}
+        def weight(client: str) -> float | None:
+            if self.guard is not None:
+                return self.guard.weight(client)
+            return None if self.config.by_examples else 1.0
+
+        return {c: replace(o, secure=opened.secure, weight=weight(c)) for c, o in orders.items()}
 
     def _weight(self, outcome: Outcome) -> float:
         if self.guard is not None:
