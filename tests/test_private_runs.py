@@ -402,6 +402,32 @@ def test_a_key_lost_during_the_start_is_charged_anew_when_the_run_goes_on(make_c
     assert [len(subspaces[c]) for c in CLIENTS] == [1, 2, 1]
 
 
+def test_data_that_changed_before_a_run_goes_on_never_meet_the_same_noise(make_config, tiny, tmp_path, monkeypatch):
+    """The same noise on two data sets would show their difference bare."""
+    monkeypatch.delenv(TEST_KEY)
+    source = tmp_path / "d.csv"
+    rows = (tiny / "classes.csv").read_text().splitlines()
+    source.write_text("\n".join(rows))
+    config = make_config(task="classification", data={"source": str(source), "max_length": 48}, method__name="ffa", privacy={"noise": 1.0})
+
+    def dies(self, round, message, clients, real=Guard.orders):  # after the round is charged, before its answer is kept
+        told = real(self, round, message, clients)
+        if round == 1:
+            raise KeyboardInterrupt
+        return told
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Guard, "orders", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    before = prepare(resumed(config)).data.train
+    source.write_text("\n".join([*rows[:5], "nothing like it," + rows[5].rsplit(",", 1)[1], *rows[6:]]))
+    (changed,) = (c for c, d in prepare(resumed(config)).data.train.items() if list(d) != list(before[c]))
+    books = ledger(run(resumed(config))).entries
+    assert {c: sum(e.round == 2 for e in es) for c, es in books.items()} == {c: 2 if c == changed else 1 for c in CLIENTS}
+    assert all(sum(e.round == 3 for e in es) == 1 for es in books.values())
+
+
 def test_report_of_a_run_that_is_not_finished(make_config, monkeypatch, tmp_path, capsys):
     config = make_config(method__name="ffa")
     killed_after(monkeypatch, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import traceback
 from collections.abc import Callable
@@ -38,6 +39,7 @@ class Worker:
         self.spec = make_spec(config, self.trainer.layers, self.trainer.data.clients)
         self._increments: dict[tuple[int, str], dict[str, Tensor]] = {}  # by version and digest
         self._keys = KeyStore(config.privacy.key_dir)
+        self._fingerprints: dict[str, bytes] = {}
 
     def describe(self) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:
         """The adapted layers and the heads' initial values."""
@@ -109,14 +111,24 @@ class Worker:
         if orders is None:
             return None
         key = self._keys.key(orders.run, client)
+        if self.private and not self._by_client:  # changed data are met like a lost key: other noise, and a new charge
+            key = key.bound(self._fingerprint(client))
         if orders.key and key.identity != orders.key:
             raise _KeyLost(key.identity)
         return key
 
+    def _fingerprint(self, client: str) -> bytes:
+        if client not in self._fingerprints:
+            digest = hashlib.sha256()
+            for e in self.trainer.examples("train", client):
+                digest.update(repr((e.input_ids, e.labels)).encode())
+            self._fingerprints[client] = digest.digest()
+        return self._fingerprints[client]
+
     def _failure(self, client: str, error: Exception) -> Failure:
         """In a private run an error's own words stay here, in the worker's log: they may quote data."""
         if isinstance(error, _KeyLost):
-            return Failure(client, "its noise key was lost", "", error.identity)
+            return Failure(client, "its noise key was lost, or its data are others", "", error.identity)
         if not self.private or isinstance(error, (PrivacyError, FloatingPointError)):
             return Failure(client, _cause(error), traceback.format_exc() if not self.private else "")
         logging.getLogger("fedray").error("client %s failed", client, exc_info=error)
@@ -131,7 +143,7 @@ class Worker:
         try:
             if question.secure is not None:
                 return None, None, Report(client, 0, None, 0.0, 0.0, sealed=self._secure(client, question.ask, question.secure))
-            key = self._key(client, question.orders.get(client))
+            key = self._key(client, question.orders.get(client)) if question.ask is not Ask.FORGET else None
             packet = self._packed(client, self._answer(client, question, kept, key), question.orders.get(client))
         except Exception as error:  # as in `train`
             return None, None, self._failure(client, error)
@@ -192,7 +204,7 @@ class Worker:
 
 
 class _KeyLost(Exception):
-    """The client's key is not the one that the ledger knows."""
+    """The client's key, bound to its data, is not the one that the ledger knows."""
 
     def __init__(self, identity: str):
         super().__init__(identity)

@@ -49,6 +49,10 @@ class Key:
         """32 bytes for one purpose."""
         return hmac.new(self._secret, words(*parts), hashlib.sha256).digest()
 
+    def bound(self, what: bytes) -> Key:
+        """The key for work on that data alone: the same noise must never be added to two data sets, whose difference would show."""
+        return Key(self.derive("bound", hashlib.sha256(what).hexdigest()), self.fixed)
+
     def stream(self, *parts: str | int) -> Stream:
         """Random numbers for one purpose, the same ones for the same parts."""
         return Stream(self.derive("stream", *parts))

@@ -101,6 +101,7 @@ def _not_guaranteed(config: Config) -> list[dict[str, str]]:
     add("low", "That a client failed, or that its loss stopped being finite", "federation/worker.py, _failure")
     add("low", "Real-number analysis: sums are rounded to fp32 after fp64 noise of 53 random bits", "privacy/dpsgd.py, noised")
     if config.privacy.unit == "example":
+        add("low", "A round repeated on another kind of machine or with other threads has the same noise and other last bits: their difference is noise-free rounding", "federation/worker.py, train")
         add("medium", "A coordinator that asks for more rounds than it charges: a client checks the noise, clip and rate of its orders, and keeps no count of rounds", "federation/guard.py, check_orders")
     if config.privacy.unit == "client":
         add("high", "A coordinator that does not follow the protocol: it alone adds the noise", "federation/guard.py, mean")
