@@ -22,8 +22,10 @@ _USAGE = """fedray: exact, private, federated low-rank fine-tuning of language m
   fedray compare  [--methods a,b] [--seeds 0,1,2] [--lrs 1e-3,3e-3,1e-2] [--out DIR] [--jobs N] [--section.key value ...]
                                                                 several methods and seeds, tuned alike: one table, one picture
                   --methods: [ADAPTER+]METHOD[@RANK],...; --lrs.ENTRY: an entry's own grid; --set.ENTRY key=value,...: its own options
+  fedray sweep    --space tune_spaces/X.py [--out DIR] [--resume] [--seeds 0,1] [--samples N] [--max-concurrent N] [--track mlflow,wandb]
+                  [--section.key value ...]                     many runs under Ray Tune: tables, Pareto fronts, what mattered, best.yaml
   fedray evaluate RUN_DIR [--json]                              held-out metrics of a run's last state
-  fedray report   RUN_DIR                                       write report.html again, of an unfinished run too
+  fedray report   RUN_DIR                                       write report.html again, of an unfinished run too; or a sweep's tables and pictures
   fedray export   RUN_DIR OUT --format lora|peft|merged         write its result for others to load
   fedray run --help                                             every key, its default and what it means
 """
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             errors.print(details, style="dim", markup=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
-        errors.print("fedray: stopped; the last finished round is kept, and --output.resume goes on from it")
+        errors.print("fedray: stopped; the last finished round is kept, and --output.resume (of a sweep --resume) goes on from it")
         return 130
 
 
@@ -156,6 +158,19 @@ def _compare(argv: list[str], console: Console) -> int:
     return 0
 
 
+def _sweep(argv: list[str], console: Console) -> int:
+    from fedray.report.console import print_sweep
+    from fedray.report.live import LiveTable
+    from fedray.report.sweep import write_sweep
+    from fedray.sweep import read_sweep, run_sweep
+
+    asked = read_sweep(argv)
+    out = run_sweep(asked, lambda count, maximise: LiveTable(console, count, maximise), lambda line: console.print(line, markup=False, soft_wrap=True))
+    summary = write_sweep(out)
+    print_sweep(console, out, summary)
+    return 0 if summary["best"] is not None else 1
+
+
 def _evaluate(argv: list[str], console: Console) -> int:
     from fedray.federation.results import evaluate
 
@@ -195,12 +210,18 @@ def _report(argv: list[str], console: Console) -> int:
 
     if len(argv) != 1 or argv[0].startswith("--"):
         raise ConfigError("fedray report takes one run directory")
+    if (Path(argv[0]) / "sweep.json").is_file():
+        from fedray.report.console import print_sweep
+        from fedray.report.sweep import write_sweep
+
+        print_sweep(console, Path(argv[0]), write_sweep(Path(argv[0])))
+        return 0
     console.print(f"written to {write_report(Path(argv[0]))}", soft_wrap=True)
     return 0
 
 
 _COMMANDS = {
-    "run": _run, "plan": _plan, "methods": _methods, "compare": _compare, "evaluate": _evaluate, "export": _export, "report": _report,
+    "run": _run, "plan": _plan, "methods": _methods, "compare": _compare, "sweep": _sweep, "evaluate": _evaluate, "export": _export, "report": _report,
 }
 
 if __name__ == "__main__":

@@ -225,6 +225,8 @@ class FederationSection(Section):
     """FedProx: mu of mu/2 ||w - w_broadcast||^2 in each client's loss, over all that trains."""
     keep_optimizer: bool = False
     """Keep each client's optimizer state from round to round instead of starting it afresh."""
+    max_bytes: float | None = Field(None, gt=0)
+    """End the run before a round that, moving as much as the last one, would bring all uploads and downloads above this."""
     evaluate_every: int = Field(1, ge=1)
     """Rounds between evaluations; the first and the last state are always evaluated."""
     deadline: float | None = Field(None, gt=0)
@@ -286,6 +288,8 @@ class PrivacySection(Section):
     """Let the coordinator see only the sum of the clients' updates (Bonawitz et al., CCS 2017)."""
     secure_threshold: float | None = Field(None, gt=0, le=1)
     """Share of a round's clients that must stay to the end for the sum to be opened (default: more than half)."""
+    sweep_epsilon: float | None = Field(None, gt=0)
+    """`fedray sweep`: budget of all trials together, which are releases of the same data; a single run is one trial."""
     key_dir: str | None = None
     """Where a client's machine keeps its noise keys (default: $XDG_STATE_HOME/fedray/keys, or ~/.local/state/fedray/keys)."""
 
@@ -431,6 +435,8 @@ def _check_privacy(config: Config) -> None:
     if privacy.secure_aggregation and not method.linear:
         linear = ", ".join(name for name, m in METHODS.items() if m.linear)
         raise ValueError(f"privacy.secure_aggregation opens only the sum of the updates, and {method.name} needs each one: use {linear}")
+    if privacy.epsilon is not None and privacy.sweep_epsilon is not None and privacy.epsilon > privacy.sweep_epsilon:
+        raise ValueError(f"privacy.epsilon {privacy.epsilon:g} of one run is above privacy.sweep_epsilon {privacy.sweep_epsilon:g} of all of them: lower it")
     if not privacy.on:
         given = [name for name in ("delta", "clip", *_PRIVACY_OPTIONS) if getattr(privacy, name) is not None]
         if given or privacy.unit != "example":

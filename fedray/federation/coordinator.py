@@ -202,11 +202,13 @@ class Coordinator:
 
     def run_round(self) -> dict[str, Any] | None:
         """Broadcast, local training, updates, aggregation, evaluation, checkpoint; the record that `rounds.jsonl` holds. None when every
-        client's privacy budget is spent, and the run ends here.
+        client's privacy budget is spent, or the budget of bytes, and the run ends here.
 
         Raises ClientError when a failing client costs the quorum, RoundError when a round cannot be completed.
         """
         round, seconds = self.state.round, {}
+        if self.records and "stopped" in self.records[-1]:
+            return None
         spent = self.guard.spent() if self.guard is not None else []
         if len(spent) == len(self.data.clients):
             return None
@@ -257,6 +259,8 @@ class Coordinator:
                 record["dropped"] = [{"client": "(withheld)", "reason": "left out"} for _ in dropped]
             if self.state.round < self.config.federation.rounds and len(over := self.guard.spent()) == len(self.data.clients):
                 record["stopped"] = f"client '{over[0]['client']}' and all others: {over[0]['reason']}"
+        if self.state.round < self.config.federation.rounds and (words := self._too_many_bytes(record)):
+            record["stopped"] = words
         last = self.state.round == self.config.federation.rounds or "stopped" in record
         if self.state.round % self.config.federation.evaluate_every == 0 or last:
             with _timed(seconds, "evaluate"):
@@ -386,6 +390,15 @@ class Coordinator:
             total += self._message.packet_of(client).nbytes + sum(self._message.increments[v].nbytes for v in new)
             self.seen[client] = max([self.seen[client], *new])
         return total
+
+    def _too_many_bytes(self, record: dict[str, Any]) -> str | None:
+        """Why no round may follow this one, if none may."""
+        most, now = self.config.federation.max_bytes, record["bytes_up"] + record["bytes_down"]
+        moved = now + sum(r["bytes_up"] + r["bytes_down"] for r in self.records[1:])
+        moved += sum((self.start or {}).get(way, 0) for way in ("bytes_up", "bytes_down"))
+        if most is None or moved + now <= most:
+            return None
+        return f"another round like this one would move {moved + now:,} bytes in all, and federation.max_bytes is {most:,.0f}"
 
     def _evaluate(self) -> dict[str, Any]:
         if self.method.keeps(self._spec):

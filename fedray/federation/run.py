@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.adapters import attach
@@ -93,8 +94,9 @@ class Prepared:
         return min(self.config.federation.cohort or len(self.data.clients), len(self.data.clients))
 
 
-def prepare(config: Config) -> Prepared:
-    """Read and check everything. Raises ConfigError; writes nothing."""
+def prepare(config: Config, capacity: tuple[float, float] | None = None) -> Prepared:
+    """Read and check everything. `capacity`: the CPUs and GPUs that the run may use (default: all of the cluster's). Raises ConfigError;
+    writes nothing."""
     config = rooted(config)
     folder, resuming = _folder(config)
     data = load_data(config)
@@ -111,7 +113,7 @@ def prepare(config: Config) -> Prepared:
     heads = sum(p.numel() for p in attach.heads(model).values())
     trained = sum(p.numel() for p in attach.factors(model).values())
     base = sum(p.numel() for p in model.parameters()) - trained - heads
-    cpus, gpus = _resources(config)
+    cpus, gpus = capacity if capacity is not None else _resources(config)
     return Prepared(config, folder, data, spec, heads, base, place(config, len(data.clients), cpus, gpus), resuming)
 
 
@@ -187,8 +189,11 @@ def _resources(config: Config) -> tuple[float, float]:
 # --- doing it ---------------------------------------------------------------------------------------------------
 
 
-def execute(prepared: Prepared, listener: Listener | None = None) -> dict[str, Any]:
-    """Run (or resume) and return the summary. Raises ClientError and RoundError with a sentence for the person."""
+def execute(prepared: Prepared, listener: Listener | None = None, group: PlacementGroup | None = None) -> dict[str, Any]:
+    """Run (or resume) and return the summary. `group`: a placement group with a bundle for each worker (default: the run makes its own).
+
+    Raises ClientError and RoundError with a sentence for the person.
+    """
     listener = listener or Silent()
     started = time.monotonic()
     folder = prepared.folder
@@ -199,17 +204,17 @@ def execute(prepared: Prepared, listener: Listener | None = None) -> dict[str, A
     if not prepared.resuming:
         (folder / "config.yaml").write_text(prepared.config.to_yaml())
     listener.started(prepared)
-    engine = _ray_rounds if prepared.config.engine == "ray" else _inline_rounds
+    rounds = _ray_rounds(prepared, listener, group) if prepared.config.engine == "ray" else _inline_rounds(prepared, listener)
     records: list[dict[str, Any]] = []
-    for record in engine(prepared, listener):
+    for record in rounds:
         records.append(record)
+        _write_rounds(folder / "rounds.jsonl", records)  # before it is told: who is told may end the process
+        if prepared.config.privacy.on:
+            _write_privacy(prepared, records)
         if record["round"] == 0:
             listener.evaluated(record)
         else:
             listener.round(record)
-        _write_rounds(folder / "rounds.jsonl", records)
-        if prepared.config.privacy.on:
-            _write_privacy(prepared, records)
     if prepared.resuming and (folder / "summary.json").is_file():
         return json.loads((folder / "summary.json").read_text())  # it was finished
     config, classes = prepared.config, len(prepared.data.classes)
@@ -257,10 +262,10 @@ def _inline_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str,
     coordinator.finish()
 
 
-def _ray_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str, Any]]:
-    config, order = prepared.config, prepared.data.clients
-    with _ray_session():
-        group, workers = start_workers(config, prepared.placement)
+def _ray_rounds(prepared: Prepared, listener: Listener, group: PlacementGroup | None) -> Iterator[dict[str, Any]]:
+    config, order, given = prepared.config, prepared.data.clients, group
+    with ray_session():
+        group, workers = start_workers(config, prepared.placement, given)
         coordinator = None
         try:
             facts = _answer(workers[0].describe.remote(), "a worker could not start")
@@ -309,11 +314,12 @@ def _ray_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str, An
                 ray.kill(coordinator)  # first: it must not take the workers' end for dropped clients
             for worker in workers:
                 ray.kill(worker)
-            ray.util.remove_placement_group(group)
+            if given is None:
+                ray.util.remove_placement_group(group)
 
 
 def stopped(records: list[dict[str, Any]]) -> str:
-    """Why privacy ended a run before its last round."""
+    """Why a run ended before its last round."""
     return f"the run ends after round {records[-1]['round']}: {records[-1].get('stopped', 'no client can afford a round')}"
 
 
@@ -331,8 +337,10 @@ def _short(error: Exception) -> str:
 
 
 @contextmanager
-def _ray_session() -> Iterator[None]:
+def ray_session() -> Iterator[None]:
     """The cluster that is there, or an embedded one for the time of the run."""
+    if not ray.is_initialized() and os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level="ERROR")
     if ray.is_initialized():
         yield
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import ray
@@ -21,7 +22,8 @@ class WorkerActor:
     """A `Worker` with its references resolved: increments are fetched only when this worker lacks them."""
 
     def __init__(self, make_worker: type[Worker], config: Config, device: str, threads: int):
-        self.worker = make_worker(config, device, threads)
+        # DeepSpeed's own word for it: logical GPUs in tests, and machines whose GPUs are not to be touched.
+        self.worker = make_worker(config, "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else device, threads)
 
     def describe(self) -> tuple:
         return self.worker.describe()
@@ -44,11 +46,14 @@ class WorkerActor:
         return self.worker.evaluate(part, client, share, header, packet, lambda v: ray.get(increments[v]), kept)
 
 
-def start_workers(config: Config, placement: Placement, timeout: float = 120.0) -> tuple[PlacementGroup, list[Any]]:
-    """The worker actors in one placement group. Raises FedrayError when the cluster does not grant it in time."""
+def start_workers(
+    config: Config, placement: Placement, group: PlacementGroup | None = None, timeout: float = 120.0
+) -> tuple[PlacementGroup, list[Any]]:
+    """The worker actors, one in each bundle of a placement group (default: a new one). Raises FedrayError when the cluster does not
+    grant it in time."""
     bundle = {"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {})
-    group = placement_group([bundle] * placement.workers, strategy="PACK")
-    if not group.wait(timeout):
+    given, group = group, group or placement_group([bundle] * placement.workers, strategy="PACK")
+    if given is None and not group.wait(timeout):
         remove_placement_group(group)
         raise FedrayError(f"the cluster did not grant {placement.workers} x {bundle} within {timeout:.0f} s: other jobs hold it, or no node has that much")
     workers = [

@@ -53,6 +53,14 @@ def rdp_epsilon(releases: Iterable[Release], delta: float) -> float:
     return _rdp(_merged(releases, delta), delta)
 
 
+def rdp_curve(releases: Iterable[Release]) -> tuple[tuple[int, ...], np.ndarray]:
+    """(orders, RDP of all of them together at each); infinite where one has no noise."""
+    total = np.zeros(len(ORDERS))
+    for release in releases:
+        total = total + (release.steps * _curve(release.noise, release.rate) if release.noise > 0 else math.inf if release.steps else 0.0)
+    return ORDERS, total
+
+
 _History = tuple[tuple[float, float, int], ...]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -88,6 +91,50 @@ def print_comparison(console: Console, results: list[Result]) -> None:
         )
     if any(result.at_edge for result in results):
         console.print("(edge): the best learning rate is the grid's first or last; give --lrs that reach further")
+
+
+def print_sweep(console: Console, out: Path, summary: dict[str, Any], rows: int = 12) -> None:
+    """The best points, what mattered, what all trials together have told, and where everything is."""
+    points = pd.read_csv(out / "points.csv")
+    maximise = summary["mode"] == "max"
+    knobs = [c for c in points.columns if c not in ("mean", "lowest", "highest", "seeds", "bytes", "epsilon", "seconds", "trial", "pareto_bytes", "pareto_epsilon")]
+    counts = ", ".join(f"{n} {status}" for status, n in summary["trials"].items())
+    table = Table(title=f"{summary['objective'].replace('_', ' ')}, best first ({counts})", title_justify="left")
+    private = points["epsilon"].map(math.isfinite).any()
+    for column in (*knobs, "mean", *(("lowest", "highest") if (points["seeds"] > 1).any() else ()), "moved", *(("epsilon",) if private else ()), "front"):
+        table.add_column(column, justify="left" if column in knobs or column == "front" else "right")
+    for _, row in points.sort_values("mean", ascending=not maximise, kind="stable").head(rows).iterrows():
+        fronts = [name for name, there in (("bytes", row["pareto_bytes"]), ("epsilon", private and row["pareto_epsilon"])) if there]
+        table.add_row(
+            *(f"{row[k]:g}" if isinstance(row[k], float) and not math.isnan(row[k]) else "-" if row[k] != row[k] else str(row[k]) for k in knobs), f"{row['mean']:.4f}",
+            *((f"{row['lowest']:.4f}", f"{row['highest']:.4f}") if (points["seeds"] > 1).any() else ()), size(row["bytes"]),
+            *(("none" if math.isinf(row["epsilon"]) else f"{row['epsilon']:.3g}",) if private else ()), ", ".join(fronts),
+        )
+    console.print(table)
+    if summary["knobs"]:
+        console.print("what mattered: " + ", ".join(f"{knob} {part:.0%}" for knob, part in summary["knobs"].items()) + " of the variance of finished points", soft_wrap=True)
+    if privacy := summary["privacy"]:
+        console.print(sweep_privacy(privacy), soft_wrap=True)
+    if summary["best"]:
+        console.print(f"best: {summary['best']['trial']}, {summary['best']['final']:.4f}; fedray run --config {out / 'best.yaml'} makes it again", markup=False, soft_wrap=True)
+    console.print(f"written to {out}: trials.csv, trials.parquet, points.csv, effects.csv, summary.json, pictures", soft_wrap=True)
+
+
+def sweep_privacy(privacy: dict[str, Any]) -> str:
+    """What all trials together have told, in a sentence that a privacy officer can use."""
+    if privacy["void"]:
+        return "privacy: none, since the noise keys were fixed for a test"
+    if privacy["without_privacy"]:
+        return f"privacy: {privacy['without_privacy']} of {privacy['trials']} trials ran without it on the same data, so nothing bounds what the sweep as a whole has told"
+    worst = max(privacy["composed"].items(), key=lambda item: item[1])
+    text = f"privacy: the {privacy['trials']} trials together have spent epsilon {worst[1]:.4g} at delta {privacy['delta']:g} of {worst[0]}'s data"
+    if len(privacy["composed"]) == 1:
+        text = f"privacy: the {privacy['trials']} trials together have spent epsilon {worst[1]:.4g} at delta {privacy['delta']:g} of each {privacy['unit']}'s data"
+    if privacy["budget"] is not None:
+        text += f", of a budget of {privacy['budget']:g}"
+    if "best_alone" in privacy:
+        text += f"; the best alone, if no other trial and not their number is ever shown: {privacy['best_alone']:.4g} (Papernot and Steinke, 2022)"
+    return text
 
 
 class ConsoleListener:

@@ -1,0 +1,106 @@
+"""Many runs on the same data: what all of them tell together, and what their best tells alone.
+
+Every run of a sweep is a release. Whoever sees all of them, or a choice that was made among them, is told their composition. One exception
+is known (Papernot and Steinke, ICLR 2022): when the number of runs is itself random, drawn from a distribution with a long tail, the
+runs are alike but for hyperparameters drawn at random, and only the best one is ever shown, that one tells little more than a single run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from fedray.privacy.accountant import Release, epsilon, rdp_curve
+from fedray.privacy.keys import Stream
+
+#: How the number of runs may be drawn.
+STOPPING = ("geometric", "poisson")
+
+
+def dominating(clients: Iterable[Sequence[Release]]) -> list[Release]:
+    """Releases that tell at least as much as any of the clients' own: of each kind the highest rate, the least noise, the most steps.
+
+    For an example that may be any client's, since runs deal the examples out differently.
+    """
+    found: dict[str, Release] = {}
+    for releases in clients:
+        own: dict[str, Release] = {}
+        for release in releases:
+            own[release.what] = _over(own[release.what], release, add=True) if release.what in own else release
+        for what, release in own.items():
+            found[what] = _over(found[what], release) if what in found else release
+    return list(found.values())
+
+
+def _over(one: Release, other: Release, add: bool = False) -> Release:
+    steps = one.steps + other.steps if add else max(one.steps, other.steps)
+    return Release(one.what, min(one.noise, other.noise), max(one.rate, other.rate), steps)
+
+
+def composed(runs: Sequence[Mapping[str, Sequence[Release]]], delta: float, same_split: bool) -> dict[str, float]:
+    """What all runs together have told of each client's data, epsilon at `delta`. `runs`: each one's releases by client; None for a run
+    without privacy would be infinite, so it is given as a release without noise. `same_split`: whether a client has the same examples in
+    every run; else there is one number, under ANY_CLIENT, that holds for every example wherever the runs dealt it."""
+    if not same_split:
+        return {ANY_CLIENT: epsilon([release for run in runs for release in dominating(run.values())], delta)}
+    clients = sorted({client for run in runs for client in run})
+    return {client: epsilon([release for run in runs for release in run.get(client, ())], delta) for client in clients}
+
+
+ANY_CLIENT = "(any client)"
+
+
+def draw_runs(stopping: str, expected: float, stream: Stream) -> int:
+    """How many runs to make: `geometric` (stop after each with probability 1 / expected; at least one) or `poisson` (mean `expected`;
+    may be none). Raises ValueError for another kind or mean."""
+    _check(stopping, expected)
+    u = stream.uniforms(1).item()
+    if stopping == "geometric":
+        return 1 if expected == 1 else 1 + int(math.log1p(-u) / math.log1p(-1 / expected))
+    count, term, total = 0, math.exp(-expected), math.exp(-expected)
+    while total <= u:
+        count += 1
+        term *= expected / count
+        total += term
+        if term == 0.0:
+            break
+    return count
+
+
+def best_alone(releases: Sequence[Release], delta: float, stopping: str, expected: float) -> float:
+    """Epsilon at `delta` of the best of so many runs, each with these releases, when no other is shown.
+
+    Papernot and Steinke, theorem 2 with eta = 1 (geometric) and theorem 6 (poisson), over the orders of the RDP accountant. Infinite
+    where a release has no noise. Raises ValueError as `draw_runs`.
+    """
+    _check(stopping, expected)
+    orders, curve = rdp_curve(releases)
+    if not all(math.isfinite(value) for value in curve):
+        return math.inf
+    found = math.inf
+    if stopping == "geometric":
+        # epsilon'(l) = epsilon(l) + 2 (1 - 1/h) epsilon(h) + 2 log(1/gamma) / h + log E[K] / (l - 1), for any order h.
+        more = min(2 * (1 - 1 / h) * value + 2 * math.log(expected) / h for h, value in zip(orders, curve, strict=True))
+        selected = [value + more + math.log(expected) / (order - 1) for order, value in zip(orders, curve, strict=True)]
+    else:
+        # epsilon'(l) = epsilon(l) + mu delta_l + log(mu) / (l - 1), where a run is (log(1 + 1/(l - 1)), delta_l)-DP.
+        selected = [
+            value + expected * _delta_at(orders, curve, math.log1p(1 / (order - 1))) + max(0.0, math.log(expected)) / (order - 1)
+            for order, value in zip(orders, curve, strict=True)
+        ]
+    for order, value in zip(orders, selected, strict=True):  # Canonne, Kamath, Steinke (2020), proposition 12
+        found = min(found, value + math.log1p(-1 / order) - math.log(delta * order) / (order - 1))
+    return max(0.0, found)
+
+
+def _delta_at(orders: Sequence[float], curve: Sequence[float], at: float) -> float:
+    """The least delta for which the RDP curve gives (at, delta)-DP."""
+    logs = [(order - 1) * (value - at + math.log1p(-1 / order)) - math.log(order) for order, value in zip(orders, curve, strict=True)]
+    return min(1.0, math.exp(min(0.0, *logs)))
+
+
+def _check(stopping: str, expected: float) -> None:
+    if stopping not in STOPPING:
+        raise ValueError(f"the number of runs is drawn from {' or '.join(STOPPING)}, not {stopping}")
+    if not 1 <= expected <= 500:
+        raise ValueError(f"so many runs are not drawn: {expected:g}; have 1 to 500 on average")

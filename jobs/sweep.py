@@ -1,0 +1,8 @@
+"""Many runs under Ray Tune, for `ray job submit --working-dir . -- python jobs/sweep.py --space tune_spaces/ranks_methods.py ...`."""
+
+import sys
+
+from fedray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["sweep", *sys.argv[1:]]))

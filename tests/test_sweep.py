@@ -1,0 +1,444 @@
+"""Sweeps: which trials, what is refused before anything runs, what they tell together, and whole sweeps on Ray."""
+
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import ray
+from dp_accounting import dp_event, pld, rdp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray import tune
+from ray.util import placement_group_table
+
+from fedray.cli import main
+from fedray.config import read_config
+from fedray.errors import ConfigError
+from fedray.federation.run import execute, prepare
+from fedray.privacy.accountant import ORDERS, Release, epsilon
+from fedray.privacy.keys import Key
+from fedray.privacy.ledger import Ledger
+from fedray.privacy.selection import best_alone, composed, dominating, draw_runs
+from fedray.report.console import sweep_privacy
+from fedray.report.sweep import effects, pareto
+from fedray.sweep import Sweep, bundles, check_placeable, load_space, read_sweep, trials_of
+from fedray.sweep import settings as keys_of
+
+SPACES = Path(__file__).parent.parent / "tune_spaces"
+
+
+def space_file(folder: Path, text: str) -> str:
+    path = folder / "space.py"
+    path.write_text("from ray import tune\nfrom fedray.sweep import Sweep\n" + text)
+    return str(path)
+
+
+def tiny_flags(make_config, **overrides) -> list[str]:
+    """The tiny config on the command line."""
+    config = make_config(**overrides)
+    path = Path(config.output.dir).parent / "c.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = config.model_copy(update={"output": config.output.model_copy(update={"dir": None}), "engine": "ray"})
+    path.write_text(config.to_yaml())
+    return ["--config", str(path)]
+
+
+# --- which trials -------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_every_combination_with_every_seed():
+    sweep = Sweep(
+        space={"entry": tune.grid_search(["fedex", "lora-sb+fed-sb@4"]), "federation.lr": tune.grid_search([0.1, 1e-3]), "privacy.epsilon": tune.grid_search([None, 3.0])},
+        seeds=(0, 7),
+    )
+    trials, left_out = trials_of(sweep, ["--adapter.alpha", "4"], 1)
+    assert not left_out and len(trials) == 16 == len({t.name for t in trials})
+    told = {(t.config.method.name, t.config.adapter.kind, t.config.federation.lr, t.config.privacy.epsilon, t.config.seed) for t in trials}
+    assert told == set(itertools.product(["fedex"], ["lora"], [0.1, 1e-3], [None, 3.0], [0, 7])) | set(
+        itertools.product(["fed-sb"], ["lora-sb"], [0.1, 1e-3], [None, 3.0], [0, 7])
+    )
+    assert all(t.config.adapter.alpha == 4 and "/" not in t.name for t in trials)
+    assert {t.config.adapter.rank for t in trials if t.config.method.name == "fed-sb"} == {4}
+
+
+def test_random_draws_are_the_same_every_time_and_equal_runs_are_made_once():
+    sweep = Sweep(space={"federation.lr": tune.loguniform(1e-4, 1e-1), "adapter.rank": tune.choice([2, 4])}, search="random", samples=9)
+    first, again = (trials_of(sweep, [], 9)[0] for _ in range(2))
+    assert [t.values for t in first] == [t.values for t in again] and len(first) == 9
+    assert all(1e-4 <= t.config.federation.lr <= 1e-1 for t in first)
+    few = Sweep(space={"adapter.rank": tune.choice([2, 4])}, search="random", samples=20)
+    assert sorted(t.config.adapter.rank for t in trials_of(few, [], 20)[0]) == [2, 4]
+
+
+def test_pairs_that_no_method_admits_are_left_out_with_the_reason():
+    sweep = Sweep(space={"method.name": tune.grid_search(["fedex", "fed-sb"]), "adapter.kind": tune.grid_search(["lora", "lora-sb"])})
+    trials, left_out = trials_of(sweep, [], 1)
+    assert {(t.config.method.name, t.config.adapter.kind) for t in trials} == {("fedex", "lora"), ("fed-sb", "lora-sb")}
+    assert [line.split(": ")[0] for line in left_out] == ["fedex,kind=lora-sb", "fed-sb,kind=lora"]
+
+
+@pytest.mark.parametrize("path", sorted(SPACES.glob("*.py")), ids=lambda p: p.stem)
+def test_every_space_that_ships_gives_configs_that_are_sound(path, tiny):
+    sweep = load_space(str(path))
+    flags = [w for k, v in keys_of(sweep.base).items() for w in (f"--{k}", str(v))]
+    if path.stem == "heterogeneity":
+        flags += ["--model.path", str(tiny / "bert"), "--model.task", "classification", "--data.source", str(tiny / "classes.csv")]
+    if sweep.search == "optuna":
+        from fedray.sweep import corners
+
+        assert len(corners(sweep, flags)) == 32
+        return
+    trials, left_out = trials_of(sweep, flags, sweep.samples)
+    assert not left_out and len(trials) >= 8 and len({t.name for t in trials}) == len(trials)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("SWEEP = 3", "holds no SWEEP"),
+        ("SWEEP = Sweep(space={})", "space is empty"),
+        ("SWEEP = Sweep(space={'adapter.rnk': tune.grid_search([1])})", "did you mean adapter.rank"),
+        ("SWEEP = Sweep(space={'adapter.rank': tune.grid_search([0])})", "adapter.rank"),
+        ("SWEEP = Sweep(space={'adapter.rank': tune.choice([1])})", "draws its values"),
+        ("SWEEP = Sweep(space={'adapter.rank': tune.grid_search([1])}, search='grit')", "choose grid, random, optuna"),
+        ("SWEEP = Sweep(space={'adapter.rank': tune.grid_search([1])}, stop='hyperband')", "choose asha, median, none"),
+        ("SWEEP = Sweep(space={'adapter.rank': tune.grid_search([1])}, search='optuna')", "give tune.choice"),
+        ("SWEEP = Sweep(space={'adapter.rank': tune.grid_search([1])}, seeds=(1, 1))", "different numbers"),
+        ("SWEEP = Sweep(space={'adapter.rank': tune.grid_search([1])}, seed=1)", "cannot be read: TypeError"),
+        ("SWEEP = Sweep(space={'entry': tune.grid_search(['fed-avg'])})", "is not known"),
+        ("SWEEP = Sweep(space={'entry': tune.grid_search(['fedex@4']), 'adapter.rank': tune.grid_search([1])})", "leave one of them out"),
+        ("SWEEP = Sweep(space={'seed': tune.grid_search([1])})", "the space may not set seed"),
+        ("SWEEP = Sweep(space={'output.dir': tune.grid_search(['x'])})", "the space may not set output.dir"),
+        ("SWEEP = Sweep(space={'method.name': tune.grid_search(['fed-sb']), 'adapter.kind': tune.grid_search(['lora'])})", "no trial is left"),
+        ("SWEEP = Sweep(space={'model.task': tune.grid_search(['causal-lm', 'classification'])}, base={'model.path': 'x'})", "give data.source"),
+        ("SWEEP = Sweep(space={'adapter.rank': tune.choice([1])}, search='random', stop='asha', random_stopping='poisson')", "stop='none'"),
+        ("SWEEP = Sweep(space={'adapter.rank': tune.choice([1])}, search='optuna', seeds=(0, 1), stop='asha')", "optuna learns from the mean"),
+        ("SWEEP = Sweep(space={'adapter.rank': tune.grid_search([1])}, base={'privacy.unit': 'client', 'privacy.sweep_epsilon': 3})", "privacy.unit"),
+        ("import nowhere", "ModuleNotFoundError"),
+        ("SWEEP = (", "SyntaxError"),
+    ],
+)
+def test_bad_spaces_are_refused_in_one_sentence(text, words, tmp_path, capsys, ray_session):
+    assert main(["sweep", "--space", space_file(tmp_path, text), "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert words in told.replace("\n", " ") and told.count("fedray: ") == 1 and "Traceback" not in told
+    assert not (tmp_path / "out" / "trials").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "needs --space"), (["--space"], "--space needs a value"), (["--space", "none.py"], "does not exist"),
+        (["--space", str(SPACES / "smoke.py"), "--seed", "3"], "--seed is set by the sweep"), (["--space", str(SPACES / "smoke.py"), "--seeds", "a"], "whole numbers"),
+        (["--space", str(SPACES / "smoke.py"), "--track", "mlfow"], "choose mlflow, wandb"), (["--space", str(SPACES / "smoke.py"), "--adapter.rnk", "3"], "unknown key"),
+        (["--space", str(SPACES / "smoke.py"), "--resume", "--out", "/tmp/nothing-is-here"], "holds no sweep"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_sentence(flags, words, capsys):
+    assert main(["sweep", *flags]) == 2
+    told = capsys.readouterr().err
+    assert words in told.replace("\n", " ") and "Traceback" not in told
+
+
+def test_a_key_on_the_command_line_fixes_it():
+    asked = read_sweep(["--space", str(SPACES / "smoke.py"), "--adapter.rank", "4", "--seeds", "1,2"])
+    assert "adapter.rank" not in asked.sweep.space and asked.notes and asked.base["adapter"]["rank"] == 4 and asked.sweep.seeds == (1, 2)
+
+
+# --- resources ----------------------------------------------------------------------------------------------------
+
+
+def test_what_can_never_be_placed_is_refused_with_the_arithmetic():
+    two = bundles(read_config(["--worker.gpus", "1", "--federation.clients", "2"]), 2, 3)
+    four = bundles(read_config(["--worker.gpus", "1", "--federation.clients", "4"]), 4, 3)
+    assert (two.workers, four.workers) == (2, 4)
+    one_node = [{"CPU": 8.0, "GPU": 3.0}]
+    check_placeable("a", two, one_node)
+    with pytest.raises(ConfigError, match="4 workers of 1 CPU and 1 GPU = 4 CPUs and 4 GPUs, but the cluster has 8 CPUs, 3 GPUs: lower worker.count"):
+        check_placeable("a", four, one_node)
+    # Enough together is not enough: no node has two GPUs free for one worker.
+    wide = bundles(read_config(["--worker.gpus", "2", "--worker.count", "1"]), 2, 3)
+    with pytest.raises(ConfigError, match="on 3 nodes, where 0 such workers fit"):
+        check_placeable("a", wide, [{"CPU": 4.0, "GPU": 1.0}] * 3)
+    check_placeable("a", four, [{"CPU": 2.0, "GPU": 2.0}] * 2)
+    half = bundles(read_config(["--worker.gpus", "0.5", "--worker.count", "6"]), 2, 3)
+    check_placeable("a", half, one_node)
+    inline = bundles(read_config(["--engine", "inline", "--worker.cpus", "9"]), 2, 0)
+    assert inline.workers == 0
+    with pytest.raises(ConfigError, match="asks for 9 CPUs, but the cluster has 8 CPUs"):
+        check_placeable("a", inline, one_node)
+
+
+# --- what the trials tell together ----------------------------------------------------------------------------------
+
+
+def accounted(releases) -> dp_event.DpEvent:
+    return dp_event.ComposedDpEvent([
+        dp_event.SelfComposedDpEvent(dp_event.PoissonSampledDpEvent(r.rate, dp_event.GaussianDpEvent(r.noise)), r.steps) for r in releases
+    ])
+
+
+def test_the_sum_of_all_trials_is_what_an_independent_accountant_says():
+    draw = random.Random(3)
+    for _ in range(4):
+        runs = [
+            {c: [Release("count", 20.0), Release("training", draw.choice([0.9, 1.3, 2.0]), draw.choice([0.004, 0.02]), draw.choice([40, 150]))] for c in "ab"}
+            for _ in range(8)
+        ]
+        told = composed(runs, 1e-5, same_split=True)
+        for client in "ab":
+            accountant = pld.PLDAccountant()
+            accountant.compose(accounted([r for run in runs for r in run[client]]))
+            assert told[client] == pytest.approx(accountant.get_epsilon(1e-5), rel=0.02)
+        # Where an example may be another client's in each run, it is the worse of both in each.
+        anywhere = composed(runs, 1e-5, same_split=False)["(any client)"]
+        assert anywhere >= max(told.values()) - 1e-6
+        for pick in itertools.islice(itertools.product("ab", repeat=8), 0, 256, 51):
+            assert anywhere >= epsilon([r for run, c in zip(runs, pick, strict=True) for r in run[c]], 1e-5) - 1e-6
+    assert composed([{"a": [Release("training", 1.0)]}, {"a": [Release("a run without privacy", 0.0)]}], 1e-5, True)["a"] == math.inf
+
+
+def test_dominating_releases_are_at_least_as_telling_as_any_clients():
+    a = [Release("training", 1.0, 0.01, 10), Release("training", 2.0, 0.02, 5), Release("count", 20.0)]
+    b = [Release("training", 3.0, 0.5, 2)]
+    assert dominating([a, b]) == [Release("training", 1.0, 0.5, 15), Release("count", 20.0)]
+    assert epsilon(dominating([a, b]), 1e-5) >= max(epsilon(a, 1e-5), epsilon(b, 1e-5))
+
+
+@pytest.mark.parametrize("noise, rate, steps, mean", [(1.0, 0.01, 500, 10.0), (2.0, 0.05, 300, 30.0), (0.8, 0.004, 1000, 5.0)])
+def test_the_best_alone_is_what_dp_accounting_says_of_repeat_and_select(noise, rate, steps, mean):
+    releases = [Release("count", 20.0), Release("training", noise, rate, steps)]
+    for stopping, shape in (("geometric", 1.0), ("poisson", math.inf)):
+        accountant = rdp.RdpAccountant(orders=ORDERS)
+        accountant.compose(dp_event.RepeatAndSelectDpEvent(accounted(releases), mean, shape))
+        assert best_alone(releases, 1e-5, stopping, mean) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-6)
+        assert best_alone(releases, 1e-5, stopping, mean) > epsilon(releases, 1e-5)
+    assert best_alone([Release("training", 0.0)], 1e-5, "geometric", 3) == math.inf
+    with pytest.raises(ValueError, match="drawn from geometric or poisson"):
+        best_alone(releases, 1e-5, "uniform", 3)
+
+
+def test_the_number_of_draws_has_the_distribution_that_the_theorem_asks_for():
+    key = Key(b"k" * 32)
+    for stopping, mean, variance in (("geometric", 4.0, 12.0), ("poisson", 4.0, 4.0)):
+        drawn = pd.Series([draw_runs(stopping, mean, key.stream(stopping, i)) for i in range(20000)])
+        assert drawn.mean() == pytest.approx(mean, abs=5 * math.sqrt(variance / 20000)) and drawn.var() == pytest.approx(variance, rel=0.1)
+        assert drawn.min() == (1 if stopping == "geometric" else 0)
+    assert draw_runs("geometric", 1, key.stream("x")) == 1
+
+
+def test_a_sweep_that_would_overspend_is_refused_before_it_starts(make_config, tmp_path, capsys, ray_session):
+    flags = tiny_flags(make_config, method={"name": "ffa"}, privacy={"epsilon": 2.0, "sweep_epsilon": 3.0})
+    space = space_file(tmp_path, "SWEEP = Sweep(space={'federation.lr': tune.grid_search([1e-2, 2e-2, 3e-2])})")
+    assert main(["sweep", "--space", space, "--out", str(tmp_path / "out"), *flags]) == 2
+    assert "3 trials together would spend epsilon" in capsys.readouterr().err and not (tmp_path / "out" / "trials").exists()
+    bare = space_file(tmp_path, "SWEEP = Sweep(space={'privacy.epsilon': tune.grid_search([None, 1.0])})")
+    assert main(["sweep", "--space", bare, "--out", str(tmp_path / "out"), *flags]) == 2
+    assert "has no privacy.epsilon" in capsys.readouterr().err
+    assert main(["run", *flags, "--privacy.epsilon", "4"]) == 2 and "above privacy.sweep_epsilon" in capsys.readouterr().err
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12), st.booleans())
+def test_the_pareto_front_is_what_nothing_beats(pairs, maximise):
+    points = pd.DataFrame(pairs, columns=["mean", "bytes"])
+    sign = 1 if maximise else -1
+    for i, there in enumerate(pareto(points, "bytes", maximise)):
+        v, c = sign * pairs[i][0], pairs[i][1]
+        assert there == (not any((sign * w > v and b <= c) or (sign * w >= v and b < c) for w, b in pairs))
+
+
+def test_effects_give_all_variance_to_the_knob_that_has_it():
+    rows = [{"lr": lr, "rank": rank, "mean": 3.0 * lr + 0.0 * rank} for lr in (1, 2, 3) for rank in (4, 8)]
+    found = effects(pd.DataFrame(rows), ["rank", "lr"]).drop_duplicates("knob").set_index("knob")["variance_share"]
+    assert found["lr"] == pytest.approx(1.0) and found["rank"] == pytest.approx(0.0) and list(found.index) == ["lr", "rank"]
+    both = pd.DataFrame([{"a": a, "b": b, "mean": 2.0 * a + 1.0 * b} for a in (0, 1) for b in (0, 1)])
+    shares = effects(both, ["a", "b"]).drop_duplicates("knob").set_index("knob")["variance_share"]
+    assert shares["a"] == pytest.approx(0.8) and shares["b"] == pytest.approx(0.2)
+
+
+# --- whole sweeps -------------------------------------------------------------------------------------------------
+
+
+def actors(kind: str = "") -> list[dict]:
+    """Actors that live, with `pid`; of one class."""
+    told = ray._private.state.actors().values()
+    return [a for a in told if a["State"] != "DEAD" and kind in a.get("ActorClassName", "")]
+
+
+def groups() -> list[str]:
+    return [g["state"] for g in placement_group_table().values() if g["state"] != "REMOVED"]
+
+
+def lines(out: Path) -> dict[str, list[str]]:
+    """Every trial's finished rounds, clock and all: a round that is done again has other seconds."""
+    return {p.parent.name: p.read_text().splitlines() for p in (out / "trials").glob("*/rounds.jsonl")}
+
+
+def kept(before: dict[str, list[str]], after: dict[str, list[str]]) -> bool:
+    return all(after[name][: len(old)] == old for name, old in before.items())
+
+
+FOUR = "SWEEP = Sweep(space={'entry': tune.grid_search(['fedex', 'ffa']), 'federation.lr': tune.grid_search([1e-2, 1e-9])}, base={'worker.count': 1}, %s)"
+
+
+def test_a_whole_sweep_leaves_tables_pictures_and_a_config_that_gives_the_same_again(make_config, tmp_path, ray_session, capsys):
+    flags = tiny_flags(make_config, privacy={"noise": 0.3, "key_dir": str(tmp_path / "keys")}) + ["--engine", "inline"]
+    out = tmp_path / "out"
+    before = {a["ActorID"] for a in actors()}
+    # One at a time, so that the rates that learn nothing come to rungs where others have been.
+    space = space_file(tmp_path, FOUR % "stop='asha', grace=1, reduction=2, max_concurrent=1")
+    assert main(["sweep", "--space", space, "--out", str(out), *flags]) == 0
+    told = capsys.readouterr().out
+    table = pd.read_csv(out / "trials.csv")
+    assert len(table) == 4 and set(table["status"]) == {"finished", "stopped"} and (table["federation.lr"] > 0).all()
+    assert pd.read_parquet(out / "trials.parquet")["trial"].tolist() == table["trial"].tolist()
+    assert all((table.loc[table["status"] == "stopped", "rounds"] < 3)) and (table.loc[table["status"] == "finished", "rounds"] == 3).all()
+    summary = json.loads((out / "summary.json").read_text())
+    done = table[table["status"] == "finished"]
+    assert summary["best"]["final"] == done["objective"].min() == summary["best"]["mean"] and summary["trials"] == table["status"].value_counts().to_dict()
+    # Fixed keys: the same noise, so the same bits; and they void the guarantee, which is said.
+    config = read_config(["--config", str(out / "best.yaml"), "--output.dir", str(tmp_path / "again")])
+    assert execute(prepare(config))["final"] == summary["best"]["final"]
+    assert summary["privacy"]["void"] and "none, since the noise keys were fixed for a test" in told
+    for name in ("points.csv", "effects.csv", "pareto_bytes.png", "pareto_epsilon.png", "effects.png"):
+        assert (out / name).stat().st_size > 0
+    assert len(list((out / "tune").glob("*/events.out.tfevents.*"))) == 4
+    assert {a["ActorID"] for a in actors()} <= before and not groups()
+    assert main(["sweep", "--space", space, "--out", str(out), *flags]) == 2 and "holds another sweep" in capsys.readouterr().err
+    files = {p: p.stat().st_mtime_ns for p in (out / "trials").glob("*/*")}
+    assert main(["report", str(out)]) == 0 and summary == json.loads((out / "summary.json").read_text())
+    assert files == {p: p.stat().st_mtime_ns for p in (out / "trials").glob("*/*")}
+
+
+def test_what_all_trials_have_told_is_reported_from_their_ledgers(make_config, tmp_path, ray_session, capsys):
+    flags = tiny_flags(make_config, method={"name": "ffa"}, privacy={"epsilon": 2.0, "sweep_epsilon": 9.0}, engine="inline")
+    out = tmp_path / "out"
+    space = space_file(tmp_path, "SWEEP = Sweep(space={'federation.lr': tune.grid_search([1e-2, 3e-2])}, base={'engine': 'inline', 'federation.rounds': 2})")
+    assert main(["sweep", "--space", space, "--out", str(out), *flags]) == 0
+    books = [Ledger.load(p) for p in (out / "trials").glob("*/checkpoint/ledger.json")]
+    privacy = json.loads((out / "summary.json").read_text())["privacy"]
+    assert len(books) == 2 == privacy["trials"]
+    for client in ("client-0", "client-1", "client-2"):
+        accountant = pld.PLDAccountant()
+        accountant.compose(accounted([e.release for b in books for e in b.entries[client]]))
+        assert privacy["composed"][client] == pytest.approx(accountant.get_epsilon(privacy["delta"]), rel=0.02)
+    assert 2.0 < max(privacy["composed"].values()) <= 4.0
+    assert "privacy: none, since the noise keys were fixed for a test" in capsys.readouterr().out
+    assert f"the 2 trials together have spent epsilon {max(privacy['composed'].values()):.4g} at delta" in sweep_privacy(privacy | {"void": False})
+    assert "nothing bounds what the sweep as a whole has told" in sweep_privacy(privacy | {"void": False, "without_privacy": 1})
+
+
+GPU = """
+import sys, time, threading
+import ray
+from fedray.cli import main
+ray.init(address="local", num_cpus=6, num_gpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+most = [0]
+def watch():
+    while True:
+        held = 3 - ray.available_resources().get("GPU", 0)
+        most[0] = max(most[0], held)
+        time.sleep(0.05)
+threading.Thread(target=watch, daemon=True).start()
+rc = main(sys.argv[1:])
+time.sleep(1)
+left = [a for a in ray._private.state.actors().values() if a["State"] != "DEAD"]
+groups = [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
+print("RC", rc, "MOST", most[0], "LEFT", len(left), len(groups), flush=True)
+ray.shutdown()
+"""
+
+
+def test_trials_on_logical_gpus_run_one_at_a_time_and_one_that_never_fits_is_refused(make_config, tmp_path):
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(SPACES.parent)}
+    flags = tiny_flags(make_config, worker={"cpus": 1, "gpus": 1.0}, federation={"rounds": 1, "local_steps": 1, "batch_size": 4})
+    space = space_file(tmp_path, "SWEEP = Sweep(space={'federation.lr': tune.grid_search([1e-2, 2e-2])})")
+
+    def sweep(clients: int, out: str):
+        command = [sys.executable, "-W", "ignore", "-c", GPU, "sweep", "--space", space, "--out", str(tmp_path / out), *flags, "--federation.clients", str(clients)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=250, check=False)
+
+    two = sweep(2, "two")
+    assert "RC 0 MOST 2.0 LEFT 0 0" in two.stdout, two.stdout + two.stderr  # never both: 4 of 3 GPUs
+    assert (pd.read_csv(tmp_path / "two" / "trials.csv")["status"] == "finished").all()
+    four = sweep(4, "four")
+    assert "RC 2" in four.stdout and "4 workers of 1 CPU and 1 GPU = 4 CPUs and 4 GPUs, but the cluster has 6 CPUs, 3 GPUs" in four.stderr
+    assert not (tmp_path / "four").exists()
+
+
+def killer(kind: str, when, seen: list):
+    """A thread that kills one actor's process, by SIGKILL, when `when()` says so."""
+
+    def work():
+        end = time.monotonic() + 200
+        while time.monotonic() < end:
+            if when():
+                found = [a for a in actors(kind) if a["State"] == "ALIVE" and a["Pid"]]
+                if found:
+                    seen.append(found[0]["Pid"])
+                    os.kill(found[0]["Pid"], signal.SIGKILL)
+                    return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["WorkerActor", "CoordinatorActor", "run_listed"])
+def test_a_process_of_a_trial_that_dies_costs_no_finished_round(kind, make_config, tmp_path, ray_session):
+    flags = tiny_flags(make_config, federation={"clients": 3, "rounds": 6, "local_steps": 6, "batch_size": 4, "lr": 0.01})
+    space = space_file(tmp_path, "SWEEP = Sweep(space={'entry': tune.grid_search(['fedex', 'ffa'])}, base={'worker.count': 1}, max_concurrent=1)")
+    outs, seen, snapshot = [tmp_path / "calm", tmp_path / "killed"], [], {}
+    assert main(["sweep", "--space", space, "--out", str(outs[0]), *flags]) == 0
+
+    def two_rounds() -> bool:
+        snapshot.update(lines(outs[1]) if (outs[1] / "trials").exists() else {})
+        return any(len(v) >= 2 for v in snapshot.values())
+
+    thread = killer(kind, two_rounds, seen)
+    assert main(["sweep", "--space", space, "--out", str(outs[1]), *flags]) == 0
+    thread.join(1)
+    assert seen, "nothing was killed"
+    assert kept(snapshot, lines(outs[1]))
+    calm, killed = (pd.read_csv(out / "trials.csv") for out in outs)
+    assert killed["objective"].tolist() == calm["objective"].tolist() and (killed["status"] == "finished").all()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_goes_on_without_losing_a_trial_or_a_round(make_config, tmp_path):
+    flags = tiny_flags(make_config, federation={"clients": 3, "rounds": 5, "local_steps": 6, "batch_size": 4, "lr": 0.01})
+    space = space_file(tmp_path, "SWEEP = Sweep(space={'entry': tune.grid_search(['fedex', 'ffa', 'fedit'])}, base={'worker.count': 1}, max_concurrent=1)")
+    out = tmp_path / "out"
+    command = [sys.executable, "-W", "ignore", "-m", "fedray.cli", "sweep", "--space", space, "--out", str(out), *flags]
+    env = os.environ | {"PYTHONPATH": str(SPACES.parent)}
+    first = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 250
+    while time.monotonic() < end and not (
+        list((out / "trials").glob("*/summary.json")) and any(1 <= len(v) < 5 for v in lines(out).values())
+    ):
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    time.sleep(3)  # Ray's processes end when they miss their driver
+    before, finished = lines(out), {p: p.stat().st_mtime_ns for p in (out / "trials").glob("*/summary.json")}
+    assert finished and len(before) >= 2
+    done = subprocess.run([*command, "--resume"], env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert kept(before, lines(out)) and finished.items() <= {p: p.stat().st_mtime_ns for p in (out / "trials").glob("*/summary.json")}.items()
+    assert (pd.read_csv(out / "trials.csv")["status"] == "finished").all() and len(pd.read_csv(out / "trials.csv")) == 3
