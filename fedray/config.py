@@ -263,6 +263,8 @@ class WorkerSection(Section):
     """DeepSpeed, or the plain PyTorch loop that is its oracle."""
     zero_stage: int = Field(0, ge=0, le=3)
     """DeepSpeed ZeRO stage."""
+    cache: str | None = None
+    """Folder on each worker's machine where tokenised data are kept for other processes to map (default: nowhere; `fedray sweep`: a folder of its own)."""
 
 
 class PrivacySection(Section):

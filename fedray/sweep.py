@@ -7,11 +7,14 @@ exported or rerun alone.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import itertools
 import json
 import os
 import re
+import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -370,9 +373,16 @@ def placed(config: Config, clients: int, gpus_there: float, folder: Path) -> tup
     """The config with its workers and its run directory spelled out, so that the same run can be made again alone; and its bundles."""
     asked = bundles(config, clients, gpus_there)
     one = asked.each or asked.own
-    worker = config.worker.model_copy(update={"count": asked.workers or None, "cpus": int(one["CPU"]), "gpus": one.get("GPU", 0.0)})
+    cache = config.worker.cache or str(cache_folder(folder.parent.parent))
+    worker = config.worker.model_copy(update={"count": asked.workers or None, "cpus": int(one["CPU"]), "gpus": one.get("GPU", 0.0), "cache": cache})
     output = config.output.model_copy(update={"dir": str(folder), "resume": True})
     return config.model_copy(update={"worker": worker, "output": output}), asked
+
+
+def cache_folder(out: Path) -> Path:
+    """Where a sweep's trials share what they tokenised, on each machine by itself: the sweep removes it when it ends. The base weights need
+    no such place: they are mapped from the model's own files, so that trials on one machine share them through the page cache."""
+    return Path(tempfile.gettempdir()) / f"fedray-{os.getuid()}-{hashlib.sha256(str(out).encode()).hexdigest()[:12]}"
 
 
 def objective_of(sweep: Sweep, config: Config) -> tuple[str, str]:
@@ -569,7 +579,7 @@ def run_sweep(asked: Asked, view: Callable[[int, bool], tune.Callback], say: Cal
         say(f"{len(trials) if sweep.search != 'optuna' else sweep.samples * len(sweep.seeds)} trials, {goal} ({mode}), in {out}")
         count = len(sweep.seeds) * sweep.samples if sweep.search == "optuna" else len(trials)
         results = _tuner(asked, shared, trials, rounds, mode, view(count, mode == "max")).fit()
-        _forget_keys(out)
+        _clean_up(out)
     unfinished = [r for r in results if r.error is None and not (r.metrics or {}).get("done") and not _failed(out, r.config)]
     if unfinished:
         raise KeyboardInterrupt
@@ -719,20 +729,23 @@ def _trackers(asked: Asked) -> list[tune.Callback]:
     return found
 
 
-def _forget_keys(out: Path) -> None:
-    """Remove the noise keys of runs that a scheduler ended, on every machine: nobody is to take their noise away."""
-    wanted = []
+def _clean_up(out: Path) -> None:
+    """On every machine: remove what the trials shared, and the noise keys of runs that a scheduler ended, so that nobody takes their noise
+    away."""
+    keys = []
     for folder in (p for p in (out / "trials").iterdir() if p.is_dir()) if (out / "trials").is_dir() else []:
         ledger = Ledger.load(folder / "checkpoint" / "ledger.json")
         if ledger is not None and not (folder / "summary.json").exists():
-            wanted.append((read_run_config(folder).privacy.key_dir, ledger.run, list(ledger.plans)))
-    if wanted:
-        here = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
-        ray.get([_forget.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=True)).remote(wanted) for n in here])
+            keys.append((read_run_config(folder).privacy.key_dir, ledger.run, list(ledger.plans)))
+            if (folder / "checkpoint" / "keys").is_dir():
+                shutil.rmtree(folder / "checkpoint" / "keys")  # the coordinator's, with unit client
+    here = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
+    ray.get([_remove.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=True)).remote(cache_folder(out), keys) for n in here])
 
 
 @ray.remote(num_cpus=0)
-def _forget(wanted: list[tuple[str | None, str, list[str]]]) -> None:
-    for folder, run, clients in wanted:
+def _remove(cache: Path, keys: list[tuple[str | None, str, list[str]]]) -> None:
+    shutil.rmtree(cache, ignore_errors=True)
+    for folder, run, clients in keys:
         for client in clients:
             KeyStore(folder).forget(run, client)

@@ -168,3 +168,29 @@ def test_classification_metrics_against_hand_numbers(tmp_path):
     made = [{"group": None, "loss": 1.0, "guess": g, "label": y} for g, y in [(0, 0), (0, 1), (1, 1), (2, 2)]]
     metrics = kind.metrics(made)
     assert metrics["accuracy"] == 0.75 and metrics["loss"] == 1.0 and 0.7 < metrics["f1"] < 0.8 and 0.6 < metrics["mcc"] < 0.8
+
+
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+def test_packed_examples_are_the_same_and_a_kept_file_is_made_once(task, make_config, tmp_path, monkeypatch):
+    from fedray.data.encoded import Encoded, encode
+    from fedray.data.tasks import TASKS
+    from fedray.training.model import load_tokenizer
+
+    config = make_config(task=task, **({"data__column": "author"} if task == "causal-lm" else {}))
+    data = load_data(config)
+    tool = TASKS[task](config, data, load_tokenizer(config))
+    rows = data.train["client-1"]
+    wanted, calls = tool.encode(rows), []
+    monkeypatch.setattr(type(tool), "encode", lambda self, rows, real=type(tool).encode: calls.append(1) or real(self, rows))
+    for packed in (encode(tool, rows), encode(tool, rows, str(tmp_path / "c")), encode(tool, rows, str(tmp_path / "c"))):
+        assert list(packed) == wanted == [packed[i] for i in range(len(packed))] and packed[1:4] == wanted[1:4] and packed[-1] == wanted[-1]
+        assert list(packed.by_length()) == sorted(wanted, key=lambda e: len(e.input_ids))
+        assert packed.digest() == Encoded.of(wanted).digest() != Encoded.of(wanted[1:]).digest()
+    assert len(calls) == 2 and len(list((tmp_path / "c").iterdir())) == 1
+    assert (tmp_path / "c").stat().st_mode & 0o77 == 0 and next((tmp_path / "c").iterdir()).stat().st_mode & 0o77 == 0
+    # Whatever decides the examples has its own file.
+    encode(tool, rows.select(range(len(rows) - 1)), str(tmp_path / "c"))
+    other = make_config(task=task, data__max_length=32)
+    encode(TASKS[task](other, data, tool.tokenizer), rows, str(tmp_path / "c"))
+    assert len(calls) == 4 and len(list((tmp_path / "c").iterdir())) == 3
+    assert list(Encoded.of([])) == []

@@ -283,12 +283,15 @@ def groups() -> list[str]:
     return [g["state"] for g in placement_group_table().values() if g["state"] != "REMOVED"]
 
 
-def lines(out: Path) -> dict[str, list[str]]:
+def lines(out: Path) -> dict[str, list[dict]]:
     """Every trial's finished rounds, clock and all: a round that is done again has other seconds."""
-    return {p.parent.name: p.read_text().splitlines() for p in (out / "trials").glob("*/rounds.jsonl")}
+    found = {p.parent.name: [json.loads(line) for line in p.read_text().splitlines()] for p in (out / "trials").glob("*/rounds.jsonl")}
+    for record in itertools.chain(*found.values()):
+        record["seconds"].pop("checkpoint", None)  # known only after the record is in the checkpoint
+    return found
 
 
-def kept(before: dict[str, list[str]], after: dict[str, list[str]]) -> bool:
+def kept(before: dict[str, list[dict]], after: dict[str, list[dict]]) -> bool:
     return all(after[name][: len(old)] == old for name, old in before.items())
 
 

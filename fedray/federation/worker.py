@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import traceback
 from collections.abc import Callable
@@ -119,10 +118,7 @@ class Worker:
 
     def _fingerprint(self, client: str) -> bytes:
         if client not in self._fingerprints:
-            digest = hashlib.sha256()
-            for e in self.trainer.examples("train", client):
-                digest.update(repr((e.input_ids, e.labels)).encode())
-            self._fingerprints[client] = digest.digest()
+            self._fingerprints[client] = self.trainer.examples("train", client).digest()
         return self._fingerprints[client]
 
     def _failure(self, client: str, error: Exception) -> Failure:

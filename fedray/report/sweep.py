@@ -146,8 +146,9 @@ def best_of(points: pd.DataFrame, maximise: bool) -> pd.Series | None:
 
 
 def reproducible(config: Config) -> Config:
-    """The config of a trial as `fedray run --config` makes it again: without its run directory."""
-    return config.model_copy(update={"output": config.output.model_copy(update={"dir": None, "resume": False})})
+    """The config of a trial as `fedray run --config` makes it again: without its run directory and what the sweep shared."""
+    output = config.output.model_copy(update={"dir": None, "resume": False})
+    return config.model_copy(update={"output": output, "worker": config.worker.model_copy(update={"cache": None})})
 
 
 def write_sweep(out: Path) -> dict[str, Any]:

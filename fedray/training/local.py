@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedray import seeding
 from fedray.adapters import attach
 from fedray.adapters.base import Adapter, Layer
 from fedray.config import Config, FederationSection
+from fedray.data.encoded import Encoded, encode
 from fedray.data.partition import FederatedData, load_data, public_data
 from fedray.data.tasks import TASKS, Example, Task
 from fedray.methods import View
@@ -93,7 +95,7 @@ class LocalTrainer:
         self._base: attach.BaseWeights | None = None
         self._base_key: Any = None
         self._base_lost = 0.0
-        self._encoded: dict[tuple[str, str], list[Example]] = {}
+        self._encoded: dict[tuple[str, str], Encoded] = {}
 
     def describe(self) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:
         """What the coordinator must know of the model: the adapted layers, and the heads' initial values (fp32, CPU)."""
@@ -115,20 +117,20 @@ class LocalTrainer:
             examples = self.examples("train", client)
         else:
             if ("public", "") not in self._encoded:
-                self._encoded["public", ""] = self.task.encode(public_data(self.config, self.data))
+                self._encoded["public", ""] = encode(self.task, public_data(self.config, self.data), self.config.worker.cache)
             examples = self._encoded["public", ""]
         order = torch.randperm(len(examples), generator=seeding.generator(self.config.seed, "subspace", client or "public"))
         return [examples[i] for i in order[:count].tolist()]
 
-    def examples(self, part: str, client: str = "") -> list[Example]:
+    def examples(self, part: str, client: str = "") -> Encoded:
         """Encoded examples of `train` or `held-out` (a client's) or `test` (the coordinator's); encoded once a worker."""
         if (part, client) not in self._encoded:
             dataset = {"train": self.data.train, "held-out": self.data.held_out}.get(part, {}).get(client, self.data.test)
-            encoded = self.task.encode(dataset)
+            encoded = encode(self.task, dataset, self.config.worker.cache)
             if not encoded:
                 raise ValueError(f"{f'client {client!r}: ' if client and part != 'train' else ''}its {part} data holds no text of at least two tokens")
             if part != "train":  # similar lengths together: less padding, and a fixed order
-                encoded = sorted(encoded, key=lambda e: len(e.input_ids))
+                encoded = encoded.by_length()
             self._encoded[part, client] = encoded
         return self._encoded[part, client]
 
@@ -160,7 +162,7 @@ class LocalTrainer:
         loss = math.fsum(losses) / len(losses)
         return LocalResult(engine.read(), len(examples), loss, kept_of(), self._base_lost, time.monotonic() - started)
 
-    def _private_steps(self, config: FederationSection, examples: list[Example], round: int, private: Private) -> None:
+    def _private_steps(self, config: FederationSection, examples: Sequence[Example], round: int, private: Private) -> None:
         size = config.batch_size // config.accumulate  # the most samples whose gradients are in memory at once
         for step in range(config.local_steps):
             picked = private.key.stream("sample", *private.purpose, step).sample(len(examples), private.rate)
