@@ -180,8 +180,8 @@ def test_packed_examples_are_the_same_and_a_kept_file_is_made_once(task, make_co
     data = load_data(config)
     tool = TASKS[task](config, data, load_tokenizer(config))
     rows = data.train["client-1"]
-    wanted, calls = tool.encode(rows), []
-    monkeypatch.setattr(type(tool), "encode", lambda self, rows, real=type(tool).encode: calls.append(1) or real(self, rows))
+    wanted, calls, real = tool.encode(rows), [], type(tool).encode
+    monkeypatch.setattr(type(tool), "encode", lambda self, rows: calls.append(1) or real(self, rows))
     for packed in (encode(tool, rows), encode(tool, rows, str(tmp_path / "c")), encode(tool, rows, str(tmp_path / "c"))):
         assert list(packed) == wanted == [packed[i] for i in range(len(packed))] and packed[1:4] == wanted[1:4] and packed[-1] == wanted[-1]
         assert list(packed.by_length()) == sorted(wanted, key=lambda e: len(e.input_ids))
