@@ -22,6 +22,7 @@ from fedray.privacy import secure_sum
 from fedray.privacy.accountant import epsilon
 from fedray.privacy.keys import TEST_KEY
 from fedray.privacy.ledger import EVERYONE, Ledger
+from fedray.privacy.plan import calibrate
 from fedray.training.local import LocalTrainer
 
 CLIENTS = ("client-0", "client-1", "client-2")
@@ -380,8 +381,44 @@ def test_a_client_does_not_follow_orders_that_its_own_config_does_not_allow(make
 
         with monkeypatch.context() as patch:
             patch.setattr(Guard, "orders", generous)
-            with pytest.raises(RoundError, match="the coordinator ordered .* it trains nothing"):
+            with pytest.raises(RoundError, match="the coordinator ordered .* it sends nothing"):
                 run(make_config(method__name="ffa", privacy={"epsilon": 3.0, "count_noise": 2.0}))
+    subspace = {"method__name": "fed-sb", "adapter": {"kind": "lora-sb", "rank": 2, "subspace": "private"}}
+    for privacy, change in (({"epsilon": 3.0}, {"noise": 0.5}), ({"noise": 1.0}, {"noise": 0.5}), ({"epsilon": 3.0}, {"clip": 2.0}), ({"epsilon": 3.0}, {"rate": 1.1})):
+        def generous_start(self, real=Guard.subspace_orders, change=change):
+            return {c: dataclasses.replace(o, **change) for c, o in real(self).items()}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Guard, "subspace_orders", generous_start)
+            with pytest.raises(ClientError, match="the coordinator ordered .* it sends nothing"):
+                run(make_config(**subspace, privacy=privacy | {"count_noise": 2.0}))
+
+    # Noise that would be enough if the bases had cost nothing is not enough after them.
+    def as_if_free(self, round, message, clients, real=Guard.orders):
+        orders, refused = real(self, round, message, clients)
+        plan = self.ledger.plans["client-0"]
+        noise = calibrate(plan.rate, plan.steps, plan.delta, plan.budget, [r for r in plan.before if r.what == "count"])
+        assert noise < plan.noise
+        return {c: dataclasses.replace(o, noise=noise) for c, o in orders.items()}, refused
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Guard, "orders", as_if_free)
+        with pytest.raises(RoundError, match="the coordinator ordered noise with which the run would spend epsilon .* of 3: it sends nothing"):
+            run(make_config(**subspace, privacy={"epsilon": 3.0, "count_noise": 2.0, "subspace_fraction": 0.5}))
+
+
+def test_a_client_answers_no_question_that_a_private_run_does_not_have(make_config):
+    from fedray.federation.messages import Question
+    from fedray.federation.worker import Worker
+
+    for private, adapter in (({"noise": 1.0}, {"kind": "lora-sb", "rank": 2}), ({"noise": 1.0, "unit": "client", "delta": 0.1}, {"kind": "lora-sb", "rank": 2})):
+        worker = Worker(make_config(method__name="fed-sb", adapter=adapter, privacy=private), "cpu", 1)
+        for ask in (Ask.DENSE, Ask.RANGE, Ask.ROWS):
+            packet, _, failure = worker.ask("client-0", Question(ask, layers=tuple(x.name for x in worker.trainer.layers)), None)
+            assert packet is None and "which this run keeps private: it sends nothing" in failure.cause
+        for part in ("train", "held-out"):
+            with pytest.raises(PrivacyError, match=f"metrics of {part} examples"):
+                worker.evaluate(part, "client-0", (0, 1), None, None, None)
 
 
 def test_a_key_lost_during_the_start_is_charged_anew_when_the_run_goes_on(make_config, monkeypatch):

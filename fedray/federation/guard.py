@@ -60,15 +60,25 @@ def _example_plans(config: Config, counts: Mapping[str, float]) -> dict[str, Pri
         before = [Release("count", privacy.count_noise or COUNT_NOISE)]
         if config.adapter.subspace == "private":
             rate = subspace_rate(config, count)
-            share = (privacy.subspace_fraction or SUBSPACE_FRACTION) * privacy.epsilon if privacy.epsilon else None
-            noise = calibrate(rate, SUBSPACE_RELEASES, delta, share) if share else privacy.noise
-            before.append(Release("subspace", noise, rate, SUBSPACE_RELEASES))
+            before.append(_subspace_release(config, rate, delta))
         rate = round_up(section.batch_size / count)
         steps = rounds * section.local_steps
         noise = privacy.noise if privacy.noise is not None else calibrate(rate, steps, delta, privacy.epsilon, before)
         plans[client] = PrivacyPlan("example", rate, rate * count, privacy.clip or CLIP, noise, steps, delta, privacy.epsilon, tuple(before))
         _check_first_round(plans[client], section.local_steps, f"client '{client}'")
     return plans
+
+
+def _subspace_release(config: Config, rate: float, delta: float) -> Release:
+    share = _subspace_share(config)
+    noise = calibrate(rate, SUBSPACE_RELEASES, delta, share) if share else config.privacy.noise
+    return Release("subspace", noise, rate, SUBSPACE_RELEASES)
+
+
+def _subspace_share(config: Config) -> float | None:
+    """The epsilon that a private subspace may spend; None where only the noise is given."""
+    privacy = config.privacy
+    return (privacy.subspace_fraction or SUBSPACE_FRACTION) * privacy.epsilon if privacy.epsilon else None
 
 
 def _check_first_round(plan: PrivacyPlan, steps: int, who: str) -> None:
@@ -94,24 +104,36 @@ def _client_plan(config: Config, counts: Mapping[str, float]) -> dict[str, Priva
     return {EVERYONE: plan}
 
 
-def check_orders(config: Config, client: str, count: int, orders: Orders) -> None:
-    """A client's own look at what it is ordered to do: with its own config and its true count, the whole run must stay within the
-    budget. Raises PrivacyError; nothing is trained then.
+def check_orders(config: Config, client: str, count: int, orders: Orders, subspace: bool = False) -> None:
+    """A client's own look at what it is ordered to do, in a round or (`subspace`) for its sketches: with its own config and its true count,
+    the whole run must stay within the budget. Raises PrivacyError; nothing is computed then.
 
     The count that the coordinator plans with is noised, maybe under a key that was lost since: it is taken to be within nine standard deviations.
     """
     privacy, section = config.privacy, config.client(client)
-    least = max(float(section.batch_size), count - 9 * (privacy.count_noise or COUNT_NOISE))
-    training = Release("training", orders.noise, orders.rate, config.federation.rounds * section.local_steps)
-    if orders.clip != (privacy.clip or CLIP) or (privacy.noise is not None and orders.noise != privacy.noise):
-        raise PrivacyError("the coordinator ordered another clip or noise than the client's own config has: it trains nothing")
-    if orders.rate > round_up(section.batch_size / least):
-        raise PrivacyError("the coordinator ordered a higher sampling rate than the client's own count gives: it trains nothing")
+    count_noise = privacy.count_noise or COUNT_NOISE
+    least = max(float(section.batch_size), count - 9 * count_noise)
     delta = privacy.delta if privacy.delta is not None else default_delta(least)
-    if privacy.epsilon is not None and privacy.noise is None:
-        spent = epsilon([Release("count", privacy.count_noise or COUNT_NOISE), training], delta)
-        if spent > privacy.epsilon:
-            raise PrivacyError(f"the coordinator ordered noise with which the run would spend epsilon {spent:.3g} of {privacy.epsilon:g}: it trains nothing")
+    most = subspace_rate(config, least) if subspace else round_up(section.batch_size / least)
+    clip = 1.0 if subspace else privacy.clip or CLIP
+    # With both given, epsilon shares out what the subspace may spend, and the noise is of training alone.
+    wanted = privacy.noise if not (subspace and privacy.epsilon is not None) else None
+    if orders.clip != clip or (wanted is not None and orders.noise != wanted):
+        raise PrivacyError("the coordinator ordered another clip or noise than the client's own config has: it sends nothing")
+    if orders.rate > most:
+        raise PrivacyError("the coordinator ordered a higher sampling rate than the client's own count gives: it sends nothing")
+    if privacy.epsilon is None or wanted is not None:
+        return
+    if subspace:
+        spent, budget = epsilon([Release("subspace", orders.noise, orders.rate, SUBSPACE_RELEASES)], delta), _subspace_share(config)
+    else:
+        before = [Release("count", count_noise)]
+        if config.adapter.subspace == "private":  # at the rate of the count that these orders were made from
+            before.append(_subspace_release(config, subspace_rate(config, max(least, orders.expected / orders.rate)), delta))
+        steps = config.federation.rounds * section.local_steps
+        spent, budget = epsilon([*before, Release("training", orders.noise, orders.rate, steps)], delta), privacy.epsilon
+    if spent > budget:
+        raise PrivacyError(f"the coordinator ordered noise with which the run would spend epsilon {spent:.3g} of {budget:g}: it sends nothing")
 
 
 class Guard:

@@ -149,6 +149,8 @@ class Worker:
 
     def _answer(self, client: str, question: Question, kept: Packet | None, key: Key | None) -> dict[str, Tensor]:
         orders = question.orders.get(client)
+        if self.private and client != PUBLIC:
+            self._check_ask(question.ask)
         if question.ask is Ask.COUNT:
             noise = key.stream("count").normals(1).item() * (self.trainer.config.privacy.count_noise or COUNT_NOISE)
             return {"count": torch.tensor([len(self.trainer.examples("train", client)) + noise]).round()}
@@ -167,6 +169,7 @@ class Worker:
         if self.private and client != PUBLIC:
             purpose = ("subspace", question.ask.name, question.packet.digest if question.packet is not None else "")
             every = self.trainer.examples("train", client)
+            check_orders(self.trainer.config, client, len(every), orders, subspace=True)
             examples = [every[i] for i in key.stream("sample", *purpose).sample(len(every), orders.rate)]
             noise = subspace.Noise(orders.noise, key.stream("noise", *purpose), orders.expected)
         else:
@@ -175,11 +178,18 @@ class Worker:
             return subspace.dense(self.trainer, examples, question.layers)
         return {Ask.RANGE: subspace.range_sketch, Ask.ROWS: subspace.row_sketch}[question.ask](self.trainer, examples, given, noise)
 
+    def _check_ask(self, ask: Ask) -> None:
+        """Raises PrivacyError for a question that a private run does not have: the coordinator may not bring it up."""
+        if ask is Ask.DENSE or (ask in (Ask.RANGE, Ask.ROWS) and self.trainer.config.adapter.subspace != "private"):
+            raise PrivacyError(f"the coordinator asked for {ask.value}, which this run keeps private: it sends nothing")
+
     def evaluate(
         self, part: str, client: str | None, share: tuple[int, int], header: Header, packet: Packet, fetch: Callable[[int], Packet],
         kept: Packet | None = None,
     ) -> tuple[list[list[dict[str, Any]]], float]:
-        """Statistics by batch, and what the base's dtype lost."""
+        """Statistics by batch, and what the base's dtype lost. Raises PrivacyError for examples that are private."""
+        if self.private and part != "test":
+            raise PrivacyError(f"the coordinator asked for metrics of {part} examples, which this run keeps private")
         view, base_key = self._view(client, header, packet, fetch, unpack(kept) if kept is not None else {})
         statistics = self.trainer.evaluate(view, part, client or "", share, base_key)
         return statistics, self.trainer.base_lost
