@@ -5,6 +5,7 @@
     python jobs/bench.py step           # a DeepSpeed client step against the same loop in plain PyTorch
     python jobs/bench.py abba           # ABBA's memory and step against LoRA's at equal parameters, and LoHa's
     python jobs/bench.py privacy        # a DP-SGD step against the plain step, each adapter; what a secure sum costs a client
+    python jobs/bench.py sharing        # what a sweep's trials on one machine share: tokenised data and base weights
     python jobs/bench.py model          # a whole Llama-3.2-1B: 10 clients of rank 16, every linear layer; --clients, --shape
 
 Times in seconds are this machine's; the ratios are what is claimed. Run it on a quiet machine.
@@ -13,7 +14,11 @@ Times in seconds are this machine's; the ratios are what is claimed. Run it on a
 import argparse
 import os
 import statistics
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory says when it starts and stops
 
@@ -22,7 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fedray.adapters import ADAPTERS, attach
-from fedray.config import from_dict, make_method
+from fedray.config import from_dict, make_method, read_config
+from fedray.data.encoded import encode
+from fedray.data.partition import load_data
+from fedray.data.tasks import TASKS
 from fedray.federation.wire import pack
 from fedray.lowrank import LowRank
 from fedray.methods import Spec
@@ -31,6 +39,7 @@ from fedray.privacy.dpsgd import Mechanism, SampleHooks, private_step
 from fedray.privacy.keys import Key
 from fedray.training.engine import TorchEngine
 from fedray.training.local import LocalTrainer
+from fedray.training.model import load_model, load_tokenizer
 
 
 def timed(call, repeats: int) -> tuple[float, object]:
@@ -304,6 +313,54 @@ def secure(console: Console, repeats: int) -> None:
     console.print(table)
 
 
+def private_bytes() -> int:
+    """Memory that is this process's alone and would have to be kept: written to, and no clean copy of a file's pages. Linux only."""
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(1024 * int(line.split()[1]) for line in file if line.startswith("Private_Dirty:"))
+
+
+def held(what: str, flags: list[str], folder: str) -> tuple[float, int, int]:
+    """Seconds, growth of private memory, and (of weights) all bytes, of what a trial holds; to be called in a new process."""
+    config = read_config(flags)
+    data = load_data(config)
+    task = TASKS[config.model.task](config, data, load_tokenizer(config))
+    before, started, size = private_bytes(), time.perf_counter(), 0
+    if what == "weights":
+        kept = load_model(config, len(data.classes))
+        size = sum(p.numel() * p.element_size() for p in kept.parameters())
+        read = sum(p.sum().item() for p in kept.parameters())
+    elif what == "lists":
+        kept = [task.encode(rows) for rows in data.train.values()]
+        read = None
+    else:
+        kept = [encode(task, rows, folder) for rows in data.train.values()]
+        read = [packed.digest() for packed in kept]  # every page once
+    seconds = time.perf_counter() - started
+    grown = private_bytes() - before
+    del kept, read
+    return seconds, grown, size
+
+
+def sharing(console: Console, flags: list[str]) -> None:
+    """A trial's tokenised examples: made by it, or mapped from what another trial made; and the base weights, mapped from their own file.
+    Each line in a new process."""
+    config = read_config(flags)
+    rows = sum(map(len, load_data(config).train.values()))
+    table = Table(title=f"{rows:,} rows of {Path(config.data.source).name} for {Path(config.model.path).name}")
+    for column in ("what a trial holds", "seconds", "private MiB", "of MiB"):
+        table.add_column(column, justify="left" if column.startswith("what") else "right")
+    lines = (
+        ("its own examples, as lists", "lists"), ("examples, by the trial that leaves them", "file"), ("examples, mapped by every other trial", "file"),
+        ("base weights, mapped", "weights"),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for name, what in lines:
+            with ProcessPoolExecutor(1, get_context("spawn")) as one:
+                seconds, grown, size = one.submit(held, what, flags, folder).result()
+            table.add_row(name, f"{seconds:.2f}", f"{grown / 2**20:.1f}", f"{size / 2**20:.1f}" if size else "")
+    console.print(table)
+
+
 def timed_once(call, device: str) -> float:
     started = time.perf_counter()
     call()
@@ -388,12 +445,14 @@ def mean_rate(console: Console, clients: int, numbers: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", nargs="?", choices=("all", "aggregation", "step", "abba", "privacy", "model"), default="all")
+    parser.add_argument("part", nargs="?", choices=("all", "aggregation", "step", "abba", "privacy", "sharing", "model"), default="all")
     parser.add_argument("--size", type=int, default=4096, help="m = n of the aggregation")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the step and abba benchmarks")
     parser.add_argument("--shape", default="llama-3.2-1b", help="of the whole model: a shape that ships with fedray, or a model")
     parser.add_argument("--clients", type=int, default=10, help="of the whole model")
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
+    if flags and args.part != "sharing":
+        parser.error(f"unknown: {' '.join(flags)} (only `sharing` takes a run's own flags)")
     console = Console(width=150)
     if args.part in ("all", "aggregation"):
         aggregation(console, args.size, args.size, clients=10, rank=16)
@@ -404,6 +463,8 @@ def main() -> None:
     if args.part in ("all", "privacy"):
         private(console, args.rounds)
         secure(console, 5)
+    if args.part in ("all", "sharing"):
+        sharing(console, flags)
     if args.part in ("all", "model"):
         whole_model(console, args.shape, args.clients, 16)
 

@@ -5,6 +5,7 @@ import sys
 sys.path.insert(0, str(__import__("pathlib").Path(__file__).parent.parent / "jobs"))
 
 import bench
+import pytest
 from rich.console import Console
 
 
@@ -18,3 +19,10 @@ def test_the_ways_of_aggregating_agree(capsys):
 def test_the_step_benchmark_runs(capsys):
     bench.step(Console(width=140), rounds=2)
     assert "DeepSpeed, ZeRO 0" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_sharing_benchmark_measures_less_where_a_file_is_mapped(capsys):
+    bench.sharing(Console(width=140), ["--data.max_length", "64"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if "examples" in line or "weights" in line]
+    assert len(rows) == 4 and all(float(row.split("│")[2]) > 0 for row in rows)
