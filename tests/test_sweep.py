@@ -403,7 +403,7 @@ def killer(kind: str, when, seen: list):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["WorkerActor", "CoordinatorActor", "run_listed"])
+@pytest.mark.parametrize("kind", ["WorkerActor", "CoordinatorActor", "ImplicitFunc"])
 def test_a_process_of_a_trial_that_dies_costs_no_finished_round(kind, make_config, tmp_path, ray_session):
     flags = tiny_flags(make_config, federation={"clients": 3, "rounds": 6, "local_steps": 6, "batch_size": 4, "lr": 0.01})
     space = space_file(tmp_path, "SWEEP = Sweep(space={'entry': tune.grid_search(['fedex', 'ffa'])}, base={'worker.count': 1}, max_concurrent=1)")
