@@ -26,6 +26,7 @@ _USAGE = """fedray: exact, private, federated low-rank fine-tuning of language m
                   [--section.key value ...]                     many runs under Ray Tune: tables, Pareto fronts, what mattered, best.yaml
   fedray evaluate RUN_DIR [--json]                              held-out metrics of a run's last state
   fedray report   RUN_DIR                                       write report.html again, of an unfinished run too; or a sweep's tables and pictures
+  fedray forget   RUN_DIR                                       remove this machine's noise keys of a private run that will not go on
   fedray export   RUN_DIR OUT --format lora|peft|merged         write its result for others to load
   fedray run --help                                             every key, its default and what it means
 """
@@ -205,6 +206,17 @@ def _export(argv: list[str], console: Console) -> int:
     return 0
 
 
+def _forget(argv: list[str], console: Console) -> int:
+    from fedray.federation.guard import forget
+    from fedray.federation.results import read_run_config
+
+    if len(argv) != 1 or argv[0].startswith("--"):
+        raise ConfigError("fedray forget takes one run directory")
+    removed = forget(read_run_config(Path(argv[0])), Path(argv[0]))
+    console.print(f"{removed} noise key{'s' if removed != 1 else ''} removed from this machine; the run cannot go on with the same noise", soft_wrap=True)
+    return 0
+
+
 def _report(argv: list[str], console: Console) -> int:
     from fedray.report.html import write_report
 
@@ -221,7 +233,7 @@ def _report(argv: list[str], console: Console) -> int:
 
 
 _COMMANDS = {
-    "run": _run, "plan": _plan, "methods": _methods, "compare": _compare, "sweep": _sweep, "evaluate": _evaluate, "export": _export, "report": _report,
+    "run": _run, "plan": _plan, "methods": _methods, "compare": _compare, "sweep": _sweep, "evaluate": _evaluate, "export": _export, "report": _report, "forget": _forget,
 }
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the frozen base; adapters and heads are always fp32."""
     dropout: float | None = Field(None, ge=0, lt=1)
-    """Dropout inside the base model (default: as its own config says)."""
+    """Dropout inside the base model (default: as its own config says; 0 in example-level private runs, which admit no other)."""
 
 
 class AdapterSection(Section):
@@ -366,6 +366,11 @@ class Config(Section):
         return self
 
     @property
+    def base_dropout(self) -> float | None:
+        """Dropout inside the base model; None: as the model's own config says. None of it in DP-SGD's steps, see `_check_privacy`."""
+        return 0.0 if self.privacy.on and self.privacy.unit == "example" else self.model.dropout
+
+    @property
     def by_examples(self) -> bool:
         """Whether a client's update counts with its number of examples."""
         return self.method.weights != "equal" and not (self.privacy.on and self.privacy.unit == "client")
@@ -439,6 +444,13 @@ def _check_privacy(config: Config) -> None:
         raise ValueError(f"privacy.secure_aggregation opens only the sum of the updates, and {method.name} needs each one: use {linear}")
     if privacy.epsilon is not None and privacy.sweep_epsilon is not None and privacy.epsilon > privacy.sweep_epsilon:
         raise ValueError(f"privacy.epsilon {privacy.epsilon:g} of one run is above privacy.sweep_epsilon {privacy.sweep_epsilon:g} of all of them: lower it")
+    if privacy.secure_aggregation and not (privacy.on and privacy.unit == "example"):
+        kept = "federation.keep_optimizer" if config.federation.keep_optimizer else f"method {method.name}" if type(method).keeps is not Method.keeps else None
+        if kept:
+            raise ValueError(
+                f"privacy.secure_aggregation hides single updates, and with {kept} the coordinator's checkpoint would hold what each client keeps, "
+                "from which its update can be read: leave it out, or add privacy.epsilon with privacy.unit example"
+            )
     if not privacy.on:
         given = [name for name in ("delta", "clip", *_PRIVACY_OPTIONS) if getattr(privacy, name) is not None]
         if given or privacy.unit != "example":
@@ -447,6 +459,10 @@ def _check_privacy(config: Config) -> None:
         if adapter.subspace == "private":
             raise ValueError("adapter.subspace private needs privacy.epsilon, or privacy.noise")
         return
+    for name, dropout in (("model.dropout", config.model.dropout), ("adapter.dropout", adapter.dropout)):
+        if dropout and privacy.unit == "example":
+            # Its masks are laid out over the batch: one example more shifts those of all others, and the sum moves by more than the clip.
+            raise ValueError(f"{name} {dropout:g} would let one example change what every other one adds, beyond what privacy.clip bounds: set it to 0 in a private run")
     for option, unit in _PRIVACY_OPTIONS.items():
         if getattr(privacy, option) is not None and privacy.unit != unit:
             raise ValueError(f"privacy.{option} belongs to privacy.unit {unit}, not to {privacy.unit}: leave it out")

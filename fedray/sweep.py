@@ -736,16 +736,13 @@ def _clean_up(out: Path) -> None:
     for folder in (p for p in (out / "trials").iterdir() if p.is_dir()) if (out / "trials").is_dir() else []:
         ledger = Ledger.load(folder / "checkpoint" / "ledger.json")
         if ledger is not None and not (folder / "summary.json").exists():
-            keys.append((read_run_config(folder).privacy.key_dir, ledger.run, list(ledger.plans)))
-            if (folder / "checkpoint" / "keys").is_dir():
-                shutil.rmtree(folder / "checkpoint" / "keys")  # the coordinator's, with unit client
+            keys.append((read_run_config(folder).privacy.key_dir, ledger.run))
     here = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
     ray.get([_remove.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=True)).remote(cache_folder(out), keys) for n in here])
 
 
 @ray.remote(num_cpus=0)
-def _remove(cache: Path, keys: list[tuple[str | None, str, list[str]]]) -> None:
+def _remove(cache: Path, keys: list[tuple[str | None, str]]) -> None:
     shutil.rmtree(cache, ignore_errors=True)
-    for folder, run, clients in keys:
-        for client in clients:
-            KeyStore(folder).forget(run, client)
+    for folder, run in keys:
+        KeyStore(folder).forget_run(run)

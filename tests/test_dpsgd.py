@@ -82,6 +82,31 @@ def test_without_noise_and_clip_a_private_step_is_the_plain_one_in_every_engine(
 
 
 @pytest.mark.parametrize("options", ADAPTERS)
+@pytest.mark.parametrize("task", ["causal-lm", "classification"])
+def test_one_example_more_moves_the_sum_by_the_clip_at_most(make_config, options, task, monkeypatch):
+    """Through the client's own steps, with the base model's own dropout left as it comes (0.1 in this encoder)."""
+    totals, real = [], ClippedSum.total
+    monkeypatch.setattr(ClippedSum, "total", lambda self: totals.append(real(self)) or totals[-1])
+    config = make_config(
+        task=task, worker={"backend": "torch"}, federation__local_steps=1, federation__batch_size=12, federation__accumulate=3,
+        privacy={"noise": 1.0}, **ADAPTERS[options],
+    )
+    trainer, view = trainer_and_view(config)
+    clip, every = 1e-3, list(trainer.examples("train", "client-0"))
+
+    def summed(examples) -> torch.Tensor:
+        trainer._encoded["train", "client-0"] = examples
+        trainer.train(moved(view), "client-0", 0, private=private(clip, 1.0, 1.0))
+        return totals[-1]
+
+    whole = summed(every)
+    assert torch.equal(whole, summed(every)) and whole.norm() > 1.5 * clip
+    order = sorted(range(len(every)), key=lambda i: len(every[i].input_ids))
+    for out in (order[0], order[len(order) // 2], order[-1]):
+        assert 0.1 * clip < (whole - summed([e for i, e in enumerate(every) if i != out])).norm() <= clip
+
+
+@pytest.mark.parametrize("options", ADAPTERS)
 @pytest.mark.parametrize("case", ["causal-lm", "completion", "classification"])
 def test_the_clipped_gradient_is_that_of_a_batch_of_one_loop(make_config, options, case):
     task = "classification" if case == "classification" else "causal-lm"
@@ -264,7 +289,7 @@ def bare(make_config):
 
 def step_of(engine, hooks, x, **more):
     losses = more.pop("losses", lambda forward, batch: forward(batch).square().sum(1))
-    private_step(engine, hooks, [{"x": x}], losses, 0.1, Mechanism(1.0, more.pop("noise", 1.0), 4.0), KEY.stream("n"), True)
+    private_step(engine, hooks, [{"x": x}], losses, 0.1, Mechanism(1.0, more.pop("noise", 1.0), 4.0), KEY.stream("n"), True, True)
 
 
 def test_the_step_is_checked_against_what_was_meant(bare):

@@ -63,6 +63,9 @@ def test_keys_come_from_the_system_stay_private_and_survive(tmp_path, monkeypatc
     first = store.key("run", "../a/b")
     assert KeyStore(tmp_path / "keys").key("run", "../a/b").identity == first.identity and not first.fixed
     assert len({first.identity, store.key("run", "c").identity, store.key("other", "../a/b").identity}) == 3
+    assert len({store.key("names", name).identity for name in ("", "_", "A", "a", "x" * 400)}) == 5
+    for name in ("", "_", "A", "a", "x" * 400):
+        store.forget("names", name)
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert len(files) == 3 and all(stat.S_IMODE(p.stat().st_mode) == 0o600 and tmp_path / "keys" in p.parents for p in files)
     assert first.identity not in {p.read_bytes().hex() for p in files} and "identity" not in repr(first.derive("noise"))
@@ -238,6 +241,6 @@ def test_client_level_noise_has_its_variance_and_the_count_is_paid_for():
 def test_the_clip_finds_its_quantile():
     norms, clip = torch.linspace(0.1, 10, 200), 1.0
     for round in range(120):
-        within = (norms <= clip).sum().item()
-        clip = client_level.next_clip(clip, 0.3, within, 0.5, 200.0, KEY.stream("clip", round))
+        told = torch.where(norms <= clip, 0.5, -0.5).sum().item()
+        clip = client_level.next_clip(clip, 0.3, told, 0.5, 200.0, KEY.stream("clip", round))
     assert clip == pytest.approx(torch.quantile(norms, 0.3).item(), rel=0.15)

@@ -5,8 +5,10 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from test_federation import final_tensors, options, rounds, run, sabotaged, same_bits
 
 from fedray.cli import main
@@ -20,7 +22,7 @@ from fedray.federation.run import execute, prepare
 from fedray.plan import plan
 from fedray.privacy import secure_sum
 from fedray.privacy.accountant import epsilon
-from fedray.privacy.keys import TEST_KEY
+from fedray.privacy.keys import TEST_KEY, KeyStore
 from fedray.privacy.ledger import EVERYONE, Ledger
 from fedray.privacy.plan import calibrate
 from fedray.training.local import LocalTrainer
@@ -30,6 +32,10 @@ CLIENTS = ("client-0", "client-1", "client-2")
 
 def ledger(folder: Path) -> Ledger:
     return Ledger.load(folder / "checkpoint" / "ledger.json")
+
+
+def key_file(client: str) -> str:
+    return KeyStore("x")._path("run", client).name
 
 
 def known(records: list[dict]) -> list[dict]:
@@ -121,7 +127,8 @@ def test_killed_at_any_moment_of_a_round_the_ledger_says_the_same(make_config, m
 
         return dies
 
-    for method, which in (("_ask_to_train", 2), ("_updates", 2), ("_publish", 3), ("_evaluate", 3), ("_save", 2)):
+    # The last round takes the whole budget: it must be affordable again.
+    for method, which in (("_ask_to_train", 2), ("_updates", 2), ("_publish", 3), ("_evaluate", 3), ("_save", 2), ("_ask_to_train", 3), ("_updates", 3), ("_save", 3)):
         config = make_config(**given)
         with monkeypatch.context() as patch:
             patch.setattr(Coordinator, method, dying(method, which))
@@ -132,6 +139,27 @@ def test_killed_at_any_moment_of_a_round_the_ledger_says_the_same(make_config, m
         assert {c: [e.round for e in es] for c, es in ledger(folder).entries.items()} == {c: [0, 1, 2, 3] for c in CLIENTS}
 
 
+def test_killed_in_the_last_round_with_unit_client_it_is_done_again(make_config, monkeypatch):
+    given = dict(method__name="ffa", privacy={"epsilon": 8.0, "unit": "client"}, federation__rounds=2)
+    whole = run(make_config(**given))
+    config = make_config(**given)
+    calls = []
+
+    def dies(self, real=Coordinator._save):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Coordinator, "_save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    folder = run(resumed(config))
+    same_bits(whole, folder)
+    assert [e.round for e in ledger(folder).entries[EVERYONE]] == [1, 2]
+
+
 def test_a_key_that_is_lost_in_a_round_is_charged_for_another_draw(make_config, monkeypatch):
     monkeypatch.delenv(TEST_KEY)
     config = make_config(method__name="ffa", privacy={"noise": 1.0})
@@ -140,7 +168,7 @@ def test_a_key_that_is_lost_in_a_round_is_charged_for_another_draw(make_config, 
     def loses(self, handle, round, clients, *args):
         if round == 1 and not lost:  # after the charge, before the work
             lost.append(self.worker._keys.folder)
-            for path in lost[0].rglob("client-1"):
+            for path in lost[0].rglob(key_file("client-1")):
                 path.unlink()
         return real(self, handle, round, clients, *args)
 
@@ -152,7 +180,7 @@ def test_a_key_that_is_lost_in_a_round_is_charged_for_another_draw(make_config, 
     last = rounds(folder)[-1]
     once = epsilon([e.release for e in entries["client-1"][:3] + entries["client-1"][4:]], ledger(folder).delta)
     assert last["epsilon"]["client-1"] == ledger(folder).epsilon("client-1") > once and not last["dropped"]
-    assert not list(lost[0].rglob("client-*"))  # no key outlives the run
+    assert not any(list(lost[0].rglob(key_file(c))) for c in CLIENTS)  # no key outlives the run
 
 
 def test_a_client_that_cannot_pay_for_another_draw_is_left_out(make_config, monkeypatch):
@@ -162,7 +190,7 @@ def test_a_client_that_cannot_pay_for_another_draw_is_left_out(make_config, monk
 
     def loses(self, handle, round, clients, *args):
         if round == 2 and not done:
-            done.extend(path.unlink() for path in self.worker._keys.folder.rglob("client-1"))
+            done.extend(path.unlink() for path in self.worker._keys.folder.rglob(key_file("client-1")))
         return real(self, handle, round, clients, *args)
 
     monkeypatch.setattr(pool_inline.InlinePool, "train", loses)
@@ -190,7 +218,7 @@ def test_two_runs_have_different_noise_and_real_keys_survive_a_kill(make_config,
 
 
 def test_a_run_with_more_rounds_than_its_epsilon_allows_stops_every_client_in_time(make_config, capsys):
-    config = make_config(method__name="ffa", privacy={"epsilon": 2.2, "noise": 0.9}, federation__rounds=40, federation__evaluate_every=50)
+    config = make_config(method__name="ffa", privacy={"epsilon": 2.2, "noise": 0.9, "count_noise": 5.0}, federation__rounds=40, federation__evaluate_every=50)
     folder = run(config)
     done = rounds(folder)
     assert 2 < len(done) < 40
@@ -208,7 +236,7 @@ def test_a_client_whose_budget_is_spent_first_is_left_out_before_it_trains_and_t
     real = LocalTrainer.train
     monkeypatch.setattr(LocalTrainer, "train", lambda self, view, client, *args: trained.append(client) or real(self, view, client, *args))
     clients = {"client-1": {"batch_size": 16}, "client-0": {}, "client-2": {}}
-    folder = run(make_config(method__name="ffa", privacy={"epsilon": 4.0, "noise": 0.8}, clients=clients, federation__rounds=8))
+    folder = run(make_config(method__name="ffa", privacy={"epsilon": 4.0, "noise": 0.95, "count_noise": 5.0}, clients=clients, federation__rounds=8))
     done = rounds(folder)
     out = [r["round"] for r in done if "client-1" not in r["cohort"]]
     assert out and out == list(range(out[0], done[-1]["round"] + 1)) and out[0] > 1
@@ -227,6 +255,8 @@ def test_what_would_not_be_private_is_refused(make_config):
         ({"privacy": {"epsilon": 1.0}, "data": {"client_held_out": 0.2}}, "client_held_out"),
         ({"privacy": {"epsilon": 1.0}, "method": {"name": "flora"}, "adapter": {"rank": [2, 1]}}, "one rank"),
         ({"privacy": {"epsilon": 1.0, "unit": "client"}, "method": {"name": "fedex"}}, "noise to the mean"),
+        ({"privacy": {"epsilon": 1.0}, "model": {"dropout": 0.1}}, "model.dropout 0.1 would let one example change"),
+        ({"privacy": {"noise": 1.0}, "adapter": {"dropout": 0.2}}, "adapter.dropout 0.2 would let one example change"),
         ({"privacy": {"epsilon": 1.0, "unit": "client"}, "method": {"name": "fedsa"}}, "keep factors of their own"),
         ({"privacy": {"epsilon": 1.0, "unit": "client"}, "method": {"name": "ffa", "weights": "examples"}}, "use equal"),
         ({"privacy": {"epsilon": 1.0, "unit": "client", "count_noise": 3.0}, "method": {"name": "ffa"}}, "belongs to privacy.unit example"),
@@ -234,6 +264,9 @@ def test_what_would_not_be_private_is_refused(make_config):
         ({"privacy": {"epsilon": 1.0, "subspace_fraction": 0.5}}, "belongs to adapter.subspace private"),
         ({"privacy": {"secure_aggregation": True}, "method": {"name": "fedex"}}, "opens only the sum of the updates, and fedex needs each one"),
         ({"privacy": {"secure_aggregation": True}, "method": {"name": "flora"}}, "flora needs each one"),
+        ({"privacy": {"secure_aggregation": True}, "method": {"name": "fedsa"}}, "with method fedsa the coordinator's checkpoint would hold"),
+        ({"privacy": {"secure_aggregation": True}, "method": {"name": "fedit"}, "federation": {"keep_optimizer": True}}, "with federation.keep_optimizer the coordinator's"),
+        ({"privacy": {"secure_aggregation": True, "epsilon": 1.0, "unit": "client"}, "method": {"name": "fedit"}, "federation": {"keep_optimizer": True}}, "from which its update can be read"),
         ({"privacy": {"secure_threshold": 0.5}}, "belongs to privacy.secure_aggregation"),
         ({"privacy": {"epsilon": 1.0, "unit": "client", "secure_aggregation": True}, "method": {"name": "ffa"}, "federation": {"cohort": 3}}, "every client in every round"),
     ):
@@ -299,8 +332,11 @@ def test_the_coordinator_of_a_secure_run_never_holds_an_update(make_config, monk
 
     monkeypatch.setattr(pool_inline.InlinePool, "fetch", lambda self, update: seen.append(real_fetch(self, update)) or seen[-1])
     monkeypatch.setattr(worker.Worker, "_packed", packed)
-    run(make_config(method__name="ffa", privacy={"secure_aggregation": True}, federation__rounds=2))
+    folder = run(make_config(method__name="ffa", privacy={"secure_aggregation": True}, federation__rounds=2))
     assert len(seen) == len(clear) == 6
+    everything = np.concatenate([np.frombuffer(packet.vector.tobytes(), dtype=np.uint8) for packet in seen])
+    assert len(everything) > 10_000 and stats.chisquare(np.bincount(everything, minlength=256)).pvalue > 1e-6
+    assert not list((folder / "checkpoint").glob("*/kept*")) and all(not json.loads(p.read_text())["kept"] for p in folder.glob("checkpoint/round-*/state.json"))
     for packet, values in zip(seen, clear, strict=True):
         assert packet.vector.dtype == "uint64"
         read = torch.from_numpy(secure_sum.decode(packet.vector))
@@ -337,7 +373,7 @@ def test_clients_that_fail_leave_the_sum_right_and_below_the_threshold_the_run_f
 
 
 def test_a_loss_that_is_not_finite_reaches_nobody(make_config):
-    config = make_config(privacy={"noise": 1.0}, clients={"client-2": {"lr": 1e30}})
+    config = make_config(privacy={"noise": 1.0}, clients={"client-2": {"lr": 1e30, "local_steps": 5, "batch_size": 12}})
     with pytest.raises(ClientError, match="client 'client-2' failed: a (loss|gradient) is not finite: lower federation.lr") as caught:
         run(config)
     assert not caught.value.details
@@ -385,8 +421,8 @@ def test_a_client_does_not_follow_orders_that_its_own_config_does_not_allow(make
                 run(make_config(method__name="ffa", privacy={"epsilon": 3.0, "count_noise": 2.0}))
     subspace = {"method__name": "fed-sb", "adapter": {"kind": "lora-sb", "rank": 2, "subspace": "private"}}
     for privacy, change in (({"epsilon": 3.0}, {"noise": 0.5}), ({"noise": 1.0}, {"noise": 0.5}), ({"epsilon": 3.0}, {"clip": 2.0}), ({"epsilon": 3.0}, {"rate": 1.1})):
-        def generous_start(self, real=Guard.subspace_orders, change=change):
-            return {c: dataclasses.replace(o, **change) for c, o in real(self).items()}
+        def generous_start(self, *question, real=Guard.subspace_orders, change=change):
+            return {c: dataclasses.replace(o, **change) for c, o in real(self, *question).items()}
 
         with monkeypatch.context() as patch:
             patch.setattr(Guard, "subspace_orders", generous_start)
@@ -428,7 +464,7 @@ def test_a_key_lost_during_the_start_is_charged_anew_when_the_run_goes_on(make_c
 
     def loses(self, question, clients, *args):
         if question.ask is Ask.ROWS and not lost:
-            lost.extend(path.unlink() for path in self.worker._keys.folder.rglob("client-1"))
+            lost.extend(path.unlink() for path in self.worker._keys.folder.rglob(key_file("client-1")))
         return real(self, question, clients, *args)
 
     monkeypatch.setattr(pool_inline.InlinePool, "ask", loses)
@@ -436,7 +472,9 @@ def test_a_key_lost_during_the_start_is_charged_anew_when_the_run_goes_on(make_c
         run(config)
     folder = run(resumed(config))
     subspaces = {c: [e.draw for e in es if e.release.what == "subspace"] for c, es in ledger(folder).entries.items()}
-    assert [len(subspaces[c]) for c in CLIENTS] == [1, 2, 1]
+    # Other columns of client-1 gave another Q, so all answered about rows twice: two releases of theirs, and none is free.
+    assert [len(set(subspaces[c])) for c in CLIENTS] == [len(subspaces[c]) for c in CLIENTS] == [3, 4, 3]
+    assert all(e.release.steps == 1 for es in ledger(folder).entries.values() for e in es if e.release.what == "subspace")
 
 
 def test_data_that_changed_before_a_run_goes_on_never_meet_the_same_noise(make_config, tiny, tmp_path, monkeypatch):
@@ -463,6 +501,154 @@ def test_data_that_changed_before_a_run_goes_on_never_meet_the_same_noise(make_c
     books = ledger(run(resumed(config))).entries
     assert {c: sum(e.round == 2 for e in es) for c, es in books.items()} == {c: 2 if c == changed else 1 for c in CLIENTS}
     assert all(sum(e.round == 3 for e in es) == 1 for es in books.values())
+
+
+def test_a_kill_while_counts_are_asked_for_charges_each_count_once(make_config, monkeypatch, tmp_path, tiny):
+    monkeypatch.delenv(TEST_KEY)
+    source = tmp_path / "d.csv"
+    rows = (tiny / "classes.csv").read_text().splitlines()
+    source.write_text("\n".join(rows))
+    config = make_config(task="classification", data={"source": str(source), "max_length": 48}, method__name="ffa", privacy={"noise": 1.0})
+    real, counts = worker.Worker._answer, []
+
+    def dies(self, client, question, *rest):
+        told = real(self, client, question, *rest)
+        if question.ask is Ask.COUNT:
+            counts.append((client, told["count"].item()))
+            if len(counts) == 2:
+                raise KeyboardInterrupt
+        return told
+
+    monkeypatch.setattr(worker.Worker, "_answer", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    again = run(resumed(config))
+    assert dict(counts[2:])["client-0"] == counts[0][1] and dict(counts[2:])["client-1"] == counts[1][1]
+    assert all(sum(e.release.what == "count" for e in es) == 1 for es in ledger(again).entries.values())
+
+    config = make_config(task="classification", data={"source": str(source), "max_length": 48}, method__name="ffa", privacy={"noise": 1.0})
+    counts.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    source.write_text("\n".join(rows[:-1]))  # another split, so other data for all
+    books = ledger(run(resumed(config))).entries
+    assert all(sum(e.release.what == "count" for e in es) == 2 for es in books.values())
+
+
+def test_what_clients_say_of_the_clip_moves_by_a_half_for_one_client(make_config, monkeypatch):
+    """The noise on it is paid for with sensitivity 1/2 (Andrew et al., 2021)."""
+    from fedray.federation import guard
+
+    told, sent = [], []
+    real, clipped = guard.client_level.next_clip, worker.Worker._clipped
+    monkeypatch.setattr(guard.client_level, "next_clip", lambda clip, q, within, *rest: told.append(within) or real(clip, q, within, *rest))
+    monkeypatch.setattr(worker.Worker, "_clipped", lambda self, *args: sent.append(clipped(self, *args)) or sent[-1])
+    for secure in (False, True):
+        told.clear(), sent.clear()
+        folder = run(make_config(method__name="ffa", privacy={"noise": 0.5, "unit": "client", "clip": 0.05, "adaptive_clip": 0.5, "secure_aggregation": secure}))
+        bits = [s[guard.client_level.WITHIN].item() for s in sent]
+        assert len(bits) == 9 and set(bits) <= {0.5, -0.5}
+        assert told == pytest.approx([sum(bits[i : i + 3]) for i in (0, 3, 6)], abs=1e-6) and len(rounds(folder)) == 3
+
+
+@pytest.mark.parametrize("privacy", [{"epsilon": 3.0}, {"epsilon": 8.0, "unit": "client"}], ids=["example", "client"])
+@pytest.mark.parametrize("fixed_first", [True, False])
+def test_a_key_that_was_fixed_for_any_part_of_a_run_voids_the_guarantee(make_config, monkeypatch, privacy, fixed_first):
+    config = make_config(method__name="ffa", privacy=privacy, federation__rounds=3)
+    word = os.environ[TEST_KEY]
+    if not fixed_first:
+        monkeypatch.delenv(TEST_KEY)
+    with monkeypatch.context() as patch:
+        killed_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    monkeypatch.delenv(TEST_KEY) if fixed_first else monkeypatch.setenv(TEST_KEY, word)
+    told = json.loads((run(resumed(config)) / "privacy.json").read_text())["guarantee"]
+    assert told["epsilon"] is None and TEST_KEY in told["void"]
+
+
+def test_forgetting_a_run_that_will_not_go_on_removes_its_keys(make_config, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv(TEST_KEY)
+    for privacy, count in (({"epsilon": 3.0}, 3), ({"epsilon": 8.0, "unit": "client"}, 1)):
+        config = make_config(method__name="ffa", privacy=privacy | {"key_dir": str(tmp_path / "keys")})
+        with monkeypatch.context() as patch:
+            killed_after(patch, 2)
+            with pytest.raises(KeyboardInterrupt):
+                run(config)
+        folder = Path(config.output.dir)
+        assert len([p for p in (tmp_path / "keys").rglob("*") if p.is_file()]) == count
+        assert not [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size == 32]
+        assert main(["forget", str(folder)]) == 0 and f"{count} noise key" in capsys.readouterr().out
+        assert not list((tmp_path / "keys").iterdir())
+    assert main(["forget", str(run(make_config(method__name="ffa")))]) == 2 and "no private run" in capsys.readouterr().err
+
+
+def test_an_error_does_not_say_who_was_drawn(make_config, monkeypatch):
+    def fails(self, view, client, *args):
+        raise RuntimeError("gone")
+
+    monkeypatch.setattr(LocalTrainer, "train", fails)
+    with pytest.raises(RoundError) as caught:
+        run(make_config(method__name="ffa", privacy={"noise": 1.0, "unit": "client"}, federation__cohort=2, federation__clients=6))
+    assert "client-" not in str(caught.value) + getattr(caught.value, "details", "") and "a client: RuntimeError" in str(caught.value)
+
+
+def test_what_is_called_private_is(make_config, capsys):
+    from fedray.report.console import run_privacy
+
+    summary = {"epsilon": 3.0, "delta": 1e-5, "keys_were_fixed": False}
+    assert run_privacy(summary).startswith("private: epsilon 3 at delta 1e-05")
+    assert run_privacy(summary | {"epsilon": 2e6}).startswith("hardly private: epsilon 2e+06")
+    assert run_privacy(summary | {"keys_were_fixed": True}).startswith("not private")
+    told = json.loads((run(make_config(method__name="ffa", privacy={"noise": 1e-2})) / "privacy.json").read_text())
+    assert told["guarantee"]["void"]
+
+
+def test_a_run_whose_ledger_is_gone_is_not_resumed(make_config, monkeypatch):
+    config = make_config(method__name="ffa", privacy={"epsilon": 3.0})
+    killed_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    (Path(config.output.dir) / "checkpoint" / "ledger.json").unlink()
+    with pytest.raises(ConfigError, match="lost its checkpoint/ledger.json, so nobody knows what it has spent"):
+        run(resumed(config))
+
+
+def test_a_secure_sum_is_not_opened_again_of_others_parts(make_config, monkeypatch):
+    """Clients send the same again after a kill: two sums that differ by one client would show its update."""
+    config = make_config(method__name="ffa", privacy={"secure_aggregation": True}, federation__quorum=0.5, federation__clients=4)
+    real, calls = Coordinator._publish, []
+
+    def dies(self):  # opened and aggregated, not saved
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Coordinator, "_publish", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    with monkeypatch.context() as patch:
+        train = LocalTrainer.train
+
+        def fails(self, view, client, *args):
+            if client == "client-2":
+                raise RuntimeError("gone")
+            return train(self, view, client, *args)
+
+        patch.setattr(LocalTrainer, "train", fails)
+        with pytest.raises(PrivacyError, match="round 2 was opened of client-0, client-1, client-2, client-3 before, and of client-0, client-1, client-3 it would show"):
+            run(resumed(config))
+    assert len(rounds(run(resumed(config)))) == 3
+
+
+def test_exactness_of_a_noised_sum_says_nothing_of_the_sum(make_config):
+    told = []
+    for lr in (1e-2, 1e-7):
+        config = make_config(method__name="ffa", privacy={"noise": 1.0, "unit": "client", "secure_aggregation": True}, federation__lr=lr)
+        told += [[r["exactness"] for r in rounds(run(config))]]
+    assert all(0 < e < 1e-5 for each in told for e in each) and max(told[1]) < 10 * max(told[0])
 
 
 def test_report_of_a_run_that_is_not_finished(make_config, monkeypatch, tmp_path, capsys):

@@ -75,8 +75,15 @@ def test_fewer_shares_than_the_threshold_say_nothing_and_as_many_say_all():
         assert secure.join({x: shares[x] for x in points}) == secret
     with pytest.raises(PrivacyError):
         secure.join({x: shares[x] for x in (1, 2, 3)})
-    # For any other secret there is a polynomial through three given shares.
-    assert len(set(shares.values())) == 7
+    # For any other secret there is a fourth share that makes three given ones mean it.
+    three = {x: shares[x] for x in (1, 2, 3)}
+    for other in (bytes(32), b"\xff" * 32, bytes(reversed(secret))):
+        weight = 1
+        for x in three:
+            weight = weight * -x * pow(4 - x, -1, secure.PRIME) % secure.PRIME
+        without = (int.from_bytes(secret, "big") - shares[4] * weight) % secure.PRIME
+        fourth = (int.from_bytes(other, "big") - without) * pow(weight, -1, secure.PRIME) % secure.PRIME
+        assert secure.join(three | {4: fourth}) == other
 
 
 def test_what_is_seen_of_a_client_is_uniform_and_the_same_values_never_look_the_same():
@@ -122,6 +129,27 @@ def test_a_client_reveals_one_or_the_other_secret_of_each_and_never_both():
         secure.reveal(KEYS[members[0]], members[0], session, adverts, mine | {members[1]: mine[members[1]][:-1] + b"\0"}, members[:3])
     with pytest.raises(PrivacyError, match="lost in between"):
         secure.mask(KEYS[members[1]], members[0], session, adverts, np.zeros(3, dtype=np.uint64))
+
+
+def test_what_does_not_fit_together_is_refused():
+    members = tuple(NAMES[:4])
+    session = secure.Session("s", members, 3)
+    adverts = {c: secure.advertise(KEYS[c], session) for c in members}
+    sealed = {c: secure.share(KEYS[c], c, session, adverts) for c in members}
+    mine = {c: {o: sealed[o][c] for o in members} for c in members}
+    with pytest.raises(PrivacyError, match="names a client twice"):
+        secure.Session("s", ("a", "a", "b"), 2)
+    with pytest.raises(PrivacyError, match="is said not to have sent"):
+        secure.reveal(KEYS[members[3]], members[3], session, adverts, mine[members[3]], members[:3])
+    masked = {c: secure.mask(KEYS[c], c, session, adverts, np.ones(5, dtype=np.uint64)) for c in members[:3]}
+    revealed = {c: secure.reveal(KEYS[c], c, session, adverts, mine[c], members[:3]) for c in members[:3]}
+    assert secure.unmask(session, members, adverts, masked, revealed).tolist() == [3] * 5
+    for subject, words in ((members[0], "open another mask"), (members[3], "open another key|do not fit together")):
+        changed = revealed | {members[1]: revealed[members[1]] | {subject: revealed[members[1]][subject] ^ 1}}
+        with pytest.raises(PrivacyError, match=f"{words}|do not fit together"):
+            secure.unmask(session, members, adverts, masked, changed)
+    with pytest.raises(PrivacyError, match="nobody sent"):
+        secure.unmask(session, members, adverts, {}, revealed)
 
 
 def test_repeated_steps_give_the_same_bytes_and_sessions_differ():

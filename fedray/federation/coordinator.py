@@ -100,7 +100,7 @@ class Coordinator:
         self._packets: dict[int, Packet] = {}
         self.guard = Guard(config, self.data.clients, self.folder / "checkpoint") if config.privacy.on else None
         run = self.guard.ledger.run if self.guard is not None else secrets.token_hex(8)
-        self.secure = SecureSums(config, self._ask, run) if config.privacy.secure_aggregation else None
+        self.secure = SecureSums(config, self._ask, run, self.folder / "checkpoint") if config.privacy.secure_aggregation else None
         if held is not None:
             self._begin(held.state)
             self.seen, self.records, self.start = dict(held.seen), list(held.records), held.start
@@ -166,6 +166,8 @@ class Coordinator:
                     self.guard.note_lost_keys([outcome.report])
                 raise_failure(outcome.report)
             fetch, report = partial(self.pool.fetch, outcome.update), outcome.report
+            if self.guard is not None:
+                self.guard.note_fixed([report])
             if self.guard is not None and report.client in self.guard.ledger.counts:
                 report = replace(report, examples=self.guard.weight(report.client))
             result.append((report, lambda fetch=fetch: unpack(fetch()), report.nbytes))
@@ -177,12 +179,15 @@ class Coordinator:
             orders = {c: question.orders.get(c, Orders(self.secure.run)) for c in clients}
             told = self.pool.ask(replace(question, orders=self._sealed_orders(orders, opened)), clients, {}, None)
             failures = [o.report for o in told if isinstance(o.report, Failure)]
+            if self.guard is not None:
+                self.guard.note_fixed([o.report for o in told if isinstance(o.report, Report)])
         if failures:
             if self.guard is not None:
                 self.guard.note_lost_keys(failures)
             raise_failure(failures[0])  # bases need all of them
         packets = {o.client: self.pool.fetch(o.update) for o in told}
-        total, weight = self.secure.close(opened, packets), sum(self._weight(o) for o in told)
+        what = f"{question.ask.name} {question.packet.digest if question.packet is not None else ''}"
+        total, weight = self.secure.close(opened, packets, what), sum(self._weight(o) for o in told)
         nbytes = sum(p.nbytes for p in packets.values()) + opened.up
         return Report("(the sum)", 1, None, 0.0, 0.0, nbytes, opened.down), lambda: {n: t / weight for n, t in total.items()}, nbytes
 
@@ -209,7 +214,7 @@ class Coordinator:
         round, seconds = self.state.round, {}
         if self.records and "stopped" in self.records[-1]:
             return None
-        spent = self.guard.spent() if self.guard is not None else []
+        spent = self.guard.spent(round, self._message) if self.guard is not None else []
         if len(spent) == len(self.data.clients):
             return None
         with _timed(seconds, "train"):
@@ -257,7 +262,7 @@ class Coordinator:
             record |= self.guard.record()
             if self.guard.by_client:
                 record["dropped"] = [{"client": "(withheld)", "reason": "left out"} for _ in dropped]
-            if self.state.round < self.config.federation.rounds and len(over := self.guard.spent()) == len(self.data.clients):
+            if self.state.round < self.config.federation.rounds and len(over := self.guard.spent(self.state.round, self._message)) == len(self.data.clients):
                 record["stopped"] = f"client '{over[0]['client']}' and all others: {over[0]['reason']}"
         if self.state.round < self.config.federation.rounds and (words := self._too_many_bytes(record)):
             record["stopped"] = words
@@ -292,12 +297,13 @@ class Coordinator:
             outcomes = self._ask_to_train(round, missing, opened)
             failures = [*gone, *(o.report for o in outcomes if isinstance(o.report, Failure))]
             done |= {o.client: o for o in outcomes if isinstance(o.report, Report)}
-            reasons = [f"client '{f.client}': {f.cause}" for f in failures]
+            secret = self.guard is not None and self.guard.by_client  # who was drawn
+            reasons = [f"a client: {f.cause}" if secret else f"client '{f.client}': {f.cause}" for f in failures]
             decision = after_round(len(cohort), len(done), self.config.federation.quorum, attempt, reasons)
             if decision.action is Action.AGGREGATE:
                 return [done[c] for c in cohort if c in done], [{"client": f.client, "reason": f.cause} for f in failures]
             if decision.action is Action.FAIL:
-                if len(failures) == 1 and self.config.federation.quorum == 1.0:
+                if len(failures) == 1 and self.config.federation.quorum == 1.0 and not secret:
                     raise ClientError(failures[0].client, f"{failures[0].cause} (round {round + 1})", failures[0].details)
                 error = RoundError(f"round {round + 1}: {decision.reason}")
                 error.details = "\n".join(f.details for f in failures)
@@ -317,6 +323,7 @@ class Coordinator:
             outcomes |= {f.client: Outcome(f.client, f) for f in refused}
             told = self.pool.train(self._handle, round, list(orders), self._kept, deadline, orders)
             lost = self.guard.note_lost_keys([o.report for o in told if isinstance(o.report, Failure)])
+            self.guard.note_fixed([o.report for o in told if isinstance(o.report, Report)])
             outcomes |= {o.client: o for o in told if o.client not in lost}
             if not lost:
                 break
@@ -332,7 +339,11 @@ class Coordinator:
         for update in updates:
             check_finite(update)
         mean = self.guard.mean(round, reference, [dict(u.tensors) for u in updates], self.secure is not None)
-        return Update("(the noised mean)", 1.0, {n: (t.double() + mean[n]).float() for n, t in reference.items()})
+        moved = {n: t.double() + mean[n] for n, t in reference.items()}
+        sent = {n: t.float() for n, t in moved.items()}
+        if self.secure is not None:
+            self._rounded = (client_level.norm({n: t - sent[n] for n, t in moved.items()}) + self._step / self.guard.expected) / (client_level.norm(mean) or 1.0)
+        return Update("(the noised mean)", 1.0, sent)
 
     def finish(self) -> None:
         """The run is over: clients remove their noise keys, so that nobody can take the noise away again."""
@@ -349,11 +360,13 @@ class Coordinator:
             sizes += [p.nbytes for p in packets.values()]
             weight = sum(self._weight(o) for o in outcomes)
             divisor = 1.0 if self.guard is not None and self.guard.by_client else weight
-            mean = {n: t / divisor for n, t in self.secure.close(opened, packets).items()}
+            mean = {n: t / divisor for n, t in self.secure.close(opened, packets, f"round {self.state.round + 1}").items()}
             sent = {n: t.float() for n, t in mean.items()}
             # Relative to the mean itself: fp32, and half a step of the ring for each number of each client at most.
             step = len(packets) * STEP / 2 / divisor * sum(t.numel() for t in mean.values()) ** 0.5
-            self._rounded = (client_level.norm({n: t - sent[n] for n, t in mean.items()}) + step) / (client_level.norm(mean) or 1.0)
+            if self.guard is None or not self.guard.by_client:  # the sum before noise is nobody's to measure
+                self._rounded = (client_level.norm({n: t - sent[n] for n, t in mean.items()}) + step) / (client_level.norm(mean) or 1.0)
+            self._step = step
             yield Update("(the sum)", weight, sent)
             return
         for outcome in outcomes:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from fedray.config import Config
 from fedray.errors import ClientError, ConfigError, PrivacyError
-from fedray.federation.messages import Ask, Failure, Orders, Question
+from fedray.federation.messages import Ask, Failure, Orders, Question, Report
 from fedray.federation.wire import Message, inputs_digest
 from fedray.privacy import client_level
 from fedray.privacy.accountant import Release, epsilon
@@ -136,12 +137,20 @@ def check_orders(config: Config, client: str, count: int, orders: Orders, subspa
         raise PrivacyError(f"the coordinator ordered noise with which the run would spend epsilon {spent:.3g} of {budget:g}: it sends nothing")
 
 
+def forget(config: Config, folder: Path) -> int:
+    """Remove this machine's noise keys of the run in a run directory; how many there were. Raises ConfigError for a run without privacy."""
+    ledger = Ledger.load(Path(folder) / "checkpoint" / "ledger.json")
+    if ledger is None:
+        raise ConfigError(f"'{folder}' is no private run: it has no ledger")
+    return KeyStore(config.privacy.key_dir).forget_run(ledger.run)
+
+
 class Guard:
-    """One run's ledger and what follows from it. `folder`: of the checkpoints, where the ledger and the coordinator's key are too."""
+    """One run's ledger and what follows from it. `folder`: of the checkpoints, where the ledger is too."""
 
     def __init__(self, config: Config, clients: Sequence[str], folder: Path):
         self.config, self.clients, self.path = config, list(clients), folder / "ledger.json"
-        self._keys = KeyStore(folder / "keys")
+        self._keys = KeyStore(config.privacy.key_dir)  # never in the run directory, which may be given away
         self.by_client = config.privacy.unit == "client"
         self.ledger = Ledger.load(self.path) or Ledger(secrets.token_hex(8))
 
@@ -149,6 +158,11 @@ class Guard:
         """Go on after these records: the clip is what the last of them left."""
         if self.by_client and records and "next_clip" in records[-1]:
             self.ledger.clip = records[-1]["next_clip"]
+
+    @property
+    def expected(self) -> float:
+        """Unit client: clients of a cohort, the divisor of the sum."""
+        return self.ledger.plans[EVERYONE].expected
 
     @property
     def begun(self) -> bool:
@@ -161,13 +175,16 @@ class Guard:
         if self.by_client:
             counts = dict.fromkeys(clients, 1.0)
         else:
-            noise = self.config.privacy.count_noise or COUNT_NOISE
-            orders = dict.fromkeys(clients, Orders(ledger.run, noise=noise))
-            self.ledger.save(self.path)  # the run's name first: the keys that the question makes are filed under it
-            for client, (report, fetch, _) in zip(clients, ask(Question(Ask.COUNT, orders=orders), clients), strict=True):
+            ledger.save(self.path)  # the run's name first: the keys that the question makes are filed under it
+            for client, (report, _, _) in zip(clients, ask(Question(Ask.KEY, orders=dict.fromkeys(clients, Orders(ledger.run))), clients), strict=True):
                 ledger.keys[client], ledger.fixed = report.key, ledger.fixed or report.key_is_fixed
+            noise = self.config.privacy.count_noise or COUNT_NOISE
+            for client in clients:
+                ledger.charge(client, self._draw(client, "count"), Release("count", noise), 0)
+            ledger.save(self.path)
+            orders = {client: Orders(ledger.run, ledger.keys[client], noise=noise) for client in clients}
+            for client, (_, fetch, _) in zip(clients, ask(Question(Ask.COUNT, orders=orders), clients), strict=True):
                 ledger.counts[client] = max(float(self.config.client(client).batch_size), fetch()["count"].item())
-                ledger.charge(client, draw_of(report.key, ledger.run, client, "count"), Release("count", noise), 0)
             counts = ledger.counts
         ledger.plans = plans_for(self.config, counts)
         ledger.delta = next(iter(ledger.plans.values())).delta
@@ -178,13 +195,19 @@ class Guard:
         """What a client's update counts with: its noised number of examples, or 1."""
         return self.ledger.counts[client] if self.config.by_examples else 1.0
 
-    def spent(self) -> list[dict[str, str]]:
-        """The clients that another round would take over their budget, and why they are left out, in client order."""
+    def spent(self, round: int, message: Message) -> list[dict[str, str]]:
+        """The clients that a round (from 0) would take over their budget, and why they are left out, in client order. One that was charged
+        for the same round before a kill has paid for it."""
         if self.by_client:
-            plan = self.ledger.plans[EVERYONE]
-            out = not self.ledger.affords(EVERYONE, "", plan.release(1))
+            # Its draw follows from the updates, which are not there yet: `mean` decides whether it is the one that was charged.
+            charged = any(e.round == round + 1 for e in self.ledger.entries.get(EVERYONE, []))
+            out = not charged and not self.ledger.affords(EVERYONE, "", self.ledger.plans[EVERYONE].release(1))
             return [{"client": c, "reason": self._reason(EVERYONE)} for c in self.clients] if out else []
-        return [{"client": c, "reason": self._reason(c)} for c in self.clients if not self.ledger.affords(c, "", self._round_of(c))]
+        out = [c for c in self.clients if not self.ledger.affords(c, self._round_draw(c, round, message), self._round_of(c))]
+        return [{"client": c, "reason": self._reason(c)} for c in out]
+
+    def _round_draw(self, client: str, round: int, message: Message) -> str:
+        return self._draw(client, "round", round, inputs_digest(message.header, message.packet_of(client)))
 
     def _reason(self, name: str) -> str:
         return f"another round would take it beyond its budget of epsilon {self.ledger.plans[name].budget:g} (spent: {self.ledger.epsilon(name):.4g})"
@@ -200,7 +223,7 @@ class Guard:
             return dict.fromkeys(clients, Orders(ledger.run, "", plan.rate, plan.noise, ledger.clip, plan.expected)), []
         for client in clients:
             plan, release = ledger.plans[client], self._round_of(client)
-            draw = self._draw(client, "round", round, inputs_digest(message.header, message.packet_of(client)))
+            draw = self._round_draw(client, round, message)
             if not ledger.affords(client, draw, release):
                 refused.append(Failure(client, self._reason(client), ""))
                 continue
@@ -239,7 +262,7 @@ class Guard:
         if not ledger.affords(EVERYONE, draw, release):
             raise PrivacyError(self._reason(EVERYONE))
         ledger.charge(EVERYONE, draw, release, round + 1)
-        ledger.fixed = self._key.fixed
+        ledger.fixed = ledger.fixed or self._key.fixed
         ledger.save(self.path)
         deviation = client_level.update_noise(plan.noise, plan.expected, adaptive is not None) * ledger.clip
         mean = client_level.noised_mean(total, deviation, plan.expected, self._key.stream("noise", *purpose))
@@ -264,12 +287,14 @@ class Guard:
         self._keys.forget(self.ledger.run, "(coordinator)")
         return Question(Ask.FORGET, orders=dict.fromkeys(self.clients, Orders(self.ledger.run)))
 
-    def subspace_orders(self) -> dict[str, Orders]:
-        """What every client is told for one of the subspace's releases; all of them are charged with the first."""
+    def subspace_orders(self, ask: Ask, digest: str) -> dict[str, Orders]:
+        """What every client is told for one of the subspace's releases, whose noise follows from the question and the `digest` of what
+        comes with it."""
         ledger, told = self.ledger, {}
         for client in self.clients:
-            (release,) = (r for r in ledger.plans[client].before if r.what == "subspace")
-            draw = self._draw(client, "subspace")
+            (both,) = (r for r in ledger.plans[client].before if r.what == "subspace")
+            release = replace(both, steps=1)
+            draw = self._draw(client, "subspace", ask.name, digest)
             if not ledger.affords(client, draw, release):
                 raise ClientError(client, self._reason(client))
             ledger.charge(client, draw, release, 0)
@@ -279,6 +304,12 @@ class Guard:
 
     def _draw(self, client: str, *inputs: str | int) -> str:
         return draw_of(self.ledger.keys[client], self.ledger.run, client, *inputs)
+
+    def note_fixed(self, reports: Iterable[Report]) -> None:
+        """A key that a test has fixed voids the run's guarantee for good, whenever it was used."""
+        if not self.ledger.fixed and any(r.key_is_fixed for r in reports):
+            self.ledger.fixed = True
+            self.ledger.save(self.path)
 
     def note_lost_keys(self, failures: Sequence[Failure]) -> list[str]:
         """Clients whose noise will come from another key from now on: their next draw is another, and is charged."""

@@ -19,6 +19,7 @@ class Ask(Enum):
     RANGE = "a sketch of the gradient's columns"
     ROWS = "a sketch of the gradient's rows"
     ANSWER = "an answer to the method's question"
+    KEY = "the identity of its noise key"
     COUNT = "its noised number of examples"
     FORGET = "nothing: it removes its keys"
     ADVERTISE = "its public keys of a secure sum"

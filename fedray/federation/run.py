@@ -34,7 +34,7 @@ from fedray.federation.results import load_checkpoint, read_run_config, summaris
 from fedray.federation.worker import Worker
 from fedray.federation.worker_ray import start_workers
 from fedray.methods import Spec
-from fedray.privacy.ledger import Ledger
+from fedray.privacy.ledger import Ledger, worst
 from fedray.privacy.secure_sum import LEAST_MEMBERS
 from fedray.privacy.statement import statement
 from fedray.training.model import check_loadable, load_tokenizer, skeleton
@@ -151,6 +151,9 @@ def _folder(config: Config) -> tuple[Path, bool]:
     if not config.output.resume:
         raise ConfigError(f"output.dir '{config.output.dir}' holds another run: choose another, or go on with it by --output.resume")
     different = differences(read_run_config(folder), config)
+    checkpoint = folder / "checkpoint"
+    if config.privacy.on and any(checkpoint.glob("round-*")) and not (checkpoint / "ledger.json").is_file():
+        raise ConfigError(f"output.dir '{config.output.dir}' has lost its checkpoint/ledger.json, so nobody knows what it has spent: bring the file back, or start another run")
     if different:
         raise ConfigError(
             f"output.dir '{config.output.dir}' holds a run with another {different[0]} ({different[1]}, now {different[2]}): "
@@ -220,6 +223,9 @@ def execute(prepared: Prepared, listener: Listener | None = None, group: Placeme
     config, classes = prepared.config, len(prepared.data.classes)
     write(config, load_checkpoint(folder, config, classes), folder / "adapter", "peft", classes)
     summary = summarise(config, prepared.trainable, len(prepared.data.clients), records, time.monotonic() - started)
+    if config.privacy.on:  # of the ledger: it knows of releases that no record tells of
+        ledger = Ledger.load(folder / "checkpoint" / "ledger.json")
+        summary |= {"epsilon": worst([ledger.epsilon(name) for name in ledger.entries]), "keys_were_fixed": ledger.fixed}
     _write(folder / "summary.json", json.dumps(summary, indent=2))
     return summary
 

@@ -6,10 +6,12 @@ that sent is in the sum even if it is gone at the end.
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,8 @@ from fedray.errors import PrivacyError, RoundError
 from fedray.federation.messages import Ask, Failure, Question, Report, Secure
 from fedray.federation.wire import Packet
 from fedray.privacy import secure_sum
-from fedray.privacy.secure_sum import SHARE_BYTES, Session
-
-ADVERT_BYTES = 64
+from fedray.privacy.ledger import write_durably
+from fedray.privacy.secure_sum import ADVERT_BYTES, SHARE_BYTES, Session
 
 
 @dataclass
@@ -38,10 +39,11 @@ class Opened:
 
 
 class SecureSums:
-    """`ask(question, clients)`: their outcomes, in order. `run`: under which clients file their keys."""
+    """`ask(question, clients)`: their outcomes, in order. `run`: under which clients file their keys. `folder`: of the checkpoints, where it
+    is kept whose parts a sum was opened of."""
 
-    def __init__(self, config: Config, ask: Callable[[Question, Sequence[str]], Sequence[Any]], run: str):
-        self.config, self._ask, self.run = config, ask, run
+    def __init__(self, config: Config, ask: Callable[[Question, Sequence[str]], Sequence[Any]], run: str, folder: Path):
+        self.config, self._ask, self.run, self._opened = config, ask, run, folder / "secure-sums.json"
 
     def open(self, clients: Sequence[str]) -> tuple[Opened, list[Failure]]:
         """Advertise and share. Returns who could not, too. Raises RoundError when fewer are left than the threshold."""
@@ -61,9 +63,24 @@ class SecureSums:
         )
         return opened, failures
 
-    def close(self, opened: Opened, packets: Mapping[str, Packet]) -> dict[str, Tensor]:
-        """The sum (fp64) of what the clients of `packets` masked. Raises PrivacyError when too few stay to open it."""
+    def _remember(self, what: str, sent: Sequence[str]) -> None:
+        """On disk before the sum is opened. Raises PrivacyError when, before a kill, it was opened of others' parts: clients send the same again,
+        and two sums that differ by one client show it."""
+        kept = json.loads(self._opened.read_text()) if self._opened.is_file() else {}
+        before = kept.get(what, list(sent))
+        if set(before) != set(sent):
+            raise PrivacyError(
+                f"the secure sum of {what} was opened of {', '.join(before)} before, and of {', '.join(sent)} it would show the difference: have the same clients back"
+            )
+        # Of rounds only the last can be repeated.
+        kept = {w: c for w, c in kept.items() if not (w.startswith("round ") and what.startswith("round "))}
+        write_durably(self._opened, json.dumps(kept | {what: list(sent)}))
+
+    def close(self, opened: Opened, packets: Mapping[str, Packet], what: str) -> dict[str, Tensor]:
+        """The sum (fp64) of what the clients of `packets` masked; `what` it is the sum of, the same after a resume. Raises PrivacyError when too
+        few stay to open it, or it was opened of others' parts before."""
         sent = tuple(packets)
+        self._remember(what, sent)
         mine = {c: {o: opened.sealed[o][c] for o in opened.secure.adverts} for c in sent}
         told, refused = self._answered(Ask.REVEAL, sent, Secure(self.run, opened.secure.session, opened.secure.adverts, mine, sent))
         opened.down += sum(len(text) for texts in mine.values() for text in texts.values())

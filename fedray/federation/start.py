@@ -160,7 +160,7 @@ def _sketched(config: Config, spec: Spec, clients: Sequence[str], answers: Answe
         """sum p_i of the clients' sketches. Without sides the clients draw Omega from the seed, and no bytes go down."""
         nonlocal up, down
         packet = pack(sides) if sides is not None else None
-        orders = guard.subspace_orders() if source == "private" else {}
+        orders = guard.subspace_orders(ask, packet.digest if packet else "") if source == "private" else {}
         told = answers(Question(ask, packet, examples=_examples(config), columns=oversample, orders=orders), clients)
         if source != "public":
             up += sum(size for _, _, size in told)

@@ -61,7 +61,7 @@ class Worker:
             private = None
             if self.private and not self._by_client:
                 check_orders(self.trainer.config, client, len(self.trainer.examples("train", client)), orders)
-                purpose = ("round", round, inputs_digest(header, packet))
+                purpose = ("round", client, round, inputs_digest(header, packet), *_told(orders))
                 private = Private(key, purpose, orders.rate, Mechanism(orders.clip, orders.noise, orders.expected))
             result = self.trainer.train(view, client, round, state or None, base_key, private)
             sent = self.method.upload(self.spec, client, result.tensors, round)
@@ -75,7 +75,8 @@ class Worker:
         own = self.spec.names if self.method.asks else self.method.keeps(self.spec)
         keeps |= {f"{OWN}{n}": t for n, t in result.tensors.items() if n.rsplit(".", 1)[1] in own}
         examples, loss, seconds = (0, None, 0.0) if self.private else (result.examples, result.loss, result.seconds)
-        return packet, pack(keeps) if keeps else None, Report(client, examples, loss, result.base_lost, seconds)
+        report = Report(client, examples, loss, result.base_lost, seconds, key_is_fixed=key is not None and key.fixed)
+        return packet, pack(keeps) if keeps else None, report
 
     @property
     def _by_client(self) -> bool:
@@ -87,7 +88,7 @@ class Worker:
         """What the client's training changed of what it sends, clipped; and whether it was within the clip, where that is asked."""
         untrained = self.method.upload(self.spec, client, {n: view.tensors[n] for n in trained}, round)
         update, within = client_level.clipped({n: t - untrained[n] for n, t in sent.items()}, orders.clip)
-        bit = {client_level.WITHIN: torch.tensor([float(within)])} if self.trainer.config.privacy.adaptive_clip else {}
+        bit = {client_level.WITHIN: torch.tensor([float(within) - 0.5])} if self.trainer.config.privacy.adaptive_clip else {}
         return update | bit
 
     def _packed(self, client: str, tensors: dict[str, Tensor], orders: Orders | None) -> Packet:
@@ -107,11 +108,11 @@ class Worker:
         return secure_sum.reveal(key, client, secure.session, secure.adverts, secure.sealed[client], secure.sent)
 
     def _key(self, client: str, orders: Orders | None) -> Key | None:
-        if orders is None:
+        """Where the client adds noise, the key of it."""
+        if orders is None or not self.private or self._by_client:
             return None
-        key = self._keys.key(orders.run, client)
-        if self.private and not self._by_client:  # changed data are met like a lost key: other noise, and a new charge
-            key = key.bound(self._fingerprint(client))
+        # Changed data are met like a lost key: other noise, and a new charge.
+        key = self._keys.key(orders.run, client).bound(self._fingerprint(client))
         if orders.key and key.identity != orders.key:
             raise _KeyLost(key.identity)
         return key
@@ -152,8 +153,10 @@ class Worker:
         if self.private and client != PUBLIC:
             self._check_ask(question.ask)
         if question.ask is Ask.COUNT:
-            noise = key.stream("count").normals(1).item() * (self.trainer.config.privacy.count_noise or COUNT_NOISE)
+            noise = key.stream("count", client).normals(1).item() * (self.trainer.config.privacy.count_noise or COUNT_NOISE)
             return {"count": torch.tensor([len(self.trainer.examples("train", client)) + noise]).round()}
+        if question.ask is Ask.KEY:
+            return {}
         if question.ask is Ask.FORGET:
             self._keys.forget(orders.run, client)
             return {}
@@ -167,7 +170,7 @@ class Worker:
             given = subspace.gaussian_tests(self.spec.layers, question.columns, self.spec.seed)
         noise = None
         if self.private and client != PUBLIC:
-            purpose = ("subspace", question.ask.name, question.packet.digest if question.packet is not None else "")
+            purpose = ("subspace", client, question.ask.name, question.packet.digest if question.packet is not None else "", *_told(orders))
             every = self.trainer.examples("train", client)
             check_orders(self.trainer.config, client, len(every), orders, subspace=True)
             examples = [every[i] for i in key.stream("sample", *purpose).sample(len(every), orders.rate)]
@@ -207,6 +210,11 @@ class Worker:
         own = {n.removeprefix(OWN): t for n, t in held.items() if n.startswith(OWN) and n.rsplit(".", 1)[1] in keeps}
         view = View(view.tensors | own, view.base, view.trained)
         return view, None if self.method.personal else header.base_key
+
+
+def _told(orders: Orders) -> tuple[str, ...]:
+    """What of the orders shapes a draw: other orders must not meet the same noise."""
+    return tuple(float(n).hex() for n in (orders.rate, orders.noise, orders.clip, orders.expected))
 
 
 class _KeyLost(Exception):

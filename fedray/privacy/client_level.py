@@ -19,7 +19,7 @@ Tensors = Mapping[str, Tensor]
 #: Learning rate of the clip's logarithm (Andrew et al., NeurIPS 2021).
 CLIP_LR = 0.2
 
-#: Name under which a client says whether its update was within the clip.
+#: Name under which a client says whether its update was within the clip: 1/2 or -1/2, so that one client more or less moves the sum by 1/2.
 WITHIN = "(within the clip)"
 
 
@@ -60,9 +60,9 @@ def noised_mean(total: Tensors, deviation: float, expected: float, stream: Strea
 
 
 def next_clip(clip: float, quantile: float, within: float, noise: float, expected: float, stream: Stream) -> float:
-    """The clip of the next round: moved so that the share of updates within it nears `quantile`. `within`: how many were, of a cohort of
-    `expected`; their count less half a cohort is what is noised."""
-    share = (within - expected / 2 + bit_noise(noise, expected) * stream.normals(1).item()) / expected + 0.5
+    """The clip of the next round: moved so that the share of updates within it nears `quantile`. `within`: the sum of what the clients said
+    under WITHIN, which is noised; `expected`: how many clients a cohort has."""
+    share = (within + bit_noise(noise, expected) * stream.normals(1).item()) / expected + 0.5
     return clip * math.exp(-CLIP_LR * (share - quantile))
 
 

@@ -53,6 +53,8 @@ class Engine(Protocol):
 def check_model(model: nn.Module) -> None:
     """Raises PrivacyError, with the reason, for a model whose per-sample gradients would be missing or wrong."""
     for name, module in model.named_modules():
+        if getattr(module, "p", 0) and "Dropout" in type(module).__name__:
+            raise PrivacyError(f"{name} drops out {module.p:g}: one example more would shift the masks of all others, so that no clip bounds what it changes; set it to 0")
         if isinstance(module, LoraLayer):
             if any(getattr(module, "use_dora", {}).values()):
                 raise PrivacyError(f"{name} is a DoRA layer: its norm mixes samples, and it has no per-sample gradient; use plain LoRA")
@@ -133,9 +135,10 @@ class ClippedSum:
         gradient, parameter.grad_sample = getattr(parameter, "grad_sample", None), None
         shape = (samples, *getattr(parameter, "ds_shape", parameter.shape))
         if not torch.is_tensor(gradient) or tuple(gradient.shape) != shape:
-            have = "none" if gradient is None else "several" if not torch.is_tensor(gradient) else str(tuple(gradient.shape))
+            # No shapes: how many samples there are is private.
+            have = "none" if gradient is None else "several" if not torch.is_tensor(gradient) else "one of another shape"
             raise PrivacyError(
-                f"{name} has no gradient of each sample (wanted {shape}, found {have}): its module does not keep samples apart, "
+                f"{name} has no gradient of each sample ({have} found): its module does not keep samples apart, "
                 "so no noise would make it private; leave it out of adapter.targets or adapter.heads"
             )
         return gradient
@@ -157,12 +160,12 @@ def noised(total: Tensor, mechanism: Mechanism, noise: Stream | None) -> Tensor:
 
 def private_step(
     engine: Engine, hooks: SampleHooks, micro_batches: Sequence[dict], losses: Losses, lr: float, mechanism: Mechanism,
-    noise: Stream | None, check: bool,
+    noise: Stream | None, check: bool, first: bool = False,
 ) -> None:
     """One optimizer step on a Poisson batch, cut into micro-batches (none, when it is empty: then the step is noise alone).
 
     `losses(forward, batch)`: one loss a sequence, each over its own tokens. `check`: hold what the optimizer got against what was
-    meant, and see that every parameter moved. Raises PrivacyError when the step was not a private one, FloatingPointError for a loss
+    meant; `first`: see that every parameter moved, too (late in a schedule a rate may be too small to). Raises PrivacyError when the step was not a private one, FloatingPointError for a loss
     or gradient that is not finite: then nothing has been stepped.
     """
     clipped = ClippedSum(engine.parameters, mechanism.clip)
@@ -182,7 +185,7 @@ def private_step(
         offset += math.prod(shape)
     got = engine.apply(gradients, lr)
     if check:
-        _check(gradients, got, before, engine.read(), mechanism.noise > 0 and lr > 0)
+        _check(gradients, got, before, engine.read(), first and mechanism.noise > 0 and lr > 0)
 
 
 def _check(wanted: dict[str, Tensor], got: dict[str, Tensor], before: dict[str, Tensor], after: dict[str, Tensor], noisy: bool) -> None:
@@ -190,4 +193,4 @@ def _check(wanted: dict[str, Tensor], got: dict[str, Tensor], before: dict[str, 
         if not torch.equal(got[name].reshape(-1).cpu(), gradient.reshape(-1).cpu()):
             raise PrivacyError(f"the optimizer did not step on the private gradient of {name}: the run stops, since its noise was lost")
         if noisy and torch.equal(before[name], after[name]):
-            raise PrivacyError(f"{name} did not move in a private step, whose noise moves everything that trains: the run stops")
+            raise PrivacyError(f"{name} did not move in a private step, whose noise moves everything that trains: the run stops (federation.lr may be too small to move an fp32 number)")

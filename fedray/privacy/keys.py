@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -127,10 +126,21 @@ class KeyStore:
 
     def forget(self, run: str, client: str) -> None:
         """Remove the key: from then on nobody can take the noise of the run away again."""
-        self._path(run, client).unlink(missing_ok=True)
-        folder = self._path(run, client).parent
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        path = self._path(run, client)
+        path.unlink(missing_ok=True)
+        if path.parent.is_dir() and not any(path.parent.iterdir()):
+            path.parent.rmdir()
+
+    def forget_run(self, run: str) -> int:
+        """Remove all keys of a run; how many there were."""
+        files = list(self._path(run, "").parent.glob("*"))
+        for path in files:
+            path.unlink(missing_ok=True)
+        if files:
+            files[0].parent.rmdir()
+        return len(files)
 
     def _path(self, run: str, client: str) -> Path:
-        return self.folder / urllib.parse.quote(run, safe="").replace(".", "%2E") / (urllib.parse.quote(client, safe="").replace(".", "%2E") or "_")
+        # Hashes: any name will do, however long, and on file systems that take A for a.
+        run, client = (hashlib.sha256(name.encode()).hexdigest()[:32] for name in (run, client))
+        return self.folder / run / client

@@ -89,18 +89,7 @@ class Ledger:
 
     def save(self, path: Path) -> None:
         """Replace the file, and come back only when it is on disk."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        with part.open("w") as file:
-            json.dump(self.to_dict(), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_durably(path, json.dumps(self.to_dict(), indent=1))
 
     @classmethod
     def load(cls, path: Path) -> Ledger | None:
@@ -111,6 +100,22 @@ class Ledger:
         plans = {c: PrivacyPlan.from_dict(p) for c, p in values.pop("plans").items()}
         entries = {c: [Entry(e["draw"], Release(**e["release"]), e["round"]) for e in es] for c, es in values.pop("entries").items()}
         return cls(**values, plans=plans, entries=entries)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a file whole, and come back only when it is on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 EVERYONE = "(every client)"

@@ -89,7 +89,7 @@ def _calibrate(rate: float, steps: int, delta: float, budget: float, before: tup
     if before and epsilon(before, delta) >= budget:
         raise ValueError(
             f"what is released before training ({', '.join(sorted({r.what for r in before}))}) alone spends epsilon "
-            f"{epsilon(before, delta):.3g} of {budget:g}: raise privacy.epsilon, or release less"
+            f"{epsilon(before, delta):.3g} of {budget:g}: raise privacy.epsilon, or release less (privacy.count_noise, privacy.subspace_fraction)"
         )
     # The RDP bound is cheap and above the PRV's: the noise that it asks for is enough, and not far from the least.
     high = 1.0

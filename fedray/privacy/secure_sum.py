@@ -2,12 +2,12 @@
 
 Each pair of clients shares a mask that one adds and the other subtracts; each client adds one more of its own. What hides a client that
 drops out (its key of pairwise masks) or one that stays (the seed of its own mask) is shared among all, so that enough of them can
-take away the masks that would otherwise remain, one or the other of a client and never both. Sums are in the integers modulo 2^64, so the masks
+take away the masks that would otherwise remain, in an honest session one or the other of a client and never both. Sums are in the integers modulo 2^64, so the masks
 cancel to the last bit.
 
 | step      | a client sends                                              | needs                   |
 |-----------|-------------------------------------------------------------|-------------------------|
-| advertise | two X25519 public keys                                      | -                       |
+| advertise | two X25519 public keys, the hash of its own mask's seed     | -                       |
 | share     | for each other client, encrypted, shares of its two secrets | the keys of all         |
 | mask      | its vector in fixed point, masked                           | the keys of who shared  |
 | reveal    | one share for each client: of the seed of who sent a vector, of the key of who did not | who did |
@@ -18,6 +18,7 @@ follow from its own key and the session's name, so a client keeps no state betwe
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,8 +40,9 @@ STEP = 2.0**-FRACTION
 #: Shares are points of polynomials over the integers modulo this Mersenne prime.
 PRIME = 2**521 - 1
 SHARE_BYTES = 66
+ADVERT_BYTES = 96
 
-#: Fewer members than this would read each other out of the sum.
+#: With fewer members each would read the other out of the sum.
 LEAST_MEMBERS = 3
 
 
@@ -53,6 +55,8 @@ class Session:
     threshold: int
 
     def __post_init__(self):
+        if len(set(self.members)) < len(self.members):
+            raise PrivacyError("a secure sum names a client twice")
         if len(self.members) < LEAST_MEMBERS or not 2 <= self.threshold <= len(self.members):
             raise PrivacyError(
                 f"a secure sum needs {LEAST_MEMBERS} clients or more and a threshold between 2 and their number, not {len(self.members)} and {self.threshold}"
@@ -61,10 +65,12 @@ class Session:
 
 @dataclass(frozen=True)
 class Advert:
-    """A client's public keys: for pairwise masks, and for what others encrypt to it."""
+    """A client's public keys: for pairwise masks, and for what others encrypt to it. `own`: the hash of the seed of its own mask, so that a
+    wrong seed is noticed."""
 
     mask: bytes
     share: bytes
+    own: bytes
 
 
 def default_threshold(members: int) -> int:
@@ -142,7 +148,7 @@ def _seed(key: Key, session: Session) -> bytes:
 
 def advertise(key: Key, session: Session) -> Advert:
     """A client's first message."""
-    return Advert(_public(_private(key, session, "mask")), _public(_private(key, session, "share")))
+    return Advert(_public(_private(key, session, "mask")), _public(_private(key, session, "share")), hashlib.sha256(_seed(key, session)).digest())
 
 
 def share(key: Key, client: str, session: Session, adverts: Mapping[str, Advert]) -> dict[str, bytes]:
@@ -199,6 +205,8 @@ def reveal(
     changed on the way.
     """
     _check(key, client, session, adverts)
+    if client not in sent:
+        raise PrivacyError(f"client '{client}' is said not to have sent its part of a secure sum, but is asked to open it: nothing is revealed")
     if len(set(sent) & set(adverts)) < session.threshold:
         raise PrivacyError(f"{len(set(sent) & set(adverts))} clients sent their part of a secure sum, and {session.threshold} are needed: nothing is revealed")
     own, shares = _private(key, session, "share"), {}
@@ -223,6 +231,8 @@ def unmask(
     order; `adverts`: of those who shared. Raises PrivacyError for too few, and for shares that do not open what was advertised."""
     if len(revealed) < session.threshold:
         raise PrivacyError(f"{len(revealed)} clients of a secure sum stayed to the end, and {session.threshold} are needed: the sum stays closed")
+    if not masked:
+        raise PrivacyError("nobody sent a part of the secure sum")
     points = {client: i + 1 for i, client in enumerate(advertised)}
     who = list(revealed)[: session.threshold]
 
@@ -232,8 +242,11 @@ def unmask(
     size = len(next(iter(masked.values())))
     total = np.zeros(size, dtype=np.uint64)
     for client in masked:
+        seed = opened(client)
+        if hashlib.sha256(seed).digest() != adverts[client].own:
+            raise PrivacyError(f"the shares of client '{client}' open another mask than it advertised: the sum stays closed")
         total += masked[client]
-        total -= Stream(opened(client)).integers(size)
+        total -= Stream(seed).integers(size)
     for gone in (c for c in adverts if c not in masked):
         private = X25519PrivateKey.from_private_bytes(opened(gone))
         if _public(private) != adverts[gone].mask:
@@ -246,9 +259,12 @@ def unmask(
 def overhead(members: int) -> tuple[int, int]:
     """(up, down) bytes of one client beside its vector when nobody drops out: keys, encrypted shares, shares."""
     sealed = 2 * SHARE_BYTES + 16
-    return 64 + members * sealed + members * SHARE_BYTES, members * 64 + members * sealed
+    return ADVERT_BYTES + members * (sealed + SHARE_BYTES), members * (ADVERT_BYTES + sealed)
 
 
 def threshold_of(share_needed: float | None, members: int) -> int:
-    """How many of so many members must stay: a share of them, or more than half."""
-    return default_threshold(members) if share_needed is None else max(2, math.ceil(share_needed * members))
+    """How many of so many members must stay: a share of them, or more than half; never fewer than LEAST_MEMBERS, but for three members, of
+    whom one may drop out."""
+    if share_needed is None:
+        return default_threshold(members)
+    return min(members, max(LEAST_MEMBERS if members > LEAST_MEMBERS else 2, math.ceil(share_needed * members)))

@@ -11,6 +11,9 @@ from fedray.methods import Method
 from fedray.privacy.keys import TEST_KEY
 from fedray.privacy.ledger import EVERYONE, Ledger, worst
 
+#: An epsilon above this lets an attacker be all but sure; it is called weak wherever it is shown.
+WEAK = 20.0
+
 
 def statement(config: Config, ledger: Ledger, clients: Sequence[str], records: Sequence[Mapping[str, Any]], method: Method) -> dict[str, Any]:
     """Plain values. `records`: those of the rounds so far, the evaluation before round 1 first."""
@@ -25,6 +28,7 @@ def statement(config: Config, ledger: Ledger, clients: Sequence[str], records: S
             "what_a_unit_is": _unit(config),
             "relation": "add-or-remove-one",
             "void": void,
+            "weak": None if void or (worst(list(spent.values())) or 0.0) <= WEAK else f"an epsilon above {WEAK:g} bounds next to nothing",
             "trust": _trust(config),
             "epsilon_by_client": spent,
             "budget": config.privacy.epsilon,
@@ -81,7 +85,7 @@ def _left(config: Config, method: Method) -> list[dict[str, str]]:
         add("its optimizer state or own factors, into the coordinator's checkpoint", "each round it is drawn in", kind, "federation/coordinator.py, _kept")
     if secure:
         add("public keys, encrypted shares, and shares that open the sum", "each round it is drawn in", "hide all but the sum from fewer clients than the threshold", "privacy/secure_sum.py")
-    add("the identity of its key", "once", "a hash that says nothing of the key", "privacy/keys.py")
+    add("the identity of its key, bound to its data", "once", "a hash that says nothing of the key", "privacy/keys.py")
     add("the kind of an error, where it fails", "then", "none, but no words of the error", "federation/worker.py, _failure")
     return left
 
@@ -94,7 +98,9 @@ def _not_guaranteed(config: Config) -> list[dict[str, str]]:
 
     add("high", "Separation of the machines: every worker and the coordinator open all data sources of the config to deal them out; real parties must not share one config's sources", "data/partition.py, load_data")
     add("high", "Choices made by looking at other runs on the same data (learning rate, clip, rank): only this run's releases are accounted for", "compare.py")
-    add("medium", "The client's machine and its key folder until the run ends: whoever reads the key can take the noise away", "privacy/keys.py, KeyStore")
+    whose = "coordinator's" if config.privacy.unit == "client" else "client's"
+    add("medium", f"The {whose} machine and its key folder until the run ends, or `fedray forget` is called for one that will not: whoever reads the key can take the noise away", "privacy/keys.py, KeyStore")
+    add("medium", "People or rows that are in several clients' data: each client's epsilon is of its own data, and theirs is the sum over those clients", "privacy/ledger.py, worst")
     add("medium", "The set of label values, the column names and the clients' names are taken as public", "data/partition.py, _classes")
     add("medium", "The held-out examples that the coordinator evaluates on: their metrics are published without noise", "federation/coordinator.py, _evaluate")
     add("low", "Times: how long a client takes depends on how many examples it drew", "training/local.py, _private_steps")
@@ -105,8 +111,11 @@ def _not_guaranteed(config: Config) -> list[dict[str, str]]:
         add("medium", "A coordinator that asks for more rounds than it charges: a client checks the noise, clip and rate of its orders, and keeps no count of rounds", "federation/guard.py, check_orders")
     if config.privacy.unit == "client":
         add("high", "A coordinator that does not follow the protocol: it alone adds the noise", "federation/guard.py, mean")
-        add("medium", "`rounds.jsonl` has bytes and times that tell the size of each round's sample: publish the models, not the records", "federation/coordinator.py, run_round")
+        add("medium", "`rounds.jsonl` and `report.html` have bytes and times that tell the size of each round's sample: publish the models, not the records", "federation/coordinator.py, run_round")
     if config.privacy.secure_aggregation:
         add("medium", "A coordinator that lies about who dropped out or who takes part: it is assumed to follow the protocol (no signatures)", "privacy/secure_sum.py")
         add("medium", "As many clients as the threshold together with the coordinator can open one client's update", "privacy/secure_sum.py, reveal")
+        if (config.privacy.secure_threshold or 1.0) <= 0.5:
+            add("high", "privacy.secure_threshold of a half or less: a lying coordinator could have two groups open different sums of one session, and read a client from their difference", "privacy/secure_sum.py, threshold_of")
+        add("medium", "All clients of an opened sum but one, together, can take their own parts away and read that one's (of three clients one may drop out: then each of the two reads the other's)", "privacy/secure_sum.py, default_threshold")
     return found

@@ -15,6 +15,8 @@ from fedray.compare import Result
 from fedray.data.tasks import TASKS
 from fedray.federation.run import Prepared
 from fedray.plan import Plan, plan
+from fedray.privacy.keys import TEST_KEY
+from fedray.privacy.statement import WEAK
 from fedray.report.words import TITLES, number, share, size
 
 
@@ -137,6 +139,16 @@ def sweep_privacy(privacy: dict[str, Any]) -> str:
     return text
 
 
+def run_privacy(summary: dict[str, Any]) -> str:
+    """The guarantee of one run, in a sentence that does not promise more than there is."""
+    if summary["keys_were_fixed"]:
+        return f"not private: the noise keys were fixed by {TEST_KEY}, a word for tests"
+    text = f"epsilon {summary['epsilon']:.4g} at delta {summary['delta']:g}"
+    if summary["epsilon"] > WEAK:
+        return f"hardly private: {text} bounds next to nothing; raise privacy.noise, or give a privacy.epsilon below {WEAK:g}"
+    return f"private: {text} (the largest of the clients); against whom, what left each client, and what is not guaranteed, is in privacy.json and report.html"
+
+
 class ConsoleListener:
     """Prints a run as it goes."""
 
@@ -156,9 +168,10 @@ class ConsoleListener:
         self.metric = TITLES[self.metric_key]
         counts = prepared.rows
         units = prepared.units() if config.privacy.on else None
-        named = ", ".join(f"{n} ({c})" for n, c in list(counts.items())[:7]) + (", ..." if len(counts) > 7 else "")
+        # A private run's counts are released with noise only.
+        named = ", ".join(n if units else f"{n} ({c})" for n, c in list(counts.items())[:7]) + (", ..." if len(counts) > 7 else "")
         print_plan(self.console, plan(config, prepared.cohort, len(prepared.data.classes) or 2, units), prepared.placement.reason)
-        self.console.print(f"clients  {len(counts)}, with rows: {named}", soft_wrap=True)
+        self.console.print(f"clients  {len(counts)}{'' if units else ', with rows'}: {named}", soft_wrap=True)
         self.console.print(
             f"method   {config.method.name} on {config.adapter.kind} of rank {config.adapter.rank}, "
             f"{config.federation.rounds} rounds of {config.federation.local_steps} steps of {config.federation.batch_size}"
@@ -225,10 +238,7 @@ class ConsoleListener:
                 f"{summary['method']} lost at most {summary['exactness']:.1e}", soft_wrap=True,
             )
         if summary["epsilon"] is not None:
-            self.console.print(
-                f"private: epsilon {summary['epsilon']:.4g} at delta {summary['delta']:g} for the client that spent most; what left each client, and what "
-                "is not guaranteed, is in privacy.json and report.html", soft_wrap=True,
-            )
+            self.console.print(run_privacy(summary), soft_wrap=True)
         self.console.print(f"results in {folder} (adapter/ loads with plain PEFT; report.html)", soft_wrap=True)
 
     def close(self) -> None:

@@ -118,6 +118,8 @@ def _privacy(told: dict) -> str:
     text = "<h2>Privacy</h2>"
     if given["void"]:
         text += f"<p class=warn>{html.escape(given['void'])}.</p>"
+    elif given.get("weak"):
+        text += f"<p class=warn>{html.escape(given['weak'])}.</p>"
     else:
         text += f"<p class=big>epsilon {given['epsilon']:.4g} at delta {given['delta']:g}, by {given['unit']}.</p>"
     text += (

@@ -170,7 +170,7 @@ class LocalTrainer:
             micro = [self._batch([examples[i] for i in picked[j : j + size]]) for j in range(0, len(picked), size)]
             private_step(
                 self._engine, self._hooks, micro, self.task.losses, learning_rate(config, round, step), private.mechanism,
-                private.key.stream("noise", *private.purpose, step), check=step == 0,
+                private.key.stream("noise", *private.purpose, step), check=step == 0, first=round == 0 and step == 0,
             )
 
     @torch.no_grad()

@@ -41,9 +41,9 @@ def read_model_config(config: Config, classes: int = 0):
     shape = SHAPES / f"{path}.json"
     try:
         found = AutoConfig.from_pretrained(str(shape) if shape.is_file() else resolve(path), **options)
-        if config.model.dropout is not None:  # every architecture has its own names for it
+        if config.base_dropout is not None:  # every architecture has its own names for it
             for name in [n for n, v in vars(found).items() if "drop" in n and isinstance(v, (int, float)) and not isinstance(v, bool)]:
-                setattr(found, name, config.model.dropout)
+                setattr(found, name, config.base_dropout)
         return found
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
