@@ -311,6 +311,8 @@ def check_budget(trials: Sequence[Trial], prepared: Sequence[Prepared], times: i
     private = [c for c in configs if c.privacy.on]
     if len({c.privacy.unit for c in private}) > 1:
         raise ConfigError("the sweep varies privacy.unit, and what examples and what clients are told cannot be added up: make two sweeps")
+    if len({c.data.max_length for c in private if c.model.task == "causal-lm" and c.data.completion is None}) > 1:
+        raise ConfigError("the sweep varies data.max_length, which decides what one private example is: releases of different units cannot be added up; make two sweeps")
     budgets = {c.privacy.sweep_epsilon for c in configs}
     if budgets == {None}:
         return

@@ -1,9 +1,11 @@
 """Sweeps: which trials, what is refused before anything runs, what they tell together, and whole sweeps on Ray."""
 
+import io
 import itertools
 import json
 import math
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray import tune
 from ray.util import placement_group_table
+from rich.console import Console
 
 from fedray.cli import main
 from fedray.config import read_config
@@ -30,6 +33,7 @@ from fedray.privacy.keys import Key
 from fedray.privacy.ledger import Ledger
 from fedray.privacy.selection import best_alone, composed, dominating, draw_runs
 from fedray.report.console import sweep_privacy
+from fedray.report.live import LiveTable
 from fedray.report.sweep import effects, pareto
 from fedray.sweep import Sweep, bundles, check_placeable, load_space, read_sweep, trials_of
 from fedray.sweep import settings as keys_of
@@ -343,6 +347,74 @@ def test_what_all_trials_have_told_is_reported_from_their_ledgers(make_config, t
     assert "privacy: none, since the noise keys were fixed for a test" in capsys.readouterr().out
     assert f"the 2 trials together have spent epsilon {max(privacy['composed'].values()):.4g} at delta" in sweep_privacy(privacy | {"void": False})
     assert "nothing bounds what the sweep as a whole has told" in sweep_privacy(privacy | {"void": False, "without_privacy": 1})
+
+
+def test_optuna_searches_within_what_was_checked_and_ends_at_the_byte_budget(make_config, tmp_path, ray_session, capsys):
+    flags = [*tiny_flags(make_config), "--engine", "inline", "--federation.rounds", "6"]
+    out = tmp_path / "out"
+    space = space_file(
+        tmp_path,
+        "SWEEP = Sweep(space={'entry': tune.choice(['fedex', 'ffa']), 'federation.lr': tune.loguniform(1e-3, 1e-1)}, search='optuna', samples=3, max_concurrent=1, "
+        "base={'federation.max_bytes': 100000})",
+    )
+    assert main(["sweep", "--space", space, "--out", str(out), *flags]) == 0, capsys.readouterr()
+    table = pd.read_csv(out / "trials.csv")
+    assert len(table) == 3 and (table["status"] == "finished").all() and table["federation.lr"].nunique() == 3
+    assert (table["bytes"] <= 100000).all() and (table["rounds"] < 6).all() and (table["federation.lr"].between(1e-3, 1e-1)).all()
+    for name, rounds in zip(table["trial"], table["rounds"], strict=True):
+        records = [json.loads(line) for line in (out / "trials" / name / "rounds.jsonl").read_text().splitlines()]
+        moved = sum(r["bytes_up"] + r["bytes_down"] for r in records)
+        last = records[-1]["bytes_up"] + records[-1]["bytes_down"]
+        assert rounds == len(records) and (moved + last > 100000 and "federation.max_bytes" in records[-1]["stopped"])
+    ranged = space_file(tmp_path, "SWEEP = Sweep(space={'federation.batch_size': tune.randint(2, 9)}, search='optuna', samples=3)")
+    assert main(["sweep", "--space", ranged, "--out", str(tmp_path / "b"), *flags]) == 2
+    assert "may only choose it from a list" in " ".join(capsys.readouterr().err.split())
+
+
+def test_units_that_differ_are_not_added_up(make_config, tmp_path, capsys, ray_session):
+    flags = tiny_flags(make_config, method={"name": "ffa"}, privacy={"noise": 1.0})
+    for key, values, words in (("data.max_length", "[24, 48]", "what one private example is"), ("privacy.unit", "['example', 'client']", "the sweep varies privacy.unit")):
+        space = space_file(tmp_path, f"SWEEP = Sweep(space={{'{key}': tune.grid_search({values})}})")
+        assert main(["sweep", "--space", space, "--out", str(tmp_path / "out"), *flags]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(make_config, tmp_path, capsys, ray_session, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    space = space_file(tmp_path, "SWEEP = Sweep(space={'federation.lr': tune.grid_search([1e-2])})")
+    assert main(["sweep", "--space", space, "--out", str(tmp_path / "out"), "--track", "mlflow", *tiny_flags(make_config)]) == 2
+    assert "pip install 'fedray[track]'" in capsys.readouterr().err and not (tmp_path / "out" / "trials").exists()
+
+
+def test_the_live_table_stays_in_place_and_counts_every_trial():
+    class Fake:
+        def __init__(self, i):
+            self.trial_id, self.config, self.status = f"t{i}", {"trial": {"name": f"{i:03d},ffa"}}, "RUNNING"
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    live, trials = LiveTable(Console(file=screen, width=100, height=40, force_terminal=True), 30, maximise=True), [Fake(i) for i in range(20)]
+    for i, trial in enumerate(trials):
+        live.on_trial_start(0, trials, trial)
+        live.on_trial_result(0, trials, trial, {"round": 1, "objective": i / 100, "bytes": 2048, "epsilon": 3.0})
+    for trial in trials[:18]:
+        live.on_trial_complete(0, trials, trial)
+    live.on_trial_error(0, trials, trials[18])
+    again = pickle.loads(pickle.dumps(live))  # Tune keeps it in its checkpoint
+    live.close()
+    told = screen.getvalue()
+    assert "\x1b[1A" in told or "\x1b[2K" in told  # lines are written over
+    last = told.rsplit("trial ", 1)[1]
+    assert "1 running, 10 waiting, 18 ended, 1 failed" in last and last.index("019,ffa") < last.index("017,ffa") < last.index("016,ffa") and "000,ffa" not in last
+    assert again.count == 30 and not again.seen
+    plain = io.StringIO()
+    live = LiveTable(Console(file=plain, width=100), 2)
+    live.on_trial_result(0, trials, trials[0], {"round": 2, "objective": 0.5})
+    live.on_trial_complete(0, trials, trials[0])
+    assert plain.getvalue() == "[1/2] 000,ffa  ended: 0.5000 after round 2\n"
 
 
 GPU = """
