@@ -274,6 +274,8 @@ def test_what_would_not_be_private_is_refused(make_config):
             from_dict(wrong)
     with pytest.raises(ConfigError, match="have 3 or more"):
         prepare(make_config(method__name="ffa", federation__clients=2, privacy={"secure_aggregation": True}))
+    with pytest.raises(ConfigError, match="client 'client-0' has fewer examples than its batch_size 500"):
+        prepare(make_config(task="classification", privacy={"noise": 1.0}, federation__batch_size=500))
     config = make_config(privacy={"epsilon": 1.0, "unit": "example", "clip": 0.1})
     assert from_dict(json.loads(config.model_dump_json())) == config
 

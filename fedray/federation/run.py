@@ -107,6 +107,10 @@ def prepare(config: Config, capacity: tuple[float, float] | None = None) -> Prep
     least = min(config.federation.cohort or len(data.clients), len(data.clients))
     if config.privacy.secure_aggregation and least < LEAST_MEMBERS:
         raise ConfigError(f"privacy.secure_aggregation with {least} clients a round would show each of them: have {LEAST_MEMBERS} or more")
+    if config.privacy.on and config.privacy.unit == "example" and config.model.task == "classification":
+        for name, part in data.train.items():
+            if len(part) < (batch := config.client(name).batch_size):
+                raise ConfigError(f"client '{name}' has fewer examples than its batch_size {batch}, by which a private step divides: lower it")
     check_loadable(config)
     model = skeleton(config, len(data.classes) or 2)
     spec = make_spec(config, attach.layers(model), data.clients)
