@@ -191,7 +191,7 @@ def test_the_public_data_never_touches_a_client(tmp_path, monkeypatch):
     config = read_config(
         f"--engine inline --model.path {SHARED}/models/minilm-l6 --model.task classification --data.source {SHARED}/data/sst2 --data.limit 60 "
         f"--data.max_length 64 --data.test_limit 8 --federation.clients 3 --federation.rounds 1 --federation.local_steps 1 --adapter.kind lora-sb "
-        f"--adapter.subspace public --adapter.subspace_source {SHARED}/data/sst2/validation.tsv --adapter.targets query --method.name fed-sb "
+        f"--adapter.subspace public --adapter.subspace_source {SHARED}/data/sst2/validation.tsv --adapter.targets query --method.name fed-sb --worker.cpus 1 "
         f"--output.dir {tmp_path}/x".split()
     )
     asked = []
