@@ -123,7 +123,8 @@ def test_the_clipped_gradient_is_that_of_a_batch_of_one_loop(make_config, option
         alone.append(torch.cat([g.double().flatten() for g in gradients]))
         norms.append(alone[-1].norm().item())
     clip = sorted(norms)[3]  # some are clipped, some are not
-    wanted = sum(g * min(1.0, clip / n) for g, n in zip(alone, norms, strict=True))
+    # What is clipped ends a millionth below the clip, on purpose.
+    wanted = sum(g * min(1.0, clip * (1 - 1e-6) / n) for g, n in zip(alone, norms, strict=True))
     clipped = ClippedSum(engine.parameters, clip)
     with trainer._hooks.awake():
         for part in (examples[:4], examples[4:]):
@@ -131,7 +132,7 @@ def test_the_clipped_gradient_is_that_of_a_batch_of_one_loop(make_config, option
             engine.backward(losses.sum(), False)
             clipped.add(len(part))
     total = clipped.total()
-    assert (total - wanted).norm() < 2e-6 * wanted.norm()
+    assert (total - wanted).norm() < 1e-6 * wanted.norm()
     assert not any(p.grad_sample is not None for p in engine.parameters.values())
 
 
