@@ -272,6 +272,9 @@ def test_effects_give_all_variance_to_the_knob_that_has_it():
     both = pd.DataFrame([{"a": a, "b": b, "mean": 2.0 * a + 1.0 * b} for a in (0, 1) for b in (0, 1)])
     shares = effects(both, ["a", "b"]).drop_duplicates("knob").set_index("knob")["variance_share"]
     assert shares["a"] == pytest.approx(0.8) and shares["b"] == pytest.approx(0.2)
+    # None is a value like any other: a run without privacy.
+    some = effects(pd.DataFrame([{"e": e, "mean": m} for e, m in ((None, 1.0), (None, 1.0), (3.0, 0.0), (8.0, 0.5))]), ["e"])
+    assert some["value"].tolist() == ["none", "3", "8"] and some["points"].tolist() == [2, 1, 1] and some["mean"].tolist() == [1.0, 0.0, 0.5]
 
 
 # --- whole sweeps -------------------------------------------------------------------------------------------------

@@ -87,10 +87,15 @@ def points_table(trials: pd.DataFrame, seeds: int) -> pd.DataFrame:
     return table[table["seeds"] == seeds].reset_index(drop=True)
 
 
+def worded(values: pd.Series) -> pd.Series:
+    """A knob's values as words, so that none is a value too."""
+    return values.map(lambda v: "none" if v is None or v != v else f"{v:g}" if isinstance(v, float) else str(v))
+
+
 def knobs_of(trials: pd.DataFrame) -> list[str]:
     """The keys of the space that take more than one value (all of them where there is one trial)."""
     knobs = [c for c in trials.columns if c not in COLUMNS]
-    varied = [k for k in knobs if trials[k].astype(str).nunique() > 1]
+    varied = [k for k in knobs if worded(trials[k]).nunique() > 1]
     return varied or knobs
 
 
@@ -106,7 +111,7 @@ def effects(points: pd.DataFrame, knobs: Sequence[str]) -> pd.DataFrame:
     accounts for (eta squared: the sum of squares between its values over that of all points)."""
     rows, total = [], ((points["mean"] - points["mean"].mean()) ** 2).sum()
     for knob in knobs:
-        groups = points.groupby(points[knob].astype(str), sort=False)["mean"]
+        groups = points.groupby(worded(points[knob]), sort=False)["mean"]
         between = sum(len(g) * (g.mean() - points["mean"].mean()) ** 2 for _, g in groups)
         for value, g in groups:
             rows.append({"knob": knob, "value": value, "mean": g.mean(), "points": len(g), "variance_share": between / total if total > 0 else 0.0})
@@ -226,7 +231,7 @@ def _method_of(points: pd.DataFrame) -> tuple[str, pd.Series]:
     """The knob that colours the points: the method where it varies, else the first."""
     knob = next((k for k in ("entry", "method.name", "adapter.kind") if k in points.columns), None)
     knob = knob or next(c for c in points.columns if c not in ("mean", "lowest", "highest", "seeds", "bytes", "epsilon", "seconds", "trial"))
-    return knob, points[knob].astype(str)
+    return knob, worded(points[knob])
 
 
 def _pareto_picture(cost: str) -> Draw:
@@ -283,7 +288,7 @@ def _name_points(axes, x: pd.Series, front: pd.DataFrame, knobs: Sequence[str]) 
     axes.figure.canvas.draw()
     taken = []
     for index, row in front.iterrows():
-        words = label({k: row[k] for k in knobs if row[k] is not None and row[k] == row[k]})
+        words = label({k: row[k] for k in knobs if row[k] is not None and row[k] == row[k]}).replace(",", ", ")
         note = axes.annotate(words, (x[index], row["mean"]), (6, 6), textcoords="offset points", fontsize=7.5, color="0.25")
         for step in range(60):
             note.set_position((6, 6 + 4 * ((step + 1) // 2) * (1 if step % 2 else -1)))
@@ -312,9 +317,10 @@ def effects_picture(points: pd.DataFrame, found: pd.DataFrame, knobs: Sequence[s
         own = found[found["knob"] == order[i]]
         values = list(own["value"])
         for j, value in enumerate(values):
-            each = points[points[order[i]].astype(str) == value]["mean"]
+            each = points[worded(points[order[i]]) == value]["mean"]
             panel.plot([j] * len(each), each, "o", color="C0", alpha=0.3, ms=4)
-        panel.plot(range(len(values)), own["mean"], "-D" if len(values) > 1 else "D", color="C3", ms=5)
+        # A line only between values that have an order.
+        panel.plot(range(len(values)), own["mean"], "-D" if pd.api.types.is_numeric_dtype(points[order[i]]) else "D", color="C3", ms=5)
         crowded = sum(map(len, values)) > 28
         panel.set_xticks(range(len(values)), values, rotation=35 if crowded else 0, ha="right" if crowded else "center", fontsize=8)
         panel.set_title(f"{order[i]}: {own['variance_share'].iloc[0]:.0%} of the variance", fontsize=9)
