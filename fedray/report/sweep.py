@@ -235,52 +235,63 @@ def _method_of(points: pd.DataFrame) -> tuple[str, pd.Series]:
 
 
 def _pareto_picture(cost: str) -> Draw:
-    """Objective against a cost: one colour a method, bars from the lowest to the highest seed, the front as a line; names on the front only."""
+    """Objective against a cost: one colour and mark a method, bars from the lowest to the highest seed, the front as a line; the other knobs'
+    values are written over the front's points alone. Each epsilon has its own place, methods side by side in it."""
 
     def draw(points: pd.DataFrame, _: pd.DataFrame, knobs: Sequence[str], kept: dict[str, Any]):
-        figure, axes = _figure(9, 5.5)
-        knob, colours = _method_of(points)
-        scale = 2**20 if cost == "bytes" else 1.0
-        x = points[cost] / scale
-        finite = x[x.map(math.isfinite)]
-        far = finite.max() * 2.2 if len(finite) else 1.0  # where points without privacy stand
-        x = x.where(x.map(math.isfinite), far)
-        markers = "osD^vP*X<>"
-        for i, name in enumerate(dict.fromkeys(colours)):
-            own = points[colours == name]
+        figure, axes = _figure(10, 5.8)
+        knob, methods = _method_of(points)
+        names, markers = list(dict.fromkeys(methods)), "osD^vP*X<>"
+        x = points["bytes"] / 2**20 if cost == "bytes" else _side_by_side(points["epsilon"], methods, names)
+        for i, name in enumerate(names):
+            own = points[methods == name]
             error = [own["mean"] - own["lowest"], own["highest"] - own["mean"]]
-            axes.errorbar(x[own.index], own["mean"], yerr=error, fmt=markers[i % len(markers)], color=f"C{i % 10}", capsize=3, alpha=0.75, label=name)
+            axes.errorbar(x[own.index], own["mean"], yerr=error, fmt=markers[i % len(markers)], color=f"C{i % 10}", capsize=2, ms=5, lw=1, alpha=0.75, label=name)
         front = points[points[f"pareto_{cost}"]].sort_values([cost, "mean"])
         axes.plot(x[front.index], front["mean"], color="0.35", lw=1, zorder=0, label="Pareto front")
         if cost == "bytes":
+            from matplotlib import ticker
+
             axes.set_xscale("log")
-        axes.set_xlabel("MiB moved in the whole run, all clients, up and down" if cost == "bytes" else "epsilon of one run (largest over the clients)")
+            axes.set_xlabel("MiB moved in the whole run, all clients, up and down")
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
+        else:
+            spent = sorted(set(_rounded(points["epsilon"])))
+            axes.set_xticks(range(len(spent)), ["none" if math.isinf(e) else f"{e:g}" for e in spent])
+            axes.set_xlim(-0.6, len(spent) - 0.4)
+            axes.set_xlabel("epsilon of one run (largest over the clients)")
+            for edge in range(1, len(spent)):
+                axes.axvline(edge - 0.5, color="0.9", lw=0.8, zorder=0)
         axes.set_ylabel(_title(kept))
-        axes.grid(alpha=0.3)
-        others = [k for k in knobs if k != knob]
-        _name_points(axes, x[front.index], front, others)
-        _ticks(axes, cost, far if (points[cost] == math.inf).any() else None)
+        axes.grid(alpha=0.3, axis="both" if cost == "bytes" else "y")
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.12 * (high - low))  # room for the names
+        _name_front(axes, x, front, [k for k in knobs if k != knob and (cost == "bytes" or k != "privacy.epsilon")])
         axes.legend(title=knob, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
         return figure
 
     return draw
 
 
-def _ticks(axes, cost: str, infinite: float | None) -> None:
-    from matplotlib import ticker
-
-    if cost == "bytes":
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        axes.xaxis.set_minor_locator(ticker.NullLocator())
-    elif infinite is not None:
-        low, high = axes.get_xlim()
-        ticks = [t for t in axes.get_xticks() if low <= t < infinite * 0.9]
-        axes.set_xticks([*ticks, infinite], [*(f"{t:g}" for t in ticks), "none"])
+def _rounded(epsilons: pd.Series) -> pd.Series:
+    """What runs of one budget have spent differs in the third digit."""
+    return epsilons.map(lambda e: e if math.isinf(e) else float(f"{e:.2g}"))
 
 
-def _name_points(axes, x: pd.Series, front: pd.DataFrame, knobs: Sequence[str]) -> None:
-    """The other knobs' values beside the points of the front, moved up or down until no two labels overlap."""
+def _side_by_side(epsilons: pd.Series, methods: pd.Series, names: Sequence[str]) -> pd.Series:
+    """Positions: the rank of the epsilon, moved by the method, and a little more by the turn of the point in its group."""
+    spent = sorted(set(_rounded(epsilons)))
+    place = _rounded(epsilons).map(spent.index)
+    width = 0.8 / len(names)
+    turn = epsilons.groupby([place, methods]).cumcount()
+    most = max(1, turn.max())
+    return place - 0.4 + width * (methods.map(list(names).index) + 0.2 + 0.6 * turn / most)
+
+
+def _name_front(axes, x: pd.Series, front: pd.DataFrame, knobs: Sequence[str]) -> None:
+    """The other knobs' values over the bars of the front's points, moved up until no two labels overlap."""
     from matplotlib.text import Text
 
     if not knobs:
@@ -289,12 +300,15 @@ def _name_points(axes, x: pd.Series, front: pd.DataFrame, knobs: Sequence[str]) 
     taken = []
     for index, row in front.iterrows():
         words = label({k: row[k] for k in knobs if row[k] is not None and row[k] == row[k]}).replace(",", ", ")
-        note = axes.annotate(words, (x[index], row["mean"]), (6, 6), textcoords="offset points", fontsize=7.5, color="0.25")
-        for step in range(60):
-            note.set_position((6, 6 + 4 * ((step + 1) // 2) * (1 if step % 2 else -1)))
+        note = axes.annotate(words, (x[index], row["highest"]), (0, 4), textcoords="offset points", fontsize=7.5, color="0.2", ha="center", va="bottom")
+        for step in range(40):
+            note.set_position((0, 4 + 4 * step))
             note.update_positions(axes.figure.canvas.get_renderer())
             box = Text.get_window_extent(note)
-            if axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1 and not any(box.overlaps(other) for other in taken):
+            if box.x0 < axes.bbox.x0 or box.x1 > axes.bbox.x1:
+                note.set_ha("left" if box.x0 < axes.bbox.x0 else "right")
+                box = Text.get_window_extent(note)
+            if not any(box.overlaps(other) for other in taken):
                 break
         taken.append(box)
 
