@@ -35,7 +35,9 @@ _USAGE = """fedray: exact, private, federated low-rank fine-tuning of language m
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `fedray` command."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    # In a file or a pipe a table keeps its columns.
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 170
+    console, errors = Console(highlight=False, width=wide), Console(stderr=True, highlight=False)
     _quiet()
     if not argv or argv[0] in ("-h", "--help"):
         console.print(_USAGE, markup=False)
