@@ -34,7 +34,7 @@ from fedray.privacy.ledger import Ledger
 from fedray.privacy.selection import best_alone, composed, dominating, draw_runs
 from fedray.report.console import sweep_privacy
 from fedray.report.live import LiveTable
-from fedray.report.sweep import effects, pareto
+from fedray.report.sweep import effects, pareto, tied
 from fedray.sweep import Sweep, bundles, check_placeable, load_space, read_sweep, trials_of
 from fedray.sweep import settings as keys_of
 
@@ -275,6 +275,16 @@ def test_effects_give_all_variance_to_the_knob_that_has_it():
     # None is a value like any other: a run without privacy.
     some = effects(pd.DataFrame([{"e": e, "mean": m} for e, m in ((None, 1.0), (None, 1.0), (3.0, 0.0), (8.0, 0.5))]), ["e"])
     assert some["value"].tolist() == ["none", "3", "8"] and some["points"].tolist() == [2, 1, 1] and some["mean"].tolist() == [1.0, 0.0, 0.5]
+
+
+def test_a_rate_of_each_methods_own_is_no_knob():
+    def kept(points: list[dict]) -> dict:
+        return {"trials": [{"values": {"method": p, "adapter.rank": r, "seed": 0}} for p in points for r in (2, 8)]}
+
+    own = [{"entry": e, "privacy.epsilon": eps, "federation.lr": lr} for e, eps, lr in (("ffa", None, 1), ("ffa", 8, 2), ("fedex", None, 3), ("fedex", 8, 2))]
+    assert tied(kept(own)) == {"federation.lr"}
+    assert tied(kept([*own, {"entry": "ffa", "privacy.epsilon": None, "federation.lr": 4}])) == set()  # two rates of one method
+    assert tied({"trials": []}) == set()
 
 
 # --- whole sweeps -------------------------------------------------------------------------------------------------

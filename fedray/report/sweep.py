@@ -99,6 +99,20 @@ def knobs_of(trials: pd.DataFrame) -> list[str]:
     return varied or knobs
 
 
+def tied(kept: dict[str, Any]) -> set[str]:
+    """Keys that have no say of their own: of the keys that a space varies together, those that the ones before them decide, such as a learning
+    rate of each method's own."""
+    found = set()
+    values = [t["values"] for t in kept["trials"]]
+    for axis in {key for point in values for key, value in point.items() if isinstance(value, dict)}:
+        table = pd.DataFrame([settings({axis: point[axis]}) for point in values if axis in point]).map(str)
+        own: list[str] = []
+        for key in table.columns:
+            decided = own and (table.groupby(own)[key].nunique() == 1).all()
+            (found.add if decided else own.append)(key)
+    return found
+
+
 def pareto(points: pd.DataFrame, cost: str, maximise: bool) -> pd.Series:
     """True for points that no other beats in the objective without a higher cost, or in cost without a worse objective."""
     value = points["mean"] if maximise else -points["mean"]
@@ -167,7 +181,7 @@ def write_sweep(out: Path) -> dict[str, Any]:
     trials = trials_table(out)
     seeds = trials["seed"].nunique()
     points = points_table(trials, seeds)
-    knobs = knobs_of(trials)
+    knobs = [k for k in knobs_of(trials) if k not in tied(kept)]
     for cost in ("bytes", "epsilon"):
         points[f"pareto_{cost}"] = pareto(points, cost, maximise)
     found = effects(points, knobs)
