@@ -100,7 +100,7 @@ def _run(argv: list[str], console: Console) -> int:
 def _plan(argv: list[str], console: Console) -> int:
     from fedray.config import read_config
     from fedray.plan import plan
-    from fedray.report.console import print_plan
+    from fedray.report.console import UNKNOWN_COUNTS, print_plan
     from fedray.training.model import shape_names
 
     as_json = "--json" in argv
@@ -114,6 +114,8 @@ def _plan(argv: list[str], console: Console) -> int:
         from fedray.federation.run import prepare
 
         prepared = prepare(config)
+        if config.privacy.on and config.siloed and not as_json:
+            console.print(UNKNOWN_COUNTS)
         costs, placement = plan(config, prepared.cohort, len(prepared.data.classes) or 2, prepared.units() if config.privacy.on else None), prepared.placement.reason
     if as_json:
         print(json.dumps(costs.to_json() | {"placement": placement}, indent=2))

@@ -33,6 +33,16 @@ def _ranks(value: Any) -> Any:
     return _names(value)
 
 
+def _labels(value: Any) -> Any:
+    """`{silo: a, zone: in(x,y)}`; on the command line silo=a,zone=in(x,y)."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.split("=", 1) for part in re.split(r",(?![^()]*\))", value)]
+    if bad := next((pair for pair in pairs if len(pair) != 2 or not all(pair)), None):
+        raise ValueError(f"'{'='.join(bad)}' is no KEY=VALUE: write silo=a,zone=b")
+    return dict(pairs)
+
+
 def _names(value: Any) -> Any:
     return tuple(v.strip() for v in value.split(",")) if isinstance(value, str) and "," in value else value
 
@@ -240,6 +250,8 @@ class ClientSection(Section):
 
     source: str | None = None
     """This client's own training data (a file or a folder); given for one client, it must be given for all."""
+    node_labels: Annotated[dict[str, str] | None, BeforeValidator(_labels)] = Field(None, min_length=1)
+    """Ray labels of the nodes that may read this client's data and train it, as `ray start --labels silo=a` gives them; for one, then for all."""
     lr: float | None = Field(None, gt=0)
     """Peak learning rate."""
     local_steps: int | None = Field(None, ge=1)
@@ -252,7 +264,7 @@ class WorkerSection(Section):
     """The actors that train; 'auto' is decided by what the cluster has and said in the plan."""
 
     count: int | None = Field(None, ge=1)
-    """Workers (default: as many as clients, as far as GPUs or CPUs go)."""
+    """Workers (default: as many as clients, as far as GPUs or CPUs go); with clients.NAME.node_labels of each place."""
     gpus: float | None = Field(None, ge=0)
     """GPUs a worker, fractions allowed (default: 1 where there are GPUs, else 0)."""
     cpus: int | None = Field(None, ge=1)
@@ -265,6 +277,8 @@ class WorkerSection(Section):
     """DeepSpeed ZeRO stage."""
     cache: str | None = None
     """Folder on each worker's machine where tokenised data are kept for other processes to map (default: nowhere; `fedray sweep`: a folder of its own)."""
+    wait: float | None = Field(None, gt=0)
+    """Seconds to wait for machines that an autoscaler brings; worker.count and worker.gpus must then say what to bring (default: use what is there)."""
 
 
 class PrivacySection(Section):
@@ -319,7 +333,7 @@ class Config(Section):
     data: DataSection = DataSection()
     federation: FederationSection = FederationSection()
     clients: dict[str, ClientSection] = {}
-    """Per client: clients.NAME.source, .lr, .local_steps, .batch_size."""
+    """Per client: clients.NAME.source, .node_labels, .lr, .local_steps, .batch_size."""
     worker: WorkerSection = WorkerSection()
     privacy: PrivacySection = PrivacySection()
     output: OutputSection = OutputSection()
@@ -363,7 +377,13 @@ class Config(Section):
                     raise ValueError(f"{key} deals out one source, but every client has its own: leave it out")
             if federation.clients not in (None, len(sources)):
                 raise ValueError(f"federation.clients is {federation.clients}, but {len(sources)} clients have a source: leave it out")
+        _check_silos(self)
         return self
+
+    @property
+    def siloed(self) -> bool:
+        """Whether every client's data are read on its own nodes only: not by the driver, the coordinator, or another client's worker."""
+        return any(c.node_labels is not None for c in self.clients.values())
 
     @property
     def base_dropout(self) -> float | None:
@@ -377,7 +397,7 @@ class Config(Section):
 
     def client(self, name: str) -> FederationSection:
         """The federation section as it holds for one client."""
-        own = self.clients.get(name, ClientSection()).model_dump(exclude_none=True, exclude={"source"})
+        own = self.clients.get(name, ClientSection()).model_dump(exclude_none=True, exclude={"source", "node_labels"})
         return self.federation.model_copy(update=own)
 
     def to_yaml(self) -> str:
@@ -431,6 +451,26 @@ def _check_adapter(section: AdapterSection) -> None:
 
 # Which privacy keys belong to which unit.
 _PRIVACY_OPTIONS = {"count_noise": "example", "subspace_fraction": "example", "adaptive_clip": "client"}
+
+
+def _check_silos(config: Config) -> None:
+    """Raises ValueError for clients that could not be kept to their own nodes."""
+    if not config.siloed:
+        return
+    for name, client in config.clients.items():
+        if client.node_labels is None:
+            raise ValueError(f"clients.{name} has no node_labels, while others have: give every client its own")
+        if client.source is None:
+            raise ValueError(f"clients.{name}.node_labels without clients.{name}.source: data that all read cannot stay on some nodes; give each client its own")
+        local = Path(client.source).suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet") or client.source.startswith((".", "~"))
+        if local and not client.source.startswith("/"):
+            raise ValueError(f"clients.{name}.source '{client.source}' is read on the client's own nodes: give its absolute path there")
+    if config.engine == "inline":
+        raise ValueError("clients.NAME.node_labels need engine ray: inline there is one process, on this machine")
+    if config.privacy.sweep_epsilon is not None and config.privacy.unit == "example":
+        raise ValueError("privacy.sweep_epsilon needs the clients' numbers of examples before a sweep starts, and clients with node_labels keep them: leave it out")
+    if config.data.source == BUILTIN:
+        raise ValueError("clients.NAME.node_labels: give data.source, held-out examples that every node may read")
 
 
 def _check_privacy(config: Config) -> None:

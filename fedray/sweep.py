@@ -38,8 +38,9 @@ from fedray.config import Config, known_keys, nearest, read_config
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError, FedrayError, PrivacyError
 from fedray.federation.guard import plans_for
+from fedray.federation.placement import Node, silos_of
 from fedray.federation.results import read_run_config
-from fedray.federation.run import Prepared, execute, prepare, ray_session, rooted
+from fedray.federation.run import Prepared, execute, nodes_there, prepare, ray_session, rooted
 from fedray.methods import why_not
 from fedray.privacy.accountant import Release
 from fedray.privacy.keys import KeyStore
@@ -220,14 +221,17 @@ def label(point: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Bundles:
-    """What a trial's placement group holds. `own`: the trial's own process (inline runs train in it); `workers` times `each`: its workers."""
+    """What a trial's placement group holds. `own`: the trial's own process (inline runs train in it); `workers` times `each`: its workers, on
+    nodes with `labels`, one mapping a worker, where clients are kept to their own nodes."""
 
     own: dict[str, float]
     each: dict[str, float]
     workers: int
+    labels: tuple[dict[str, str], ...] = ()
 
     def factory(self) -> tune.PlacementGroupFactory:
-        return tune.PlacementGroupFactory([self.own, *[self.each] * self.workers], strategy="PACK")
+        where = {"bundle_label_selector": list(self.labels)} if self.labels else {}
+        return tune.PlacementGroupFactory([self.own, *[self.each] * self.workers], strategy="PACK", **where)
 
     @property
     def words(self) -> str:
@@ -245,17 +249,21 @@ def bundles(config: Config, clients: int, gpus_there: float) -> Bundles:
     each = {"CPU": float(worker.cpus or 1)} | ({"GPU": gpus} if gpus else {})
     if config.engine == "inline":
         return Bundles(each, {}, 0)
+    if config.siloed:
+        at_most = worker.count or (clients if worker.gpus else 1)
+        labels = tuple(dict(where) for where, members in silos_of(config).items() for _ in range(min(at_most, len(members))))
+        return Bundles({}, each, len(labels), labels)
     cohort = min(config.federation.cohort or clients, clients)
     return Bundles({}, each, worker.count or (cohort if worker.gpus else 1))
 
 
-def check_placeable(name: str, asked: Bundles, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Raises ConfigError, with the arithmetic, for a trial that the cluster can never place. `nodes`: the resources of each."""
+def check_placeable(name: str, asked: Bundles, nodes: Sequence[Node]) -> None:
+    """Raises ConfigError, with the arithmetic, for a trial that the cluster can never place (of places with labels `place_silos` has said so)."""
     one, count = (asked.each, asked.workers) if asked.workers else (asked.own, 1)
-    room = sum(min(int(node.get(kind, 0.0) / n + 1e-9) for kind, n in one.items()) for node in nodes)
+    room = sum(node.room(one) for node in nodes)
     if room >= count:
         return
-    have = ", ".join(f"{sum(node.get(kind, 0.0) for node in nodes):g} {kind}s" for kind in one)
+    have = ", ".join(f"{sum(node.resources.get(kind, 0.0) for node in nodes):g} {kind}s" for kind in one)
     on = f" on {len(nodes)} nodes, where {room} such workers fit" if len(nodes) > 1 else ""
     raise ConfigError(
         f"trial '{name}' asks for {asked.words}, but the cluster has {have}{on}: lower worker.count (workers serve clients in turn), worker.gpus or worker.cpus"
@@ -363,7 +371,7 @@ def _flags(nested: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Nested plain values as the command line has them."""
     found = []
     for key, value in nested.items():
-        if isinstance(value, Mapping) and prefix + key != "adapter.rank":
+        if isinstance(value, Mapping) and prefix + key != "adapter.rank" and key != "node_labels":
             found += _flags(value, f"{prefix}{key}.")
         else:
             text = ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, Mapping) else flag_value(value)
@@ -376,7 +384,8 @@ def placed(config: Config, clients: int, gpus_there: float, folder: Path) -> tup
     asked = bundles(config, clients, gpus_there)
     one = asked.each or asked.own
     cache = config.worker.cache or str(cache_folder(folder.parent.parent))
-    worker = config.worker.model_copy(update={"count": asked.workers or None, "cpus": int(one["CPU"]), "gpus": one.get("GPU", 0.0), "cache": cache})
+    count = (config.worker.count or max(asked.labels.count(where) for where in asked.labels)) if asked.labels else asked.workers or None
+    worker = config.worker.model_copy(update={"count": count, "cpus": int(one["CPU"]), "gpus": one.get("GPU", 0.0), "cache": cache})
     output = config.output.model_copy(update={"dir": str(folder), "resume": True})
     return config.model_copy(update={"worker": worker, "output": output}), asked
 
@@ -552,8 +561,8 @@ def run_sweep(asked: Asked, view: Callable[[int, bool], tune.Callback], say: Cal
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own output, which scrolls; the live view has its place
     draws = _draws(asked)
     with ray_session():
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        shared = Shared(sweep, asked.base, str(out), sum(node.get("GPU", 0.0) for node in nodes))
+        nodes = nodes_there()
+        shared = Shared(sweep, asked.base, str(out), sum(node.resources.get("GPU", 0.0) for node in nodes))
         if sweep.search == "optuna":
             trials, left_out, times = corners(sweep, _flags(asked.base)), [], sweep.samples
         else:
@@ -567,7 +576,8 @@ def run_sweep(asked: Asked, view: Callable[[int, bool], tune.Callback], say: Cal
         for trial in trials:
             found = prepare(trial.config, (1e9, 1e9))
             prepared.append(found)
-            check_placeable(trial.name, placed(trial.config, len(found.data.clients), shared.gpus_there, out)[1], nodes)
+            if trial.config.worker.wait is None:
+                check_placeable(trial.name, placed(trial.config, len(found.data.clients), shared.gpus_there, out)[1], nodes)
         check_budget(trials, prepared, times)
         rounds = max(t.config.federation.rounds for t in trials)
         goal, mode = objective_of(sweep, trials[0].config)

@@ -27,6 +27,7 @@ from rich.console import Console
 from fedray.cli import main
 from fedray.config import read_config
 from fedray.errors import ConfigError
+from fedray.federation.placement import Node
 from fedray.federation.run import execute, prepare
 from fedray.privacy.accountant import ORDERS, Release, epsilon
 from fedray.privacy.keys import Key
@@ -166,15 +167,15 @@ def test_what_can_never_be_placed_is_refused_with_the_arithmetic():
     two = bundles(read_config(["--worker.gpus", "1", "--federation.clients", "2"]), 2, 3)
     four = bundles(read_config(["--worker.gpus", "1", "--federation.clients", "4"]), 4, 3)
     assert (two.workers, four.workers) == (2, 4)
-    one_node = [{"CPU": 8.0, "GPU": 3.0}]
+    one_node = [Node({"CPU": 8.0, "GPU": 3.0}, {})]
     check_placeable("a", two, one_node)
     with pytest.raises(ConfigError, match="4 workers of 1 CPU and 1 GPU = 4 CPUs and 4 GPUs, but the cluster has 8 CPUs, 3 GPUs: lower worker.count"):
         check_placeable("a", four, one_node)
     # Enough together is not enough: no node has two GPUs free for one worker.
     wide = bundles(read_config(["--worker.gpus", "2", "--worker.count", "1"]), 2, 3)
     with pytest.raises(ConfigError, match="on 3 nodes, where 0 such workers fit"):
-        check_placeable("a", wide, [{"CPU": 4.0, "GPU": 1.0}] * 3)
-    check_placeable("a", four, [{"CPU": 2.0, "GPU": 2.0}] * 2)
+        check_placeable("a", wide, [Node({"CPU": 4.0, "GPU": 1.0}, {})] * 3)
+    check_placeable("a", four, [Node({"CPU": 2.0, "GPU": 2.0}, {})] * 2)
     half = bundles(read_config(["--worker.gpus", "0.5", "--worker.count", "6"]), 2, 3)
     check_placeable("a", half, one_node)
     inline = bundles(read_config(["--engine", "inline", "--worker.cpus", "9"]), 2, 0)

@@ -1,8 +1,10 @@
-"""Who holds which examples. Deterministic in the config, so every worker and the coordinator compute the same split."""
+"""Who holds which examples. Deterministic in the config, so every worker and the coordinator compute the same split; where clients are
+kept to their own nodes, each process reads only what it is told to."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,13 @@ from fedray.seeding import derive
 
 @dataclass(frozen=True)
 class FederatedData:
-    """The examples of each client, in the run's client order, and the coordinator's held-out examples.
+    """All clients, in the run's order; the examples of those that are read here; and the coordinator's held-out examples.
 
     `held_out`: what each client keeps for its own evaluation (empty when not asked). `group`: the column of `test` by which
     metrics are also reported. `classes`: the label values, in order of their index (classification).
     """
 
+    clients: list[str]
     train: dict[str, Dataset]
     held_out: dict[str, Dataset]
     test: Dataset
@@ -30,16 +33,14 @@ class FederatedData:
     group: str | None
     classes: tuple
 
-    @property
-    def clients(self) -> list[str]:
-        return list(self.train)
 
-
-def load_data(config: Config) -> FederatedData:
-    """Read the source and deal it out. Raises ConfigError for whatever is missing or does not fit."""
+def load_data(config: Config, reads: Sequence[str] = ()) -> FederatedData:
+    """Read the source and deal it out. `reads`: the clients whose data may be read here, where clients are kept to their own nodes; columns
+    and classes then come from the held-out examples alone. Raises ConfigError for whatever is missing or does not fit."""
     own = {name: c.source for name, c in config.clients.items() if c.source is not None}
+    clients = list(own)
     if own:
-        pairs = {name: load_splits(config.data, source) for name, source in own.items()}
+        pairs = {name: load_splits(config.data, source) for name, source in own.items() if not config.siloed or name in reads}
         train = {name: pair[0] for name, pair in pairs.items()}
         # The coordinator's held-out examples come from data.source; a client's own test split stays with the client.
         split = config.data.test_split if config.data.evaluate_on == "test" else config.data.validation_split
@@ -59,10 +60,11 @@ def load_data(config: Config) -> FederatedData:
         if config.data.limit is not None:
             everything = _draw(everything, config.data.limit, config.seed, "limit")
         train = _deal(config, everything)
+        clients = list(train)
     for name in config.clients:
-        if name not in train:
-            raise ConfigError(f"clients.{name} is not a client of this run{nearest(name, train)}")
-    text = text_column(config, next(iter(train.values())))
+        if name not in clients:
+            raise ConfigError(f"clients.{name} is not a client of this run{nearest(name, clients)}")
+    text = text_column(config, test if config.siloed else next(iter(train.values())))
     for where, part in [*((f"client '{name}'", part) for name, part in train.items()), ("the held-out data", test)]:
         _check(config, part, text, where)
     classes = _classes(config, train, test)
@@ -77,7 +79,7 @@ def load_data(config: Config) -> FederatedData:
             halves = examples.train_test_split(test_size=max(1, round(config.data.client_held_out * len(examples))), seed=seed)
             train[name], held_out[name] = halves["train"], halves["test"]
     group = "package" if config.data.source == BUILTIN else config.data.column
-    return FederatedData(train, held_out, test, text, group if group in test.column_names else None, classes)
+    return FederatedData(clients, train, held_out, test, text, group if group in test.column_names else None, classes)
 
 
 def _hold_out(config: Config, examples: Dataset, purpose: str) -> tuple[Dataset, Dataset]:
@@ -162,7 +164,12 @@ def _classes(config: Config, train: dict[str, Dataset], test: Dataset) -> tuple:
     if config.model.task != "classification":
         return ()
     label = config.data.label
-    values = {value for part in train.values() for value in part.unique(label)}
+    values = set(test.unique(label)) if config.siloed else {value for part in train.values() for value in part.unique(label)}
+    if config.siloed:
+        for name, part in train.items():
+            if strange := set(part.unique(label)) - values:
+                which = "a value" if config.privacy.on else f"the value {sorted(map(repr, strange))[0]}"
+                raise ConfigError(f"data.label '{label}' of client '{name}' holds {which} that the held-out data have not: their classes are those of the run")
     if len(values) < 2:
         raise ConfigError(f"data.label '{label}' holds {len(values)} class: classification needs at least two")
     if strange := set(test.unique(label)) - values:

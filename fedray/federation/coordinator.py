@@ -420,15 +420,15 @@ class Coordinator:
         result = {"metrics": self.task.metrics(statistics), "store_error": lost}
         if groups := grouped(self.task, statistics):
             result["groups"] = groups
-        if self.data.held_out:
-            local = {client: self.pool.evaluate(self._handle, "held-out", client)[0] for client in self.data.held_out}
+        if self.config.data.client_held_out > 0:
+            local = {client: self.pool.evaluate(self._handle, "held-out", client)[0] for client in self.data.clients}
             result["client_metrics"] = {client: self.task.metrics(s) for client, s in local.items()}
         return result
 
     def _evaluate_personal(self) -> dict[str, Any]:
         """Each client's own model on its own held-out examples, or where clients hold none back on the common ones; `metrics` is the
         plain mean over the clients."""
-        part, each, lost = "held-out" if self.data.held_out else "test", {}, 0.0
+        part, each, lost = "held-out" if self.config.data.client_held_out > 0 else "test", {}, 0.0
         for client in self.data.clients:
             statistics, own = self.pool.evaluate(self._handle, part, client, self._kept.get(client))
             each[client], lost = self.task.metrics(statistics), max(lost, own)

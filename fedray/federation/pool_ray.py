@@ -16,6 +16,7 @@ from fedray.errors import FedrayError, RoundError
 from fedray.federation.coordinator import Coordinator, Outcome, evaluate_shares
 from fedray.federation.failures import WORKER_ATTEMPTS, Action, ClientState, after_client
 from fedray.federation.messages import Failure, Orders, Question
+from fedray.federation.placement import Home
 from fedray.federation.wire import Header, Message, Packet
 
 
@@ -34,15 +35,26 @@ class Published:
 
 
 class RayPool:
-    """The pool as the coordinator sees it. `order`: all clients, for giving each its own worker where there are enough."""
+    """The pool as the coordinator sees it. `order`: all clients, for giving each its own worker where there are enough. `homes`: whom each
+    worker may serve; empty: anyone."""
 
-    def __init__(self, workers: Sequence[Any], order: Sequence[str], progress=lambda client: None):
+    def __init__(self, workers: Sequence[Any], order: Sequence[str], progress=lambda client: None, homes: Sequence[Home] = ()):
         self.workers, self.progress = list(workers), progress
-        owned = len(self.workers) >= len(order)
-        self._owner = {client: i for i, client in enumerate(order)} if owned else {}
+        self._serves = [home.clients for home in homes] or [tuple(order)] * len(self.workers)
+        self._owner = self._owners(order)
         self._increments: dict[int, Any] = {}
         self._restarting: dict[Any, int] = {}  # reference that resolves when a worker is back -> its index
         self._lost: set[int] = set()  # workers that cannot be restarted
+
+    def _owners(self, order: Sequence[str]) -> dict[str, int]:
+        """Each client's own worker; empty unless there is one for each."""
+        owners: dict[str, int] = {}
+        for client in order:
+            free = (i for i, served in enumerate(self._serves) if client in served and i not in owners.values())
+            if (index := next(free, None)) is None:
+                return {}
+            owners[client] = index
+        return owners
 
     def publish(self, message: Message) -> Published:
         self._increments = {
@@ -93,7 +105,7 @@ class RayPool:
 
         while not all(state.terminal for state in states.values()):
             for client in waiting():
-                index = self._owner.get(client, idle[0] if idle else None)
+                index = self._owner[client] if self._owner else next((i for i in idle if client in self._serves[i]), None)
                 if index in self._lost:
                     give_up(client, ClientState.WORKER_DIED, "it could not be restarted")
                 if index not in idle:
@@ -170,7 +182,7 @@ class RayPool:
                 index = self._restarting.pop(reference)
                 if not self._restarted(reference):
                     self._lost.add(index)
-            usable = [i for i in range(len(self.workers)) if i not in self._lost]
+            usable = [i for i in range(len(self.workers)) if i not in self._lost and (client is None or client in self._serves[i])]
             shares = {
                 i: self.workers[i].evaluate.remote(part, client, (turn, len(usable)), handle.header, handle.packet, handle.increments, kept)
                 for turn, i in enumerate(usable)
@@ -194,9 +206,9 @@ def _one_line(error: Exception) -> str:
 class CoordinatorActor:
     """A `Coordinator` that can be asked how far its round is while it runs."""
 
-    def __init__(self, config: Config, folder: str, facts: tuple, workers: Sequence[Any], order: Sequence[str]):
+    def __init__(self, config: Config, folder: str, facts: tuple, workers: Sequence[Any], order: Sequence[str], homes: Sequence[Home] = ()):
         self._done: list[str] = []
-        self._coordinator = Coordinator(config, folder, facts, RayPool(workers, order, self._done.append))
+        self._coordinator = Coordinator(config, folder, facts, RayPool(workers, order, self._done.append, homes))
 
     def rounds_done(self) -> int:
         return self._coordinator.rounds_done

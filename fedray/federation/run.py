@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from typing import Any, Protocol
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -27,7 +29,7 @@ from fedray.data.partition import FederatedData, load_data, public_data
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError, FedrayError
 from fedray.federation.coordinator import Coordinator
-from fedray.federation.placement import Placement, place
+from fedray.federation.placement import Node, Placement, place, place_silos
 from fedray.federation.pool_inline import InlinePool
 from fedray.federation.pool_ray import CoordinatorActor
 from fedray.federation.results import load_checkpoint, read_run_config, summarise, write
@@ -79,11 +81,11 @@ class Prepared:
 
     @property
     def rows(self) -> dict[str, int]:
-        """Rows of training data of each client."""
+        """Rows of training data of each client; empty where clients keep their data to their own nodes."""
         return {name: len(part) for name, part in self.data.train.items()}
 
     def units(self) -> dict[str, int]:
-        """Training sequences of each client, which is what example-level privacy protects: rows, unless long texts are cut."""
+        """Training sequences of each client, which is what example-level privacy protects: rows, unless long texts are cut; empty as `rows`."""
         if self.config.model.task != "causal-lm":
             return self.rows
         task = TASKS[self.config.model.task](self.config, self.data, load_tokenizer(self.config))
@@ -117,8 +119,11 @@ def prepare(config: Config, capacity: tuple[float, float] | None = None) -> Prep
     heads = sum(p.numel() for p in attach.heads(model).values())
     trained = sum(p.numel() for p in attach.factors(model).values())
     base = sum(p.numel() for p in model.parameters()) - trained - heads
-    cpus, gpus = capacity if capacity is not None else _resources(config)
-    return Prepared(config, folder, data, spec, heads, base, place(config, len(data.clients), cpus, gpus), resuming)
+    if config.siloed:
+        placement = place_silos(config, nodes_there())
+    else:
+        placement = place(config, len(data.clients), *(capacity if capacity is not None else _resources(config)))
+    return Prepared(config, folder, data, spec, heads, base, placement, resuming)
 
 
 def rooted(config: Config) -> Config:
@@ -131,7 +136,8 @@ def rooted(config: Config) -> Config:
             "model": config.model.model_copy(update={"path": full(config.model.path)}),
             "data": config.data.model_copy(update={"source": full(config.data.source)}),
             "adapter": config.adapter.model_copy(update={"subspace_source": full(config.adapter.subspace_source)}),
-            "clients": {name: c.model_copy(update={"source": full(c.source)}) for name, c in config.clients.items()},
+            # A path of a client with node_labels is of its own nodes.
+            "clients": config.clients if config.siloed else {name: c.model_copy(update={"source": full(c.source)}) for name, c in config.clients.items()},
         }
     )
 
@@ -175,7 +181,8 @@ def differences(old: Config, new: Config) -> tuple[str, Any, Any] | None:
             else:
                 yield prefix + name, value
 
-    before, now = (dict(flat(c.model_dump(mode="json", exclude={"output", "worker", "engine"}))) for c in (old, new))
+    where = {"output": True, "worker": True, "engine": True, "clients": {"__all__": {"node_labels"}}}
+    before, now = (dict(flat(c.model_dump(mode="json", exclude=where))) for c in (old, new))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             return key, before.get(key), now.get(key)
@@ -184,13 +191,17 @@ def differences(old: Config, new: Config) -> tuple[str, Any, Any] | None:
 
 def _resources(config: Config) -> tuple[float, float]:
     """CPUs and GPUs of the cluster the run will use; connects to one that is running, starts none."""
-    if config.engine == "ray":
-        if not ray.is_initialized() and os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level="ERROR")
-        if ray.is_initialized():
-            total = ray.cluster_resources()
-            return total.get("CPU", 0.0), total.get("GPU", 0.0)
+    if config.engine == "ray" and connect():
+        total = ray.cluster_resources()
+        return total.get("CPU", 0.0), total.get("GPU", 0.0)
     return float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
+
+
+def nodes_there() -> list[Node]:
+    """The machines of the cluster that is there; this one, without labels, where there is none."""
+    if connect():
+        return [Node(n["Resources"], n["Labels"]) for n in ray.nodes() if n["Alive"]]
+    return [Node({"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}, {})]
 
 
 # --- doing it ---------------------------------------------------------------------------------------------------
@@ -278,13 +289,14 @@ def _ray_rounds(prepared: Prepared, listener: Listener, group: PlacementGroup | 
         group, workers = start_workers(config, prepared.placement, given)
         coordinator = None
         try:
-            facts = _answer(workers[0].describe.remote(), "a worker could not start")
+            told = [worker.describe.remote() for worker in (workers if prepared.placement.homes else workers[:1])]
+            facts = [_answer(reference, "a worker could not start") for reference in told][0]
 
             # On the driver's node, where the run directory is.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
             def coordinate():
-                return CoordinatorActor.options(scheduling_strategy=here).remote(config, str(prepared.folder), facts, workers, order)
+                return CoordinatorActor.options(scheduling_strategy=here).remote(config, str(prepared.folder), facts, workers, order, prepared.placement.homes)
 
             coordinator, deaths, told = coordinate(), 0, -1
             while True:
@@ -349,9 +361,7 @@ def _short(error: Exception) -> str:
 @contextmanager
 def ray_session() -> Iterator[None]:
     """The cluster that is there, or an embedded one for the time of the run."""
-    if not ray.is_initialized() and os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="ERROR")
-    if ray.is_initialized():
+    if connect():
         yield
         return
     ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -359,3 +369,30 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def connect() -> bool:
+    """Whether this process is connected to a cluster, after joining the one that it was started on: RAY_ADDRESS, as `ray job submit` and
+    KubeRay set it, or one that `ray start` has begun on this machine. Raises FedrayError where RAY_ADDRESS answers nothing."""
+    if ray.is_initialized():
+        return True
+    address = os.environ.get("RAY_ADDRESS") or _started_here()
+    if address is None:
+        return False
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise FedrayError(f"no Ray cluster could be reached at {address}: {_short(error)}; unset RAY_ADDRESS to start one for this run, or bring it up") from error
+    return True
+
+
+def _started_here() -> str | None:
+    """The address of a cluster that `ray start` has begun here and that answers; embedded ones leave no such file."""
+    file = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+    try:
+        address = file.read_text().strip()
+        host, _, port = address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=2):
+            return address
+    except (OSError, ValueError):
+        return None

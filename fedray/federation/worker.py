@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,9 +31,9 @@ OWN, OPTIMIZER = "own/", "optimizer/"
 class Worker:
     """Holds the model for its whole life and the increments it has seen; nothing about any client."""
 
-    def __init__(self, config: Config, device: str, threads: int, data: FederatedData | None = None):
+    def __init__(self, config: Config, device: str, threads: int, data: FederatedData | None = None, reads: Sequence[str] = ()):
         self.threads = threads
-        self.trainer = LocalTrainer(config, device, threads, data)
+        self.trainer = LocalTrainer(config, device, threads, data, reads)
         self.method = make_method(config)
         self.spec = make_spec(config, self.trainer.layers, self.trainer.data.clients)
         self._increments: dict[tuple[int, str], dict[str, Tensor]] = {}  # by version and digest
@@ -153,6 +153,8 @@ class Worker:
         if self.private and client != PUBLIC:
             self._check_ask(question.ask)
         if question.ask is Ask.COUNT:
+            if self.trainer.config.siloed and len(self.trainer.examples("train", client)) < (batch := self.trainer.config.client(client).batch_size):
+                raise PrivacyError(f"client '{client}' has fewer examples than its batch_size {batch}, by which a private step divides: lower it")
             noise = key.stream("count", client).normals(1).item() * (self.trainer.config.privacy.count_noise or COUNT_NOISE)
             return {"count": torch.tensor([len(self.trainer.examples("train", client)) + noise]).round()}
         if question.ask is Ask.KEY:

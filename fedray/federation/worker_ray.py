@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -12,18 +13,21 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from fedray.config import Config
 from fedray.errors import FedrayError
 from fedray.federation.messages import Orders, Question
-from fedray.federation.placement import Placement
+from fedray.federation.placement import Placement, said
 from fedray.federation.wire import Header, Packet
 from fedray.federation.worker import Worker
+
+#: How long a cluster that has the resources may take to grant them.
+GRANT_SECONDS = 120.0
 
 
 @ray.remote
 class WorkerActor:
     """A `Worker` with its references resolved: increments are fetched only when this worker lacks them."""
 
-    def __init__(self, make_worker: type[Worker], config: Config, device: str, threads: int):
+    def __init__(self, make_worker: type[Worker], config: Config, device: str, threads: int, reads: Sequence[str] = ()):
         # DeepSpeed's own word for it: logical GPUs in tests, and machines whose GPUs are not to be touched.
-        self.worker = make_worker(config, "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else device, threads)
+        self.worker = make_worker(config, "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else device, threads, reads=reads)
 
     def describe(self) -> tuple:
         return self.worker.describe()
@@ -47,22 +51,25 @@ class WorkerActor:
 
 
 def start_workers(
-    config: Config, placement: Placement, group: PlacementGroup | None = None, timeout: float = 120.0
+    config: Config, placement: Placement, group: PlacementGroup | None = None
 ) -> tuple[PlacementGroup, list[Any]]:
-    """The worker actors, one in each bundle of a placement group (default: a new one). Raises FedrayError when the cluster does not
-    grant it in time."""
+    """The worker actors, one in each bundle of a placement group (default: a new one), on nodes with its home's labels. Raises FedrayError when
+    the cluster does not grant it in time."""
+    timeout = config.worker.wait or GRANT_SECONDS
     bundle = {"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {})
-    given, group = group, group or placement_group([bundle] * placement.workers, strategy="PACK")
+    labels = [dict(home.labels) for home in placement.homes]
+    given, group = group, group or placement_group([bundle] * placement.workers, strategy="PACK", bundle_label_selector=labels or None)
     if given is None and not group.wait(timeout):
         remove_placement_group(group)
-        raise FedrayError(f"the cluster did not grant {placement.workers} x {bundle} within {timeout:.0f} s: other jobs hold it, or no node has that much")
+        where = f" on nodes with {'; '.join(sorted({said(home.labels) for home in placement.homes}))}" if placement.homes else ""
+        raise FedrayError(f"the cluster did not grant {placement.workers} x {bundle}{where} within {timeout:.0f} s: other jobs hold it, or no node has that much")
     workers = [
         WorkerActor.options(
             num_cpus=placement.cpus,
             num_gpus=placement.gpus,
             max_restarts=-1,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
-        ).remote(Worker, config, placement.device, placement.cpus)
+        ).remote(Worker, config, placement.device, placement.cpus, placement.homes[i].clients if placement.homes else ())
         for i in range(placement.workers)
     ]
     return group, workers

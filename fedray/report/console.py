@@ -70,6 +70,9 @@ def print_plan(console: Console, costs: Plan, placement: str | None = None) -> N
         console.print("a client that sat rounds out also downloads the base updates it missed (fedex, flora)")
 
 
+UNKNOWN_COUNTS = "privacy  noise and epsilon are planned when the clients have told their noised numbers of examples"
+
+
 def print_comparison(console: Console, results: list[Result]) -> None:
     """One line an entry; bytes are of the whole run, all clients."""
     table = Table(title=f"final {results[0].row()['metric'].replace('_', ' ')}, {len(results[0].finals)} seeds", title_justify="left")
@@ -166,12 +169,15 @@ class ConsoleListener:
         config = prepared.config
         self.metric_key = TASKS[config.model.task].metric
         self.metric = TITLES[self.metric_key]
-        counts = prepared.rows
+        counts, names = prepared.rows, prepared.data.clients
         units = prepared.units() if config.privacy.on else None
-        # A private run's counts are released with noise only.
-        named = ", ".join(n if units else f"{n} ({c})" for n, c in list(counts.items())[:7]) + (", ..." if len(counts) > 7 else "")
+        # A private run's counts are released with noise only, and clients with nodes of their own keep theirs.
+        shown = counts and not units
+        named = ", ".join(f"{n} ({counts[n]})" if shown else n for n in names[:7]) + (", ..." if len(names) > 7 else "")
+        if config.privacy.on and config.siloed:
+            self.console.print(UNKNOWN_COUNTS)
         print_plan(self.console, plan(config, prepared.cohort, len(prepared.data.classes) or 2, units), prepared.placement.reason)
-        self.console.print(f"clients  {len(counts)}{'' if units else ', with rows'}: {named}", soft_wrap=True)
+        self.console.print(f"clients  {len(names)}{', with rows' if shown else ''}: {named}", soft_wrap=True)
         self.console.print(
             f"method   {config.method.name} on {config.adapter.kind} of rank {config.adapter.rank}, "
             f"{config.federation.rounds} rounds of {config.federation.local_steps} steps of {config.federation.batch_size}"

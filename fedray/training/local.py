@@ -78,12 +78,12 @@ def sample(examples: int, batch: int, step: int, *seed: str | int) -> list[int]:
 
 
 class LocalTrainer:
-    """Trains and evaluates on one device. `threads`: PyTorch's CPU threads, part of what fixes the bits."""
+    """Trains and evaluates on one device. `threads`: PyTorch's CPU threads, part of what fixes the bits. `reads`: as `load_data` takes it."""
 
-    def __init__(self, config: Config, device: str, threads: int, data: FederatedData | None = None):
+    def __init__(self, config: Config, device: str, threads: int, data: FederatedData | None = None, reads: Sequence[str] = ()):
         torch.set_num_threads(threads)
         self.config, self.device = config, torch.device(device)
-        self.data = data if data is not None else load_data(config)
+        self.data = data if data is not None else load_data(config, reads)
         self.task: Task = TASKS[config.model.task](config, self.data, load_tokenizer(config))
         self.model = load_model(config, len(self.data.classes)).to(self.device)
         self._factors, self._heads = attach.factors(self.model), attach.heads(self.model)
@@ -125,7 +125,10 @@ class LocalTrainer:
     def examples(self, part: str, client: str = "") -> Encoded:
         """Encoded examples of `train` or `held-out` (a client's) or `test` (the coordinator's); encoded once a worker."""
         if (part, client) not in self._encoded:
-            dataset = {"train": self.data.train, "held-out": self.data.held_out}.get(part, {}).get(client, self.data.test)
+            held = {"train": self.data.train, "held-out": self.data.held_out, "test": {client: self.data.test}}[part]
+            if client not in held:
+                raise ValueError(f"the {part} data of client '{client}' are not read on this node")
+            dataset = held[client]
             encoded = encode(self.task, dataset, self.config.worker.cache)
             if not encoded:
                 raise ValueError(f"{f'client {client!r}: ' if client and part != 'train' else ''}its {part} data holds no text of at least two tokens")
