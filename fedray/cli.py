@@ -1,4 +1,4 @@
-"""The command line. Bad input: one sentence on standard error and exit code 2. A failed run: one sentence and 1."""
+"""The command line. Bad input: one sentence on standard error and exit code 2. A failed run: one sentence and 1. Ctrl-C: 130, SIGTERM: 143."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 
 import fedray
 from fedray.errors import ConfigError, FedrayError
+from fedray.stopping import Terminated, stop_on_sigterm
 
 _USAGE = """fedray: exact, private, federated low-rank fine-tuning of language models
 
@@ -52,15 +53,16 @@ def main(argv: list[str] | None = None) -> int:
         if "--help" in rest or "-h" in rest:
             _help(console)
             return 0
+        stop_on_sigterm()
         return _COMMANDS[command](rest, console)
     except FedrayError as error:
         errors.print(f"fedray: {error}", style="red", markup=False, soft_wrap=True)
         if details := getattr(error, "details", ""):
             errors.print(details, style="dim", markup=False, soft_wrap=True)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         errors.print("fedray: stopped; the last finished round is kept, and --output.resume (of a sweep --resume) goes on from it")
-        return 130
+        return 143 if isinstance(stopped, Terminated) else 130
 
 
 def _quiet() -> None:
@@ -85,13 +87,18 @@ def _run(argv: list[str], console: Console) -> int:
     from fedray.federation.run import execute, prepare
     from fedray.report.console import ConsoleListener
     from fedray.report.html import write_report
+    from fedray.report.metrics import RayMetrics
+    from fedray.report.track import Several, trackers
 
     prepared = prepare(read_config(argv))
-    listener = ConsoleListener(console)
+    listener, tracked = ConsoleListener(console), trackers(prepared.config)
+    measured = [RayMetrics()] if prepared.config.engine == "ray" else []
     try:
-        summary = execute(prepared, listener)
+        summary = execute(prepared, Several([listener, *tracked, *measured]))
     finally:
         listener.close()
+        for tracker in tracked:
+            tracker.close()
     write_report(prepared.folder)
     listener.finished(summary, str(prepared.folder))
     return 0

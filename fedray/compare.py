@@ -24,7 +24,7 @@ from fedray.config import read_config
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError, FedrayError
 from fedray.federation.results import read_run_config
-from fedray.federation.run import differences, rooted
+from fedray.federation.run import check_lasting, differences, rooted
 from fedray.methods import METHODS
 
 _OWN = {"methods": "fedit,ffa,fedex,fra,flora", "seeds": "0,1,2", "lrs": "1e-3,3e-3,1e-2", "out": "runs/compare", "jobs": "1"}
@@ -152,6 +152,7 @@ def compare(argv: list[str], say: Callable[[str], None]) -> tuple[list[Result], 
     for flag in ("--seed", "--federation.lr", "--output.dir", "--method.name", "--adapter.kind"):
         if flag in rest or any(word.startswith(f"{flag}=") for word in rest):
             raise ConfigError(f"{flag} is set by the comparison itself: use --seeds, --lrs, --out or --methods")
+    check_lasting("--out", own["out"])
     out = Path(own["out"])
     higher = {}
     for e in entries:

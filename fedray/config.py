@@ -47,6 +47,10 @@ def _names(value: Any) -> Any:
     return tuple(v.strip() for v in value.split(",")) if isinstance(value, str) and "," in value else value
 
 
+def _trackers(value: Any) -> Any:
+    return () if value is None else (value,) if isinstance(found := _names(value), str) else found
+
+
 Rank = Annotated[int, Field(ge=1)]
 
 
@@ -277,6 +281,8 @@ class WorkerSection(Section):
     """DeepSpeed ZeRO stage."""
     cache: str | None = None
     """Folder on each worker's machine where tokenised data are kept for other processes to map (default: nowhere; `fedray sweep`: a folder of its own)."""
+    profile: str | None = Field(None, pattern=r".+:\d+$")
+    """CLIENT:ROUND: write a trace of that client's local training in that round (PyTorch's profiler) to RUN_DIR/profile, for chrome://tracing or Perfetto."""
     wait: float | None = Field(None, gt=0)
     """Seconds to wait for machines that an autoscaler brings; worker.count and worker.gpus must then say what to bring (default: use what is there)."""
 
@@ -322,6 +328,8 @@ class OutputSection(Section):
     """Run directory (default: runs/METHOD-TIME)."""
     resume: bool = False
     """Go on from the directory's last checkpoint; without one, start."""
+    track: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], BeforeValidator(_trackers)] = ("tensorboard",)
+    """Where each round's numbers go beside rounds.jsonl; null: nowhere. mlflow and wandb need fedray[track] and take their own environment variables."""
 
 
 class Config(Section):
@@ -378,6 +386,8 @@ class Config(Section):
             if federation.clients not in (None, len(sources)):
                 raise ValueError(f"federation.clients is {federation.clients}, but {len(sources)} clients have a source: leave it out")
         _check_silos(self)
+        if self.worker.profile is not None and self.privacy.on:
+            raise ValueError("worker.profile writes shapes and times of private examples into a file: leave it out in a private run")
         return self
 
     @property

@@ -40,12 +40,15 @@ from fedray.errors import ConfigError, FedrayError, PrivacyError
 from fedray.federation.guard import plans_for
 from fedray.federation.placement import Node, silos_of
 from fedray.federation.results import read_run_config
-from fedray.federation.run import Prepared, execute, nodes_there, prepare, ray_session, rooted
+from fedray.federation.run import Prepared, check_lasting, execute, nodes_there, prepare, ray_session, rooted
 from fedray.methods import why_not
 from fedray.privacy.accountant import Release
 from fedray.privacy.keys import KeyStore
 from fedray.privacy.ledger import EVERYONE, Ledger
 from fedray.privacy.selection import STOPPING, composed, draw_runs
+from fedray.report.metrics import RayMetrics
+from fedray.report.track import Several
+from fedray.stopping import interruption
 
 SEARCHES, STOPS, TRACKERS = ("grid", "random", "optuna"), ("asha", "median", "none"), ("mlflow", "wandb")
 TRIAL_ATTEMPTS = 3
@@ -386,7 +389,7 @@ def placed(config: Config, clients: int, gpus_there: float, folder: Path) -> tup
     cache = config.worker.cache or str(cache_folder(folder.parent.parent))
     count = (config.worker.count or max(asked.labels.count(where) for where in asked.labels)) if asked.labels else asked.workers or None
     worker = config.worker.model_copy(update={"count": count, "cpus": int(one["CPU"]), "gpus": one.get("GPU", 0.0), "cache": cache})
-    output = config.output.model_copy(update={"dir": str(folder), "resume": True})
+    output = config.output.model_copy(update={"dir": str(folder), "resume": True, "track": ()})  # Tune's own callbacks do
     return config.model_copy(update={"worker": worker, "output": output}), asked
 
 
@@ -461,7 +464,7 @@ def run_trial(point: dict[str, Any], shared: Shared) -> None:
         _write_json(folder.parent / f"{name}.json", {"values": values})
         _afford(shared, prepared, name)
         reports = _Reports(objective_of(shared.sweep, config)[0], config.federation.rounds)
-        execute(prepared, reports, get_current_placement_group() if asked.workers else None)
+        execute(prepared, Several([RayMetrics(), reports]), get_current_placement_group() if asked.workers else None)
     except FedrayError as error:
         own_fault = isinstance(error, (ConfigError, PrivacyError)) or any(w in str(error) for w in ("the loss became", "not finite"))
         if not own_fault:
@@ -537,8 +540,8 @@ def read_sweep(argv: Sequence[str]) -> Asked:
         raise ConfigError(f"--seeds, --samples and --max-concurrent hold whole numbers: {error}") from None
     given = [word[2:] for word in rest if word.startswith("--")]
     for key in given:
-        if key in ("seed", "output.dir", "output.resume"):
-            raise ConfigError(f"--{key} is set by the sweep itself: use --seeds, --out or --resume")
+        if key in ("seed", "output.dir", "output.resume", "output.track"):
+            raise ConfigError(f"--{key} is set by the sweep itself: use --seeds, --out, --resume or --track")
     fixed = [key for key in sweep.space if key in given]
     space = {key: value for key, value in sweep.space.items() if key not in fixed}
     sweep = Sweep(**vars(sweep) | {"space": space} | change)
@@ -548,6 +551,7 @@ def read_sweep(argv: Sequence[str]) -> Asked:
     if strange := [t for t in trackers if t not in TRACKERS]:
         raise ConfigError(f"--track '{strange[0]}' is not known: choose {', '.join(TRACKERS)} (TensorBoard's files are always written)")
     base = rooted(read_config([*flags, *rest])).model_dump(mode="json", exclude_unset=True)
+    check_lasting("--out", own.get("out"))
     out = Path(own.get("out", Path("runs", f"sweep-{Path(own['space']).stem}-{time.strftime('%Y%m%d-%H%M%S')}"))).absolute()
     notes = tuple(f"{key} is fixed by the command line, and no longer part of the space" for key in fixed)
     return Asked(sweep, own["space"], base, out, "resume" in own, trackers, notes)
@@ -594,7 +598,7 @@ def run_sweep(asked: Asked, view: Callable[[int, bool], tune.Callback], say: Cal
         _clean_up(out)
     unfinished = [r for r in results if r.error is None and not (r.metrics or {}).get("done") and not _failed(out, r.config)]
     if unfinished:
-        raise KeyboardInterrupt
+        raise interruption()
     return out
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +17,7 @@ from fedray.config import Config
 from fedray.errors import FedrayError, RoundError
 from fedray.federation.coordinator import Coordinator, Outcome, evaluate_shares
 from fedray.federation.failures import WORKER_ATTEMPTS, Action, ClientState, after_client
+from fedray.federation.logs import event, log_lines
 from fedray.federation.messages import Failure, Orders, Question
 from fedray.federation.placement import Home
 from fedray.federation.wire import Header, Message, Packet
@@ -208,6 +211,7 @@ class CoordinatorActor:
 
     def __init__(self, config: Config, folder: str, facts: tuple, workers: Sequence[Any], order: Sequence[str], homes: Sequence[Home] = ()):
         self._done: list[str] = []
+        log_lines(Path(folder).name, "coordinator")
         self._coordinator = Coordinator(config, folder, facts, RayPool(workers, order, self._done.append, homes))
 
     def rounds_done(self) -> int:
@@ -231,9 +235,14 @@ class CoordinatorActor:
         """The round's record, None where privacy ends the run; an error meant for a person comes back as a value, free of remote tracebacks."""
         self._done.clear()
         try:
-            return self._coordinator.run_round()
+            record = self._coordinator.run_round()
         except FedrayError as error:
+            event("round failed", logging.ERROR, round=self._coordinator.rounds_done + 1, cause=str(error))
             return error
+        if record is not None:
+            told = ("bytes_up", "bytes_down", "exactness", "aggregation_error", "metrics", "seconds")
+            event("round done", round=record["round"], clients=len(record["cohort"]), dropped=len(record["dropped"]), **{k: record[k] for k in told})
+        return record
 
     def progress(self) -> list[str]:
         """Clients that are done in the round that runs."""

@@ -39,9 +39,12 @@ from fedray.methods import Spec
 from fedray.privacy.ledger import Ledger, worst
 from fedray.privacy.secure_sum import LEAST_MEMBERS
 from fedray.privacy.statement import statement
+from fedray.stopping import stop_on_sigterm
 from fedray.training.model import check_loadable, load_tokenizer, skeleton
 
 COORDINATOR_ATTEMPTS = 3
+#: Set by Ray for the entrypoint of a submitted job.
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 class Listener(Protocol):
@@ -104,6 +107,10 @@ def prepare(config: Config, capacity: tuple[float, float] | None = None) -> Prep
     data = load_data(config)
     if (config.federation.cohort or 0) > len(data.clients):
         raise ConfigError(f"federation.cohort {config.federation.cohort} is more than the {len(data.clients)} clients: lower it")
+    if config.worker.profile is not None:
+        client, _, round = config.worker.profile.rpartition(":")
+        if client not in data.clients or not 1 <= int(round) <= config.federation.rounds:
+            raise ConfigError(f"worker.profile '{config.worker.profile}' is no client and round of this run: give one of {', '.join(data.clients[:5])} and 1 to {config.federation.rounds}")
     if config.adapter.subspace == "public":
         public_data(config, data)
     least = min(config.federation.cohort or len(data.clients), len(data.clients))
@@ -142,8 +149,15 @@ def rooted(config: Config) -> Config:
     )
 
 
+def check_lasting(key: str, path: str | None) -> None:
+    """Raises ConfigError for results of a submitted job that would lie in its unpacked package, which Ray removes."""
+    if JOB in os.environ and (path is None or not os.path.isabs(path)):
+        raise ConfigError(f"{key} of a submitted job must be an absolute path on storage that stays: its working directory is removed by Ray")
+
+
 def _folder(config: Config) -> tuple[Path, bool]:
     """The run directory and whether a run there goes on. Raises ConfigError when it holds anything else."""
+    check_lasting("output.dir", config.output.dir)
     if config.output.dir is None:
         if config.output.resume:
             raise ConfigError("output.resume needs output.dir, the directory of the run that is to go on")
@@ -261,8 +275,14 @@ def _write_rounds(path: Path, records: list[dict[str, Any]]) -> None:
     _write(path, "".join(json.dumps(r) + "\n" for r in records if r["round"] > 0))
 
 
+def _placed(prepared: Prepared) -> Config:
+    """The config with its run directory spelled out."""
+    output = prepared.config.output.model_copy(update={"dir": str(prepared.folder)})
+    return prepared.config.model_copy(update={"output": output})
+
+
 def _inline_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str, Any]]:
-    config = prepared.config
+    config = _placed(prepared)
     worker = Worker(config, prepared.placement.device, prepared.placement.cpus, prepared.data)
     done: list[str] = []
 
@@ -284,7 +304,7 @@ def _inline_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str,
 
 
 def _ray_rounds(prepared: Prepared, listener: Listener, group: PlacementGroup | None) -> Iterator[dict[str, Any]]:
-    config, order, given = prepared.config, prepared.data.clients, group
+    config, order, given = _placed(prepared), prepared.data.clients, group
     with ray_session():
         group, workers = start_workers(config, prepared.placement, given)
         coordinator = None
@@ -365,6 +385,7 @@ def ray_session() -> Iterator[None]:
         yield
         return
     ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    stop_on_sigterm()
     try:
         yield
     finally:
@@ -383,6 +404,7 @@ def connect() -> bool:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise FedrayError(f"no Ray cluster could be reached at {address}: {_short(error)}; unset RAY_ADDRESS to start one for this run, or bring it up") from error
+    stop_on_sigterm()
     return True
 
 

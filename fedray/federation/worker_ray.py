@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -12,7 +14,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fedray.config import Config
 from fedray.errors import FedrayError
-from fedray.federation.messages import Orders, Question
+from fedray.federation.logs import event, log_lines
+from fedray.federation.messages import Failure, Orders, Question, Report
 from fedray.federation.placement import Placement, said
 from fedray.federation.wire import Header, Packet
 from fedray.federation.worker import Worker
@@ -27,6 +30,7 @@ class WorkerActor:
 
     def __init__(self, make_worker: type[Worker], config: Config, device: str, threads: int, reads: Sequence[str] = ()):
         # DeepSpeed's own word for it: logical GPUs in tests, and machines whose GPUs are not to be touched.
+        log_lines(Path(config.output.dir).name, "worker")
         self.worker = make_worker(config, "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else device, threads, reads=reads)
 
     def describe(self) -> tuple:
@@ -39,10 +43,20 @@ class WorkerActor:
     def train(
         self, client: str, round: int, header: Header, packet: Packet, increments: dict[int, Any], kept: Packet | None, orders: Orders | None
     ):
-        return self.worker.train(client, round, header, packet, lambda v: ray.get(increments[v]), kept, orders)
+        done = self.worker.train(client, round, header, packet, lambda v: ray.get(increments[v]), kept, orders)
+        self._tell("trained", done[2], client, round=round + 1)
+        return done
 
     def ask(self, client: str, question: Question, kept: Packet | None):
-        return self.worker.ask(client, question, kept)
+        done = self.worker.ask(client, question, kept)
+        self._tell("answered", done[2], client, question=question.ask.name.lower())
+        return done
+
+    def _tell(self, name: str, report: Report | Failure, client: str, **fields: Any) -> None:
+        if isinstance(report, Failure):
+            event(f"{name} not", logging.WARNING, client=client, cause=report.cause, **fields)
+        else:
+            event(name, client=client, seconds=report.seconds if not self.worker.private and name == "trained" else None, **fields)
 
     def evaluate(
         self, part: str, client: str | None, share: tuple[int, int], header: Header, packet: Packet, increments: dict[int, Any], kept: Packet | None

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedray.config import Config
+from fedray.config import Config, OutputSection
 from fedray.errors import ConfigError
 from fedray.federation.results import read_run_config
 from fedray.privacy.ledger import Ledger
@@ -166,8 +166,7 @@ def best_of(points: pd.DataFrame, maximise: bool) -> pd.Series | None:
 
 def reproducible(config: Config) -> Config:
     """The config of a trial as `fedray run --config` makes it again: without its run directory and what the sweep shared."""
-    output = config.output.model_copy(update={"dir": None, "resume": False})
-    return config.model_copy(update={"output": output, "worker": config.worker.model_copy(update={"cache": None})})
+    return config.model_copy(update={"output": OutputSection(), "worker": config.worker.model_copy(update={"cache": None})})
 
 
 def write_sweep(out: Path) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+import urllib.parse
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -152,6 +154,12 @@ class LocalTrainer:
         if private is not None:
             self._private_steps(config, examples, round, private)
             return LocalResult(engine.read(), len(examples), None, kept_of(), self._base_lost, time.monotonic() - started)
+        with self._profiled(client, round):
+            losses = self._steps(engine, config, examples, client, round)
+        loss = math.fsum(losses) / len(losses)
+        return LocalResult(engine.read(), len(examples), loss, kept_of(), self._base_lost, time.monotonic() - started)
+
+    def _steps(self, engine: StepEngine, config: FederationSection, examples: Sequence[Example], client: str, round: int) -> list[float]:
         losses = []
         for step in range(config.local_steps):
             picked = sample(len(examples), config.batch_size, round * config.local_steps + step, self.config.seed, "data", client)
@@ -162,8 +170,20 @@ class LocalTrainer:
             losses.append(engine.step(micro, self.task.loss, learning_rate(config, round, step)))
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(f"the loss became {losses[-1]} at local step {step + 1} of round {round + 1}: lower federation.lr")
-        loss = math.fsum(losses) / len(losses)
-        return LocalResult(engine.read(), len(examples), loss, kept_of(), self._base_lost, time.monotonic() - started)
+        return losses
+
+    @contextlib.contextmanager
+    def _profiled(self, client: str, round: int) -> Iterator[None]:
+        """Write a trace of what happens inside, where `worker.profile` names this client and round."""
+        if self.config.worker.profile != f"{client}:{round + 1}":
+            yield
+            return
+        kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
+        with torch.profiler.profile(activities=kinds, record_shapes=True, profile_memory=True) as profiler:
+            yield
+        folder = Path(self.config.output.dir) / "profile"
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / f"{urllib.parse.quote(client, safe=' ')}-round-{round + 1}.json.gz"))
 
     def _private_steps(self, config: FederationSection, examples: Sequence[Example], round: int, private: Private) -> None:
         size = config.batch_size // config.accumulate  # the most samples whose gradients are in memory at once
