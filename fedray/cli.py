@@ -84,13 +84,15 @@ def _help(console: Console) -> None:
 
 def _run(argv: list[str], console: Console) -> int:
     from fedray.config import read_config
-    from fedray.federation.run import execute, prepare
+    from fedray.federation.run import check_lasting, execute, prepare
     from fedray.report.console import ConsoleListener
     from fedray.report.html import write_report
     from fedray.report.metrics import RayMetrics
     from fedray.report.track import Several, trackers
 
-    prepared = prepare(read_config(argv))
+    config = read_config(argv)
+    check_lasting("output.dir", config.output.dir)
+    prepared = prepare(config)
     listener, tracked = ConsoleListener(console), trackers(prepared.config)
     measured = [RayMetrics()] if prepared.config.engine == "ray" else []
     try:

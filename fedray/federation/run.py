@@ -157,7 +157,6 @@ def check_lasting(key: str, path: str | None) -> None:
 
 def _folder(config: Config) -> tuple[Path, bool]:
     """The run directory and whether a run there goes on. Raises ConfigError when it holds anything else."""
-    check_lasting("output.dir", config.output.dir)
     if config.output.dir is None:
         if config.output.resume:
             raise ConfigError("output.resume needs output.dir, the directory of the run that is to go on")

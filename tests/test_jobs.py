@@ -1,0 +1,219 @@
+"""`ray job submit` against a real head with token authentication, as on a cluster: results, exit codes, stopping, metrics, logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from fedray.config import from_dict
+from fedray.report.metrics import METRICS
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Head:
+    """A Ray head of its own, with token authentication; nothing of it is shared with the tests' embedded Ray."""
+
+    def __init__(self, folder: Path):
+        # Unix sockets need a short path.
+        self.folder, self.temp = folder, Path(tempfile.mkdtemp(prefix="fr-", dir="/tmp"))
+        self.token = self.temp / "token"
+        self.token.write_text("0123456789abcdef" * 4)
+        self.token.chmod(0o600)
+        port, dashboard = free_port(), free_port()
+        self.address, self.api = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "FEDRAY_"))}
+        self.env = kept | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token), "RAY_worker_niceness": "0", "PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
+        started = {"RAY_metrics_report_interval_ms": "1000", "FEDRAY_UNSAFE_TEST_KEY": "tests"}
+        self.log = (folder / "head.log").open("w")
+        self.process = subprocess.Popen(
+            ["ray", "start", "--head", "--block", "--num-cpus=3", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
+             "--include-dashboard=true", f"--temp-dir={self.temp}", "--disable-usage-stats", f"--metrics-export-port={free_port()}",
+             f"--dashboard-agent-listen-port={free_port()}"],
+            env=self.env | started, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
+        )
+        end = time.monotonic() + 90
+        while self.get("/api/version") is None:
+            assert self.process.poll() is None and time.monotonic() < end, (folder / "head.log").read_text()
+            time.sleep(0.5)
+        # The dashboard answers before its agent takes jobs.
+        while subprocess.run(self.command("true", options=("--no-wait",)), env=self.env, capture_output=True, timeout=60, check=False).returncode:
+            assert time.monotonic() < end, (folder / "head.log").read_text()
+            time.sleep(0.5)
+
+    def get(self, path: str, token: bool = True) -> bytes | int | None:
+        """What the dashboard answers: a body, a status code that is an error, or None when nobody listens."""
+        headers = {"Authorization": f"Bearer {self.token.read_text()}"} if token else {}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.api + path, headers=headers), timeout=10) as answer:
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return None
+
+    def submit(self, *entrypoint: str, **more) -> subprocess.CompletedProcess:
+        return subprocess.run(self.command(*entrypoint), env=self.env, capture_output=True, text=True, timeout=240, check=False, **more)
+
+    def command(self, *entrypoint: str, options: tuple[str, ...] = ()) -> list[str]:
+        return ["ray", "job", "submit", "--address", self.api, "--working-dir", str(ROOT), *options, "--", *entrypoint]
+
+    def close(self) -> None:
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        subprocess.run(["pkill", "-9", "-f", str(self.temp)], check=False)
+        self.log.close()
+        shutil.rmtree(self.temp, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    made = Head(tmp_path_factory.mktemp("head"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def config_file(make_config, tmp_path):
+    """A function: sections -> (config file, run directory)."""
+
+    def write(**sections) -> tuple[str, Path]:
+        out = tmp_path / "run"
+        values = make_config(**sections).model_dump(mode="json", exclude_unset=True) | {"engine": "ray", "output": {"dir": str(out)}}
+        values["worker"] = {"cpus": 1, "count": 1} | sections.get("worker", {})
+        (tmp_path / "config.yaml").write_text(from_dict(values).to_yaml())
+        return str(tmp_path / "config.yaml"), out
+
+    return write
+
+
+def test_the_upload_is_small_and_holds_what_jobs_need(tmp_path):
+    """What Ray itself would pack of this checkout, by .gitignore and .rayignore."""
+    from ray._private.runtime_env.packaging import create_package
+
+    create_package(str(ROOT), tmp_path / "p.zip", include_gitignore=True)
+    import zipfile
+
+    names = zipfile.ZipFile(tmp_path / "p.zip").namelist()
+    assert (tmp_path / "p.zip").stat().st_size < 5 * 2**20
+    assert {"fedray/cli.py", "jobs/federate.py", "jobs/sweep.py", "tune_spaces/smoke.py", "fedray/assets/builtin-base/config.json"} <= {n.split("/", 1)[1] if n.split("/")[0] == ROOT.name else n for n in names}
+    assert not [n for n in names if re.search(r"(^|/)(\.git|tests|k8s|runs|\.venv|\.hypothesis)/", n)]
+
+
+def test_a_submitted_run_ends_with_its_results_and_without_a_token_nobody_gets_in(head, config_file):
+    config, out = config_file()
+    assert head.get("/api/jobs/", token=False) == 401
+    bare = {k: v for k, v in head.env.items() if not k.startswith("RAY_AUTH")} | {"RAY_AUTH_MODE": "disabled"}
+    refused = subprocess.run(head.command("true"), env=bare, capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode != 0 and "auth" in (refused.stdout + refused.stderr).lower()
+    done = head.submit("python", "jobs/federate.py", "--config", config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "round   3" in done.stdout and "succeeded" in done.stdout
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["rounds"] == 3 and (out / "report.html").is_file() and (out / "adapter" / "adapter_model.safetensors").is_file()
+    # Actors' lines: run, round and client, in Ray's own log files.
+    lines = [json.loads(text) for file in (head.temp / "session_latest" / "logs").glob("worker-*.err") for text in file.read_text().splitlines() if text.startswith("{")]
+    trained = [line for line in lines if line["event"] == "trained" and line["run"] == "run"]
+    assert sorted((line["round"], line["client"]) for line in trained) == [(r, f"client-{c}") for r in (1, 2, 3) for c in range(3)]
+    assert all(len(line["node"]) == 56 and line["seconds"] > 0 for line in trained)
+    done_rounds = [line["round"] for line in lines if line["event"] == "round done" and line["run"] == "run"]
+    assert done_rounds == [1, 2, 3]
+    told = head.submit("python", "jobs/evaluate.py", str(out), "--json")
+    assert told.returncode == 0 and f'"bits_per_byte": {summary["final"]}' in told.stdout, told.stdout
+
+
+def test_exit_codes_tell_bad_input_from_a_run_that_failed(head, config_file):
+    config, out = config_file()
+    bad = head.submit("python", "jobs/federate.py", "--config", config, "--federation.cohort", "9")
+    assert bad.returncode == 1 and "failed with exit code 2" in (bad.stdout + bad.stderr) and "federation.cohort 9 is more than the 3 clients" in bad.stdout
+    assert not out.exists()
+    lost = head.submit("python", "jobs/federate.py", "--config", config, "--output.dir", "runs/mine")
+    assert lost.returncode == 1 and "must be an absolute path on storage that stays" in lost.stdout
+    failed = head.submit("python", "jobs/federate.py", "--config", config, "--federation.lr", "1e30")
+    assert failed.returncode == 1 and "failed with exit code 1" in (failed.stdout + failed.stderr), failed.stdout
+    assert "lower federation.lr" in failed.stdout
+
+
+def test_a_submitted_sweep_ends_with_its_tables(head, make_config, tmp_path):
+    values = make_config().model_dump(mode="json", exclude_unset=True, exclude={"output", "worker", "engine"})
+    (tmp_path / "base.yaml").write_text(json.dumps(values))
+    space = tmp_path / "space.py"
+    space.write_text("from ray import tune\nfrom fedray.sweep import Sweep\nSWEEP = Sweep(space={'entry': tune.grid_search(['fedex', 'ffa'])}, base={'federation.rounds': 1, 'worker.count': 1})\n")
+    done = head.submit("python", "jobs/sweep.py", "--space", str(space), "--out", str(tmp_path / "sweep"), "--config", str(tmp_path / "base.yaml"), "--federation.rounds", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "sweep" / "summary.json").read_text())["trials"] == {"finished": 2}
+    assert "[2/2]" in done.stdout and (tmp_path / "sweep" / "best.yaml").is_file()
+
+
+def scraped(head: Head) -> dict[str, list[str]]:
+    """Samples of every metrics endpoint that the head's service discovery names, by metric."""
+    found: dict[str, list[str]] = {}
+    discovery = json.loads((head.temp / "prom_metrics_service_discovery.json").read_text()) if (head.temp / "prom_metrics_service_discovery.json").is_file() else []
+    for target in {t for group in discovery for t in group["targets"]}:
+        try:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                text = answer.read().decode()
+        except OSError:
+            continue
+        for line in text.splitlines():
+            if line.startswith("ray_fedray"):
+                found.setdefault(re.split(r"[{ ]", line, maxsplit=1)[0], []).append(line)
+    return found
+
+
+def dashboard_metrics() -> set[str]:
+    """Every name of a metric that the dashboard's queries ask for."""
+    text = (ROOT / "k8s" / "monitoring" / "dashboard.json").read_text()
+    queries = [target["expr"] for panel in json.loads(text)["panels"] for target in panel.get("targets", [])]
+    return {name for query in queries for name in re.findall(r"ray_fedray_\w+", query)}
+
+
+def test_a_stopped_job_leaves_a_checkpoint_that_a_second_one_goes_on_from_and_its_metrics_can_be_scraped(head, config_file):
+    config, out = config_file(federation={"clients": 3, "rounds": 40, "local_steps": 4, "batch_size": 4, "lr": 0.01}, privacy={"noise": 0.5}, method={"name": "ffa"})
+    started = subprocess.run(head.command("python", "jobs/federate.py", "--config", config, options=("--no-wait", "--submission-id", "to-be-stopped")), env=head.env, capture_output=True, text=True, timeout=60, check=False)
+    assert started.returncode == 0, started.stdout + started.stderr
+    end, seen = time.monotonic() + 150, {}
+    while time.monotonic() < end and not ({"ray_fedray_round", "ray_fedray_phase_seconds_bucket", "ray_fedray_epsilon"} <= seen.keys()):
+        time.sleep(1)
+        seen = scraped(head) or seen
+    wanted = dashboard_metrics()
+    absent = {"ray_fedray_train_loss", "ray_fedray_dropped_clients_total"}  # private, and nobody was left out
+    assert wanted - absent <= seen.keys(), sorted(wanted - seen.keys())
+    made = {f"ray_{n}" for n in METRICS} | {f"ray_{n}_bucket" for n in METRICS} | {f"ray_{n}_sum" for n in METRICS} | {f"ray_{n}_count" for n in METRICS}
+    assert wanted <= made
+    assert 'run="run"' in seen["ray_fedray_round"][0] and 'method="ffa"' in seen["ray_fedray_round"][0]
+    stopped = subprocess.run(["ray", "job", "stop", "--address", head.api, "to-be-stopped"], env=head.env, capture_output=True, text=True, timeout=60, check=False)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    log = subprocess.run(["ray", "job", "logs", "--address", head.api, "to-be-stopped"], env=head.env, capture_output=True, text=True, timeout=60, check=False).stdout
+    assert "--output.resume" in log and "goes on from it" in log, log
+    before = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    assert 1 <= len(before) < 40 and not (out / "summary.json").exists()
+    again = head.submit("python", "jobs/federate.py", "--config", config, "--output.resume", "--federation.rounds", "40")
+    assert again.returncode == 0, again.stdout + again.stderr
+    after = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    assert len(after) == 40 and [{k: v for k, v in r.items() if k != "seconds"} for r in before] == [{k: v for k, v in r.items() if k != "seconds"} for r in after[: len(before)]]
+    alive = subprocess.run(["ray", "list", "actors", "--address", head.api, "--filter", "state=ALIVE"], env=head.env, capture_output=True, text=True, timeout=60, check=False)
+    assert "No resource in the cluster" in alive.stdout, alive.stdout
