@@ -622,9 +622,7 @@ def _draws(asked: Asked) -> int:
 def _check_folder(asked: Asked) -> None:
     kept = asked.out / "sweep.json"
     if not asked.out.exists() or not any(asked.out.iterdir()):
-        if asked.resume:
-            raise ConfigError(f"--resume: '{asked.out}' holds no sweep; give --out the folder of one")
-        return
+        return  # with --resume too: a job that is submitted again says the same
     if not kept.is_file() and not (asked.out / "keys").is_dir():
         raise ConfigError(f"--out '{asked.out}' is not empty and holds no sweep: choose another")
     if not asked.resume:

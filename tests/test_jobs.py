@@ -34,7 +34,7 @@ def free_port() -> int:
 class Head:
     """A Ray head of its own, with token authentication; nothing of it is shared with the tests' embedded Ray."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, options: tuple[str, ...] | list[str] = ("--num-cpus=3",), variables: dict[str, str] | None = None):
         # Unix sockets need a short path.
         self.folder, self.temp = folder, Path(tempfile.mkdtemp(prefix="fr-", dir="/tmp"))
         self.token = self.temp / "token"
@@ -44,13 +44,13 @@ class Head:
         self.address, self.api = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "FEDRAY_"))}
         self.env = kept | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token), "RAY_worker_niceness": "0", "PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
-        started = {"RAY_metrics_report_interval_ms": "1000", "FEDRAY_UNSAFE_TEST_KEY": "tests"}
+        self.started = {"RAY_metrics_report_interval_ms": "1000", "FEDRAY_UNSAFE_TEST_KEY": "tests"} | (variables or {})
         self.log = (folder / "head.log").open("w")
         self.process = subprocess.Popen(
-            ["ray", "start", "--head", "--block", "--num-cpus=3", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
+            ["ray", "start", "--head", "--block", *options, f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
              "--include-dashboard=true", f"--temp-dir={self.temp}", "--disable-usage-stats", f"--metrics-export-port={free_port()}",
              f"--dashboard-agent-listen-port={free_port()}"],
-            env=self.env | started, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
+            env=self.env | self.started, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
         )
         end = time.monotonic() + 90
         while self.get("/api/version") is None:
@@ -72,11 +72,19 @@ class Head:
         except OSError:
             return None
 
-    def submit(self, *entrypoint: str, **more) -> subprocess.CompletedProcess:
-        return subprocess.run(self.command(*entrypoint), env=self.env, capture_output=True, text=True, timeout=240, check=False, **more)
+    def join(self, *options: str) -> subprocess.Popen:
+        """Another node of this cluster."""
+        return subprocess.Popen(
+            ["ray", "start", "--block", f"--address={self.address}", *options, f"--temp-dir={self.temp}", "--disable-usage-stats", f"--dashboard-agent-listen-port={free_port()}"],
+            env=self.env | self.started, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
+        )
 
-    def command(self, *entrypoint: str, options: tuple[str, ...] = ()) -> list[str]:
-        return ["ray", "job", "submit", "--address", self.api, "--working-dir", str(ROOT), *options, "--", *entrypoint]
+    def submit(self, *entrypoint: str, working_dir: Path | None = ROOT) -> subprocess.CompletedProcess:
+        return subprocess.run(self.command(*entrypoint, working_dir=working_dir), env=self.env, capture_output=True, text=True, timeout=280, check=False)
+
+    def command(self, *entrypoint: str, options: tuple[str, ...] = (), working_dir: Path | None = ROOT) -> list[str]:
+        where = ("--working-dir", str(working_dir)) if working_dir else ()
+        return ["ray", "job", "submit", "--address", self.api, *where, *options, "--", *entrypoint]
 
     def close(self) -> None:
         os.killpg(self.process.pid, signal.SIGTERM)

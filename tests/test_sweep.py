@@ -146,7 +146,7 @@ def test_bad_spaces_are_refused_in_one_sentence(text, words, tmp_path, capsys, r
         ([], "needs --space"), (["--space"], "--space needs a value"), (["--space", "none.py"], "does not exist"),
         (["--space", str(SPACES / "smoke.py"), "--seed", "3"], "--seed is set by the sweep"), (["--space", str(SPACES / "smoke.py"), "--seeds", "a"], "whole numbers"),
         (["--space", str(SPACES / "smoke.py"), "--track", "mlfow"], "choose mlflow, wandb"), (["--space", str(SPACES / "smoke.py"), "--adapter.rnk", "3"], "unknown key"),
-        (["--space", str(SPACES / "smoke.py"), "--resume", "--out", "/tmp/nothing-is-here"], "holds no sweep"),
+        (["--space", str(SPACES / "smoke.py"), "--resume", "--out", str(SPACES)], "holds no sweep"),
     ],
 )
 def test_bad_flags_are_refused_in_one_sentence(flags, words, capsys):
@@ -510,7 +510,8 @@ def test_a_process_of_a_trial_that_dies_costs_no_finished_round(kind, make_confi
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_killed_goes_on_without_losing_a_trial_or_a_round(make_config, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_stopped_goes_on_without_losing_a_trial_or_a_round(how, make_config, tmp_path):
     flags = tiny_flags(make_config, federation={"clients": 3, "rounds": 5, "local_steps": 6, "batch_size": 4, "lr": 0.01})
     space = space_file(tmp_path, "SWEEP = Sweep(space={'entry': tune.grid_search(['fedex', 'ffa', 'fedit'])}, base={'worker.count': 1}, max_concurrent=1)")
     out = tmp_path / "out"
@@ -522,9 +523,13 @@ def test_a_sweep_that_is_killed_goes_on_without_losing_a_trial_or_a_round(make_c
         list((out / "trials").glob("*/summary.json")) and any(1 <= len(v) < 5 for v in lines(out).values())
     ):
         time.sleep(0.1)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    time.sleep(3)  # Ray's processes end when they miss their driver
+    if how is signal.SIGKILL:
+        os.killpg(first.pid, how)
+        first.wait()
+        time.sleep(3)  # Ray's processes end when they miss their driver
+    else:
+        os.kill(first.pid, how)
+        assert first.wait(120) == {signal.SIGINT: 130, signal.SIGTERM: 143}[how]
     before, finished = lines(out), {p: p.stat().st_mtime_ns for p in (out / "trials").glob("*/summary.json")}
     assert finished and len(before) >= 2
     done = subprocess.run([*command, "--resume"], env=env, capture_output=True, text=True, timeout=280, check=False)
