@@ -73,14 +73,22 @@ class Head:
             return None
 
     def join(self, *options: str) -> subprocess.Popen:
-        """Another node of this cluster."""
-        return subprocess.Popen(
+        """Another node of this cluster. Two that start at once may take each other's ports."""
+        node = subprocess.Popen(
             ["ray", "start", "--block", f"--address={self.address}", *options, f"--temp-dir={self.temp}", "--disable-usage-stats", f"--dashboard-agent-listen-port={free_port()}"],
             env=self.env | self.started, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
         )
+        there, end = self.nodes(), time.monotonic() + 60
+        while self.nodes() == there:
+            assert node.poll() is None and time.monotonic() < end, (self.folder / "head.log").read_text()
+            time.sleep(0.5)
+        return node
+
+    def nodes(self) -> int:
+        return len(json.loads(self.get("/nodes?view=summary"))["data"]["summary"])
 
     def submit(self, *entrypoint: str, working_dir: Path | None = ROOT) -> subprocess.CompletedProcess:
-        return subprocess.run(self.command(*entrypoint, working_dir=working_dir), env=self.env, capture_output=True, text=True, timeout=280, check=False)
+        return subprocess.run(self.command(*entrypoint, working_dir=working_dir), env=self.env, capture_output=True, text=True, timeout=580, check=False)
 
     def command(self, *entrypoint: str, options: tuple[str, ...] = (), working_dir: Path | None = ROOT) -> list[str]:
         where = ("--working-dir", str(working_dir)) if working_dir else ()

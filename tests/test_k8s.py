@@ -374,6 +374,7 @@ def test_the_image_has_a_clean_recipe_and_setup_cfgs_ranges():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_images_install_steps_work_in_a_new_environment(tmp_path):
     """Every RUN that installs, with the Dockerfile's own words, in a virtual environment of its own."""
     text = (K8S / "Dockerfile").read_text().replace("\\\n", " ")
@@ -448,6 +449,7 @@ def gpu_head(tmp_path_factory) -> Iterator[Head]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("path", [p for p in MANIFESTS if p.name.startswith("rayjob")], ids=lambda p: p.name)
 def test_every_entrypoint_runs_as_it_stands(path, places, gpu_head):
     (thing,) = things(path)
