@@ -16,6 +16,7 @@ from fedray.data.partition import load_data
 from fedray.errors import ConfigError
 from fedray.federation.placement import Node, matches, place_silos
 from fedray.federation.pool_ray import RayPool
+from fedray.federation.run import differences
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,6 +106,15 @@ def test_a_worker_gets_no_client_of_another_place():
     assert shared._owner == {} and shared._serves == [("a1", "a2"), ("b1",)]
 
 
+def test_a_run_may_go_on_in_another_place_but_not_with_other_data():
+    values = siloed({"a": "x", "b": "y"})
+    old = from_dict(values)
+    moved = from_dict(json.loads(json.dumps(values).replace('"silo": "y"', '"silo": "z"')))
+    assert differences(old, moved) is None
+    other = from_dict(json.loads(json.dumps(values).replace("/data/b/", "/data/c/")))
+    assert differences(old, other) == ("clients.b.source", "/data/b/train.csv", "/data/c/train.csv")
+
+
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +152,7 @@ def test_only_what_may_be_read_is_read(tmp_path, monkeypatch):
 
 
 CLUSTER = """
-import json, os, sys
+import json, os, signal, subprocess, sys, threading
 LOG = sys.argv[1]
 
 def watch():
@@ -165,6 +175,11 @@ ray.init(address=cluster.address, runtime_env={"worker_process_setup_hook": watc
 from fedray.cli import main
 codes = []
 for command in json.loads(sys.argv[2]):
+    if "silo=late" in command:  # what an autoscaler does
+        later = os.environ | {"TEST_NODE": "late", "HF_DATASETS_CACHE": f"{os.path.dirname(LOG)}/cache-late"}
+        command_line = [f"{os.path.dirname(sys.executable)}/ray", "start", f"--address={cluster.address}", "--num-cpus=1", "--labels=silo=late", "--block"]
+        late = []
+        threading.Timer(6, lambda: late.append(subprocess.Popen(command_line, env=later, stdout=subprocess.DEVNULL, start_new_session=True))).start()
     try:
         codes.append(main(command))
     except SystemExit as error:
@@ -172,6 +187,8 @@ for command in json.loads(sys.argv[2]):
 states = sorted({a["State"] for a in ray._private.state.actors().values()})
 print("CODES", json.dumps(codes), "STATES", json.dumps(states), flush=True)
 ray.shutdown()
+for node in late:
+    os.killpg(node.pid, signal.SIGKILL)
 cluster.shutdown()
 """
 
@@ -202,12 +219,13 @@ def cluster_run(tiny, tmp_path_factory):
         ["run", "--config", plain],
         ["run", "--config", private],
         ["run", "--config", plain, "--output.dir", str(root / "nowhere"), "--clients.b1.node_labels", "silo=z"],
+        ["run", "--config", plain, "--output.dir", str(root / "waited"), "--clients.b1.node_labels", "silo=late", "--federation.rounds", "1", "--worker.wait", "100", "--worker.gpus", "0"],
         ["sweep", "--space", str(space), "--out", str(root / "sweep"), "--config", str(root / "swept.yaml"), "--federation.rounds", "1"],
     ]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CLUSTER, str(root / "opened.jsonl"), json.dumps(commands)],
-        env=env, capture_output=True, text=True, timeout=280, check=False,
+        env=env, capture_output=True, text=True, timeout=290, check=False,
     )
     assert "CODES" in done.stdout, done.stdout + done.stderr
     opened = [json.loads(line) for line in (root / "opened.jsonl").read_text().splitlines()]
@@ -217,13 +235,13 @@ def cluster_run(tiny, tmp_path_factory):
 def test_a_clients_data_are_opened_on_its_own_nodes_only(cluster_run):
     done, opened, root = cluster_run
     who = {name: {where for where, file in opened if f"/silos/{name}/" in file} for name in ("a1", "a2", "b1")}
-    assert who == {"a1": {"x"}, "a2": {"x"}, "b1": {"y"}}, (who, done.stdout + done.stderr)
+    assert who == {"a1": {"x"}, "a2": {"x"}, "b1": {"y", "late"}}, (who, done.stdout + done.stderr)
 
 
 def test_runs_and_sweeps_over_silos_end_well_and_an_unknown_label_is_refused(cluster_run):
     done, _, root = cluster_run
     codes, _, states = done.stdout.rsplit("CODES ", 1)[1].partition(" STATES ")
-    assert json.loads(codes) == [0, 0, 2, 0], done.stdout + done.stderr
+    assert json.loads(codes) == [0, 0, 2, 0, 0], done.stdout + done.stderr
     assert json.loads(states) == ["DEAD"]
     assert "no node has the labels silo=z that clients.b1.node_labels asks for (there are silo=x, silo=y)" in done.stderr and not (root / "nowhere").exists()
     for name in ("plain", "private"):
