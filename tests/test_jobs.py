@@ -166,11 +166,21 @@ def test_exit_codes_tell_bad_input_from_a_run_that_failed(head, config_file):
     bad = head.submit("python", "jobs/federate.py", "--config", config, "--federation.cohort", "9")
     assert bad.returncode == 1 and "failed with exit code 2" in (bad.stdout + bad.stderr) and "federation.cohort 9 is more than the 3 clients" in bad.stdout
     assert not out.exists()
-    lost = head.submit("python", "jobs/federate.py", "--config", config, "--output.dir", "runs/mine")
-    assert lost.returncode == 1 and "must be an absolute path on storage that stays" in lost.stdout
     failed = head.submit("python", "jobs/federate.py", "--config", config, "--federation.lr", "1e30")
     assert failed.returncode == 1 and "failed with exit code 1" in (failed.stdout + failed.stderr), failed.stdout
     assert "lower federation.lr" in failed.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["run"], ["run", "--output.dir", "runs/mine"], ["sweep", "--space", str(ROOT / "tune_spaces/smoke.py")], ["compare", "--methods", "ffa", "--out", "runs/mine"]],
+)
+def test_a_submitted_job_does_not_write_into_its_package_that_ray_removes(command, monkeypatch, tmp_path, capsys):
+    from fedray.cli import main
+
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2 and "must be an absolute path on storage that stays" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def test_a_submitted_sweep_ends_with_its_tables(head, make_config, tmp_path):

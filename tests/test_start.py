@@ -166,14 +166,14 @@ def test_the_range_finder_on_a_real_encoder_captures_what_the_dense_svd_does(tmp
     """Every adapted layer of MiniLM, real SST-2: the summed gradient's energy in the sketched bases is at least 99 % of the best rank-8."""
     config = read_config(
         f"--engine inline --model.path {SHARED}/models/minilm-l6 --model.task classification --data.source {SHARED}/data/sst2 --data.limit 600 "
-        f"--data.partition dirichlet --data.max_length 64 --data.test_limit 20 --federation.clients 3 --adapter.kind lora-sb --adapter.rank 8 "
+        f"--data.partition dirichlet --data.max_length 64 --data.test_limit 20 --federation.clients 3 --adapter.kind lora-sb --adapter.rank 8 --adapter.subspace_examples 16 "
         f"--adapter.subspace gradient-raw --method.name fed-sb --output.dir {tmp_path}/x".split()
     )
     worker = Worker(config, "cpu", 1)
     clients = worker.trainer.data.clients
     found = start.start(config, worker.spec, clients, collector(worker, clients))
     names = tuple(layer.name for layer in worker.spec.layers)
-    told = collector(worker, clients)(Question(Ask.DENSE, layers=names, examples=start.EXAMPLES), clients)
+    told = collector(worker, clients)(Question(Ask.DENSE, layers=names, examples=16), clients)
     total = start._total(config, told)
     captured = best = whole = 0.0
     for layer in worker.spec.layers:
