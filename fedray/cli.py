@@ -95,12 +95,15 @@ def _run(argv: list[str], console: Console) -> int:
     prepared = prepare(config)
     listener, tracked = ConsoleListener(console), trackers(prepared.config)
     measured = [RayMetrics()] if prepared.config.engine == "ray" else []
+    summary = None
     try:
         summary = execute(prepared, Several([listener, *tracked, *measured]))
     finally:
         listener.close()
         for tracker in tracked:
-            tracker.close()
+            tracker.close(summary is not None)
+            if tracker.broken:
+                console.print(f"note     {tracker.broken}", markup=False, soft_wrap=True)
     write_report(prepared.folder)
     listener.finished(summary, str(prepared.folder))
     return 0

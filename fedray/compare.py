@@ -11,11 +11,14 @@ import csv
 import json
 import math
 import re
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from fedray.errors import ConfigError, FedrayError
 from fedray.federation.results import read_run_config
 from fedray.federation.run import check_lasting, differences, rooted
 from fedray.methods import METHODS
+from fedray.stopping import Terminated
 
 _OWN = {"methods": "fedit,ffa,fedex,fra,flora", "seeds": "0,1,2", "lrs": "1e-3,3e-3,1e-2", "out": "runs/compare", "jobs": "1"}
 
@@ -177,7 +181,7 @@ def compare(argv: list[str], say: Callable[[str], None]) -> tuple[list[Result], 
         say(f"{entry.text}  lr {lr:g}, seed {seed}: {summary['final']:.4f}")
         return summary
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with _stopping_children(), ThreadPoolExecutor(jobs) as pool:
         grid = [(entry, lr) for entry in entries if len(rates[entry]) > 1 for lr in rates[entry]]
         tuned: dict[Entry, dict[float, float | None]] = {entry: {} for entry in entries}
         for (entry, lr), value in zip(grid, pool.map(tune, grid), strict=True):
@@ -199,6 +203,37 @@ def compare(argv: list[str], say: Callable[[str], None]) -> tuple[list[Result], 
     return results, out
 
 
+#: Runs that go on now.
+_children: list[subprocess.Popen] = []
+
+
+@contextmanager
+def _stopping_children() -> Iterator[None]:
+    """Ctrl-C or SIGTERM in the comparison ends its runs too, each with its last round kept, and starts no other."""
+    global _stopped
+    _stopped = False
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: Any) -> None:
+        global _stopped
+        _stopped = True
+        for child in list(_children):
+            child.terminate()
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    for number in previous if ours else ():
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items() if ours else ():
+            signal.signal(number, handler)
+
+
+_stopped = False
+
+
 def _best(entry: Entry, values: dict[float, float | None], higher: bool) -> float:
     known = {lr: v for lr, v in values.items() if v is not None and math.isfinite(v)}
     if not known:
@@ -218,10 +253,17 @@ def _run(flags: list[str], folder: Path, must: bool) -> dict[str, Any] | None:
         return json.loads(summary.read_text())
     if failed.is_file() and not must:  # the same config would fail again
         return None
+    if _stopped:
+        raise FedrayError("the comparison was stopped")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         command = [sys.executable, "-m", "fedray.cli", "run", *flags, "--output.dir", str(folder), "--output.resume"]
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        _children.append(child)
+        try:
+            code = child.wait()
+        finally:
+            _children.remove(child)
     if code == 0:
         return json.loads(summary.read_text())
     said = (log.read_text().strip().splitlines() or ["it said nothing"])[-1].removeprefix("fedray: ")

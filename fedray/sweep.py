@@ -233,7 +233,7 @@ class Bundles:
     labels: tuple[dict[str, str], ...] = ()
 
     def factory(self) -> tune.PlacementGroupFactory:
-        where = {"bundle_label_selector": list(self.labels)} if self.labels else {}
+        where = {"bundle_label_selector": [_elsewhere(self.labels), *self.labels]} if self.labels else {}
         return tune.PlacementGroupFactory([self.own, *[self.each] * self.workers], strategy="PACK", **where)
 
     @property
@@ -255,9 +255,20 @@ def bundles(config: Config, clients: int, gpus_there: float) -> Bundles:
     if config.siloed:
         at_most = worker.count or (clients if worker.gpus else 1)
         labels = tuple(dict(where) for where, members in silos_of(config).items() for _ in range(min(at_most, len(members))))
-        return Bundles({}, each, len(labels), labels)
+        # A bundle of its own, a byte, for the trial and its coordinator: they see every update, and belong on no silo's machine.
+        return Bundles({"memory": 1.0}, each, len(labels), labels)
     cohort = min(config.federation.cohort or clients, clients)
     return Bundles({}, each, worker.count or (cohort if worker.gpus else 1))
+
+
+def _elsewhere(labels: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Labels of a node that is none of the silos' (as far as they are told apart by plain values)."""
+    values: dict[str, list[str]] = {}
+    for where in labels:
+        for key, text in where.items():
+            if not text.startswith("!"):
+                values.setdefault(key, []).extend(text[3:-1].split(",") if text.startswith("in(") else [text])
+    return {key: f"!in({','.join(sorted({t.strip() for t in found}))})" for key, found in values.items()}
 
 
 def check_placeable(name: str, asked: Bundles, nodes: Sequence[Node]) -> None:
@@ -595,8 +606,8 @@ def run_sweep(asked: Asked, view: Callable[[int, bool], tune.Callback], say: Cal
         say(f"{len(trials) if sweep.search != 'optuna' else sweep.samples * len(sweep.seeds)} trials, {goal} ({mode}), in {out}")
         count = len(sweep.seeds) * sweep.samples if sweep.search == "optuna" else len(trials)
         results = _tuner(asked, shared, trials, rounds, mode, view(count, mode == "max")).fit()
-        _clean_up(out)
-    unfinished = [r for r in results if r.error is None and not (r.metrics or {}).get("done") and not _failed(out, r.config)]
+        unfinished = [r for r in results if r.error is None and not (r.metrics or {}).get("done") and not _failed(out, r.config)]
+        _clean_up(out, whole=not unfinished)
     if unfinished:
         raise interruption()
     return out
@@ -743,11 +754,11 @@ def _trackers(asked: Asked) -> list[tune.Callback]:
     return found
 
 
-def _clean_up(out: Path) -> None:
-    """On every machine: remove what the trials shared, and the noise keys of runs that a scheduler ended, so that nobody takes their noise
-    away."""
+def _clean_up(out: Path, whole: bool) -> None:
+    """On every machine: remove what the trials shared, and, when the whole sweep is over, the noise keys of runs that a scheduler ended, so that
+    nobody takes their noise away. A sweep that was stopped needs them to go on with the same noise."""
     keys = []
-    for folder in (p for p in (out / "trials").iterdir() if p.is_dir()) if (out / "trials").is_dir() else []:
+    for folder in (p for p in (out / "trials").iterdir() if p.is_dir()) if whole and (out / "trials").is_dir() else []:
         ledger = Ledger.load(folder / "checkpoint" / "ledger.json")
         if ledger is not None and not (folder / "summary.json").exists():
             keys.append((read_run_config(folder).privacy.key_dir, ledger.run))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+from pathlib import Path
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -13,7 +14,7 @@ from fedray.config import from_dict, read_config
 from fedray.errors import ConfigError
 from fedray.federation.run import execute, prepare
 from fedray.report.metrics import METRICS, RayMetrics
-from fedray.report.track import Several, flat, numbers, trackers
+from fedray.report.track import Several, TensorBoard, flat, numbers, trackers
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
@@ -36,7 +37,7 @@ def test_tensorboard_holds_every_rounds_numbers_once_after_a_resume_too(make_con
         tracked = trackers(config)
         summary = execute(prepare(config), Several(tracked))
         for tracker in tracked:
-            tracker.close()
+            tracker.close(True)
         return summary
 
     run(config)
@@ -71,7 +72,7 @@ def test_other_trackers_get_the_same_numbers(name, make_config, tmp_path, monkey
     config = make_config(output={"dir": str(tmp_path / "run"), "track": [name]})
     (tracker,) = tracked = trackers(config)
     execute(prepare(config), Several(tracked))
-    tracker.close()
+    tracker.close(True)
     if name == "wandb":
         assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
         return
@@ -81,6 +82,19 @@ def test_other_trackers_get_the_same_numbers(name, make_config, tmp_path, monkey
     (run,) = client.search_runs([client.get_experiment_by_name("fedray").experiment_id])
     assert run.info.status == "FINISHED" and run.data.params["method.name"] == "fedex"
     assert [m.step for m in client.get_metric_history(run.info.run_id, "metrics/bits_per_byte")] == [0, 1, 2, 3]
+
+
+def test_a_tracker_whose_server_is_gone_does_not_cost_the_run(make_config):
+    class Gone(TensorBoard):
+        def log(self, round, values):
+            if round == 2:
+                raise ConnectionError("no route to host")
+            super().log(round, values)
+
+    (tracker,) = tracked = [Gone()]
+    assert execute(prepare(make_config()), Several(tracked))["rounds"] == 3
+    assert "Gone was told nothing from round 2 on: ConnectionError: no route to host" == tracker.broken
+    tracker.close(True)
 
 
 def test_numbers_are_plain_and_of_private_runs_hold_no_loss():
@@ -127,5 +141,18 @@ def test_metrics_take_every_record_of_a_run(make_config, monkeypatch):
     summary = execute(prepare(config), RayMetrics())
     assert kept["fedray_round"] == [0, 1, 2, 3] and kept["fedray_epsilon"][-1] == pytest.approx(summary["epsilon"])
     assert sum(kept["fedray_bytes_total"]) == summary["bytes_up"] + summary["bytes_down"]
-    assert "fedray_train_loss" not in kept and "fedray_dropped_clients_total" not in kept  # private; nobody was left out
+    assert "fedray_train_loss" not in kept and kept["fedray_dropped_clients"] == [0, 0, 0]  # private
     assert kept["fedray_metric"] and kept["fedray_phase_seconds"]
+
+
+def test_who_took_part_in_a_round_of_client_level_privacy_is_told_to_nobody(make_config, monkeypatch, ray_session, tmp_path):
+    """On Ray, where actors log: a sample that is a secret stays one."""
+    told = {}
+    monkeypatch.setattr(RayMetrics, "_set", lambda self, metric, value, /, **tags: told.setdefault(metric, value))
+    config = make_config(engine="ray", worker={"cpus": 1, "count": 1}, privacy={"noise": 2.0, "unit": "client"}, method={"name": "ffa"}, output={"dir": str(tmp_path / "secret")})
+    assert execute(prepare(config), RayMetrics())["rounds"] == 3
+    assert "fedray_round" in told and not {"fedray_clients", "fedray_dropped_clients"} & told.keys()
+    logs = Path(ray_session._private.worker._global_node.get_session_dir_path()) / "logs"
+    lines = [json.loads(text) for file in logs.glob("worker-*.err") for text in file.read_text(errors="replace").splitlines() if text.startswith("{") and '"run": "secret"' in text]
+    assert [line["round"] for line in lines if line["event"] == "round done"] == [1, 2, 3]
+    assert not any({"client", "clients", "dropped"} & line.keys() for line in lines)

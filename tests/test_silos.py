@@ -84,6 +84,7 @@ def test_every_place_gets_workers_of_its_own():
     both = from_dict(siloed({"a": "in(x,y)", "b": "x"}, worker={"cpus": 3}))
     with pytest.raises(ConfigError, match="1 worker of 3 CPUs for b do not fit on the nodes with silo=x, where 1 CPUs are left"):
         place_silos(both, [node("x")])
+    assert [h.clients for h in place_silos(both, [node("x"), node("y")]).homes] == [("a",), ("b",)]  # b, which has no choice, is placed first
 
 
 def test_labels_that_no_node_has_are_refused_before_anything_starts():
@@ -126,7 +127,6 @@ def write_silos(root: Path, labels: dict[str, str]) -> dict:
             rows = csv.writer(file)
             rows.writerow(["sentence", "label"])
             rows.writerows([[f"{'good' if k % 2 else 'bad'} word {i} {k}", k % 2] for k in range(24)])
-    (root / "test" / "train.csv").write_text((root / "test" / "test.csv").read_text())
     values = siloed(labels)
     values["data"]["source"] = str(root / "test")
     for name in labels:
@@ -159,9 +159,10 @@ def watch():
     # Which process of which node opens a client's file.
     import ray
     def hook(event, args):
-        if event == "open" and isinstance(args[0], str) and "/silos/" in args[0] and args[0].endswith("train.csv"):
+        path = str(args[0]) if event == "open" else ""
+        if ("/silos/" in path and path.endswith("train.csv")) or path.endswith(".rounds.jsonl.part"):
             with os.fdopen(os.open(LOG, os.O_APPEND | os.O_CREAT | os.O_WRONLY), "a") as file:
-                file.write(json.dumps([os.environ.get("TEST_NODE", "driver"), args[0]]) + chr(10))
+                file.write(json.dumps([os.environ.get("TEST_NODE", "driver"), path]) + chr(10))
     sys.addaudithook(hook)
 
 import ray
@@ -236,6 +237,9 @@ def test_a_clients_data_are_opened_on_its_own_nodes_only(cluster_run):
     done, opened, root = cluster_run
     who = {name: {where for where, file in opened if f"/silos/{name}/" in file} for name in ("a1", "a2", "b1")}
     assert who == {"a1": {"x"}, "a2": {"x"}, "b1": {"y", "late"}}, (who, done.stdout + done.stderr)
+
+    # A sweep's trials, whose coordinators see every update, are on nobody's machine but the head's.
+    assert {where for where, file in opened if "/sweep/trials/" in file} == {"head"}
 
 
 def test_runs_and_sweeps_over_silos_end_well_and_an_unknown_label_is_refused(cluster_run):

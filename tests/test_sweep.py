@@ -400,6 +400,23 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(make_conf
     assert "pip install 'fedray[track]'" in capsys.readouterr().err and not (tmp_path / "out" / "trials").exists()
 
 
+def test_trackers_are_told_of_every_trial(make_config, tmp_path, ray_session, monkeypatch):
+    pytest.importorskip("mlflow", reason="mlflow is not installed: pip install 'fedray[track]'")
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install 'fedray[track]'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    space = space_file(tmp_path, "SWEEP = Sweep(space={'federation.lr': tune.grid_search([1e-2, 2e-2])}, base={'engine': 'inline'})")
+    assert main(["sweep", "--space", space, "--out", str(out), "--track", "mlflow,wandb", *tiny_flags(make_config)]) == 0
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{out / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("out").experiment_id])
+    finals = pd.read_csv(out / "trials.csv")["objective"]
+    assert sorted(r.data.metrics["objective"] for r in runs) == pytest.approx(sorted(finals)) and {r.info.status for r in runs} == {"FINISHED"}
+    assert len(list(tmp_path.rglob("offline-run-*"))) == 2
+
+
 def test_the_live_table_stays_in_place_and_counts_every_trial():
     class Fake:
         def __init__(self, i):

@@ -44,7 +44,7 @@ def load_data(config: Config, reads: Sequence[str] = ()) -> FederatedData:
         train = {name: pair[0] for name, pair in pairs.items()}
         # The coordinator's held-out examples come from data.source; a client's own test split stays with the client.
         split = config.data.test_split if config.data.evaluate_on == "test" else config.data.validation_split
-        test = load_splits(config.data, split=split)[1] if config.data.source != BUILTIN else None
+        test = load_splits(config.data, split=split, trains=False)[1] if config.data.source != BUILTIN else None
         if test is None:
             raise ConfigError(f"clients have their own sources: give data.source, a folder or hub id with a {split} split, for the evaluation")
     else:

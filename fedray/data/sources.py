@@ -16,8 +16,11 @@ _LOADERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".p
 _TEXT_COLUMNS = ("text", "sentence", "content", "question", "instruction")
 
 
-def load_splits(data: DataSection, source: str | None = None, split: str | None = None) -> tuple[Dataset, Dataset | None]:
+def load_splits(
+    data: DataSection, source: str | None = None, split: str | None = None, trains: bool = True
+) -> tuple[Dataset | None, Dataset | None]:
     """(training examples, held-out examples or None) of `data.source`, or of a client's own source; `split`: another than the test split.
+    `trains=False`: only the held-out ones are wanted, and a folder may hold nothing else.
 
     Raises ConfigError when the source is missing, of an unknown kind, unreadable, or lacks the training split.
     """
@@ -33,7 +36,7 @@ def load_splits(data: DataSection, source: str | None = None, split: str | None 
     if data.subset is not None and path.exists():
         raise ConfigError(f"data.subset belongs to hub data sets, but '{source}' is local: leave it out")
     if path.is_dir():
-        splits = DatasetDict({name: _read(file) for name in (data.train_split, split) if (file := _split_file(path, name))})
+        splits = DatasetDict({name: _read(file) for name in ((data.train_split, split) if trains else (split,)) if (file := _split_file(path, name))})
         known = f"the folder holds no {data.train_split}{{{','.join(_LOADERS)}}}"
     elif path.is_file():
         splits, known = DatasetDict({data.train_split: _read(path)}), ""
@@ -42,9 +45,9 @@ def load_splits(data: DataSection, source: str | None = None, split: str | None 
     else:
         splits = _from_hub(source, data.subset)
         known = f"it has {', '.join(splits)}"
-    if data.train_split not in splits:
+    if trains and data.train_split not in splits:
         raise ConfigError(f"data source '{source}' has no split '{data.train_split}': {known}")
-    return splits[data.train_split], splits.get(split)
+    return splits.get(data.train_split), splits.get(split)
 
 
 def _split_file(folder: Path, split: str) -> Path | None:

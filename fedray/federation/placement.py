@@ -120,7 +120,8 @@ def _settle(config: Config, silos: Mapping[tuple, list[str]], nodes: Sequence[No
     """A home for each worker; nodes that several places share are filled once. Raises ConfigError where a place has no room."""
     asked, left, homes = config.worker, list(nodes), []
     each = {"CPU": float(cpus)} | ({"GPU": gpus} if gpus else {})
-    for labels, members in silos.items():
+    # The most particular labels first: they have the fewest nodes to choose from.
+    for labels, members in sorted(silos.items(), key=lambda item: sum(matches(dict(item[0]), n.labels) for n in nodes)):
         count = min(asked.count or len(members), len(members))
         if asked.wait is None:
             own = [i for i, n in enumerate(left) if matches(dict(labels), n.labels)]
@@ -135,7 +136,8 @@ def _settle(config: Config, silos: Mapping[tuple, list[str]], nodes: Sequence[No
             for i, taken in zip(own, _dealt(count, [left[i].room(each) for i in own]), strict=True):
                 left[i] = Node({k: v - taken * each.get(k, 0.0) for k, v in left[i].resources.items()}, left[i].labels)
         homes += [Home(dict(labels), tuple(members))] * count
-    return homes
+    order = list(silos)
+    return sorted(homes, key=lambda home: order.index(tuple(sorted(home.labels.items()))))
 
 
 def _dealt(count: int, rooms: Sequence[int]) -> list[int]:

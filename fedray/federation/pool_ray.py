@@ -18,7 +18,7 @@ from fedray.errors import FedrayError, RoundError
 from fedray.federation.coordinator import Coordinator, Outcome, evaluate_shares
 from fedray.federation.failures import WORKER_ATTEMPTS, Action, ClientState, after_client
 from fedray.federation.logs import event, log_lines
-from fedray.federation.messages import Failure, Orders, Question
+from fedray.federation.messages import PUBLIC, Failure, Orders, Question
 from fedray.federation.placement import Home
 from fedray.federation.wire import Header, Message, Packet
 
@@ -58,6 +58,10 @@ class RayPool:
                 return {}
             owners[client] = index
         return owners
+
+    def _may(self, worker: int, client: str | None) -> bool:
+        """Whether a worker may do a client's work; what belongs to no client, anyone may."""
+        return client is None or client == PUBLIC or client in self._serves[worker]
 
     def publish(self, message: Message) -> Published:
         self._increments = {
@@ -108,7 +112,7 @@ class RayPool:
 
         while not all(state.terminal for state in states.values()):
             for client in waiting():
-                index = self._owner[client] if self._owner else next((i for i in idle if client in self._serves[i]), None)
+                index = self._owner[client] if client in self._owner else next((i for i in idle if self._may(i, client)), None)
                 if index in self._lost:
                     give_up(client, ClientState.WORKER_DIED, "it could not be restarted")
                 if index not in idle:
@@ -185,7 +189,7 @@ class RayPool:
                 index = self._restarting.pop(reference)
                 if not self._restarted(reference):
                     self._lost.add(index)
-            usable = [i for i in range(len(self.workers)) if i not in self._lost and (client is None or client in self._serves[i])]
+            usable = [i for i in range(len(self.workers)) if i not in self._lost and self._may(i, client)]
             shares = {
                 i: self.workers[i].evaluate.remote(part, client, (turn, len(usable)), handle.header, handle.packet, handle.increments, kept)
                 for turn, i in enumerate(usable)
@@ -241,7 +245,9 @@ class CoordinatorActor:
             return error
         if record is not None:
             told = ("bytes_up", "bytes_down", "exactness", "aggregation_error", "metrics", "seconds")
-            event("round done", round=record["round"], clients=len(record["cohort"]), dropped=len(record["dropped"]), **{k: record[k] for k in told})
+            # With privacy.unit client who took part, and how many, is a secret that epsilon rests on.
+            counts = {"clients": len(record["cohort"]), "dropped": len(record["dropped"])} if record["cohort"] is not None else {}
+            event("round done", round=record["round"], **counts, **{k: record[k] for k in told})
         return record
 
     def progress(self) -> list[str]:

@@ -117,6 +117,8 @@ def evaluate(folder: Path) -> dict[str, Any]:
     """Metrics of a run's last state on its held-out examples, overall and by group."""
     config = read_run_config(folder)
     data = load_data(config)
+    if config.siloed and make_method(config).personal and config.data.client_held_out > 0:
+        raise ConfigError("this run's clients have models of their own and are measured on examples that their own nodes keep: see metrics of its rounds.jsonl")
     checkpoint = load_checkpoint(folder, config, len(data.classes))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trainer = LocalTrainer(config, device, torch.get_num_threads(), data)

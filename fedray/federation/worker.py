@@ -59,13 +59,13 @@ class Worker:
             view, base_key = self._view(client, header, packet, fetch, held)
             state = {n.removeprefix(OPTIMIZER): t for n, t in held.items() if n.startswith(OPTIMIZER)}
             private = None
-            if self.private and not self._by_client:
+            if self.private and not self.by_client:
                 check_orders(self.trainer.config, client, len(self.trainer.examples("train", client)), orders)
                 purpose = ("round", client, round, inputs_digest(header, packet), *_told(orders))
                 private = Private(key, purpose, orders.rate, Mechanism(orders.clip, orders.noise, orders.expected))
             result = self.trainer.train(view, client, round, state or None, base_key, private)
             sent = self.method.upload(self.spec, client, result.tensors, round)
-            if self._by_client:
+            if self.by_client:
                 sent = self._clipped(client, round, view, result.tensors, sent, orders)
             packet = self._packed(client, sent, orders)
         except Exception as error:  # whatever a client's data or step raises is that client's failure, and is reported as such
@@ -79,7 +79,8 @@ class Worker:
         return packet, pack(keeps) if keeps else None, report
 
     @property
-    def _by_client(self) -> bool:
+    def by_client(self) -> bool:
+        """Whether whole clients are what is protected."""
         return self.private and self.trainer.config.privacy.unit == "client"
 
     def _clipped(
@@ -109,7 +110,7 @@ class Worker:
 
     def _key(self, client: str, orders: Orders | None) -> Key | None:
         """Where the client adds noise, the key of it."""
-        if orders is None or not self.private or self._by_client:
+        if orders is None or not self.private or self.by_client:
             return None
         # Changed data are met like a lost key: other noise, and a new charge.
         key = self._keys.key(orders.run, client).bound(self._fingerprint(client))

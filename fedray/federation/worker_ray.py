@@ -31,7 +31,15 @@ class WorkerActor:
     def __init__(self, make_worker: type[Worker], config: Config, device: str, threads: int, reads: Sequence[str] = ()):
         # DeepSpeed's own word for it: logical GPUs in tests, and machines whose GPUs are not to be touched.
         log_lines(Path(config.output.dir).name, "worker")
-        self.worker = make_worker(config, "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else device, threads, reads=reads)
+        device = "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else device
+        try:
+            self.worker = make_worker(config, device, threads, reads=reads)
+        except Exception as error:
+            if not (config.siloed and config.privacy.on):
+                raise
+            # Readers quote what they cannot read, and this error goes to the driver, another party's machine.
+            words = f"the data of {', '.join(reads)} could not be loaded ({type(error).__name__}); read them with the same config on their own machine to see why"
+            raise FedrayError(words) from None
 
     def describe(self) -> tuple:
         return self.worker.describe()
@@ -53,6 +61,8 @@ class WorkerActor:
         return done
 
     def _tell(self, name: str, report: Report | Failure, client: str, **fields: Any) -> None:
+        if self.worker.by_client:
+            return  # who is asked in a round is a secret sample, which epsilon rests on
         if isinstance(report, Failure):
             event(f"{name} not", logging.WARNING, client=client, cause=report.cause, **fields)
         else:
@@ -77,12 +87,13 @@ def start_workers(
         remove_placement_group(group)
         where = f" on nodes with {'; '.join(sorted({said(home.labels) for home in placement.homes}))}" if placement.homes else ""
         raise FedrayError(f"the cluster did not grant {placement.workers} x {bundle}{where} within {timeout:.0f} s: other jobs hold it, or no node has that much")
+    first = len(group.bundle_specs) - placement.workers  # a trial of a sweep may have a bundle of its own before them
     workers = [
         WorkerActor.options(
             num_cpus=placement.cpus,
             num_gpus=placement.gpus,
             max_restarts=-1,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=first + i),
         ).remote(Worker, config, placement.device, placement.cpus, placement.homes[i].clients if placement.homes else ())
         for i in range(placement.workers)
     ]

@@ -15,14 +15,14 @@ from fedray.federation.run import Prepared
 METRICS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "fedray_round": (Gauge, "Rounds that are done.", ()),
     "fedray_rounds_planned": (Gauge, "Rounds that the run was asked for.", ()),
-    "fedray_clients": (Gauge, "Clients of the last round's cohort.", ()),
+    "fedray_clients": (Gauge, "Clients of the last round's cohort; absent where it is a secret.", ()),
     "fedray_metric": (Gauge, "Held-out metrics after the last evaluated round.", ("name",)),
     "fedray_train_loss": (Gauge, "Mean training loss of the last round; absent in private runs.", ()),
     "fedray_epsilon": (Gauge, "Largest epsilon over the clients so far.", ()),
     "fedray_exactness": (Gauge, "What the last round lost against the ideal sum, relative.", ()),
     "fedray_aggregation_error": (Gauge, "What averaging factors would have lost in the last round, relative.", ()),
     "fedray_bytes_total": (Counter, "Bytes moved, start included.", ("direction",)),
-    "fedray_dropped_clients_total": (Counter, "Clients that were left out of a round.", ()),
+    "fedray_dropped_clients": (Gauge, "Times that a client was left out of a round, so far.", ()),
     "fedray_phase_seconds": (Histogram, "Seconds of a round by phase.", ("phase",)),
 }
 
@@ -36,6 +36,7 @@ class RayMetrics:
     def __init__(self):
         self._own: dict[str, Any] = {}
         self._tags: dict[str, str] = {}
+        self._dropped = 0
 
     def __getattr__(self, name: str):
         return lambda *args: None
@@ -57,7 +58,10 @@ class RayMetrics:
 
     def round(self, record: dict[str, Any]) -> None:
         self._set("fedray_round", record["round"])
-        self._set("fedray_clients", len(record["cohort"]))
+        if record["cohort"] is not None:  # with privacy.unit client a secret
+            self._set("fedray_clients", len(record["cohort"]))
+            self._dropped += len(record["dropped"])
+            self._set("fedray_dropped_clients", self._dropped)
         self._metrics(record)
         for name in ("train_loss", "exactness", "aggregation_error"):
             if record[name] is not None:
@@ -66,7 +70,6 @@ class RayMetrics:
             self._set("fedray_epsilon", max(record["epsilon"].values()))
         for way in ("up", "down"):
             self._add("fedray_bytes_total", record[f"bytes_{way}"], direction=way)
-        self._add("fedray_dropped_clients_total", len(record["dropped"]))
         for phase, seconds in record["seconds"].items():
             self._observe(phase, seconds)
 

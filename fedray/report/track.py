@@ -37,6 +37,9 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 class Tracker:
     """Base: a listener that sends `numbers` of each record to `log`, from round 0 on, those of a resumed run again."""
 
+    #: Why it is told nothing more.
+    broken: str | None = None
+
     def __getattr__(self, name: str):
         if name.startswith("_"):
             raise AttributeError(name)
@@ -46,10 +49,18 @@ class Tracker:
         self.open(prepared.config, prepared.folder)
 
     def evaluated(self, record: dict[str, Any]) -> None:
-        self.log(record["round"], numbers(record))
+        self._tell(record)
 
     def round(self, record: dict[str, Any]) -> None:
-        self.log(record["round"], numbers(record))
+        self._tell(record)
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        if self.broken is not None:
+            return
+        try:
+            self.log(record["round"], numbers(record))
+        except Exception as error:  # a server that is down must not cost the run; rounds.jsonl has the numbers
+            self.broken = f"{type(self).__name__} was told nothing from round {record['round']} on: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
     def open(self, config: Config, folder: Path) -> None:
         raise NotImplementedError
@@ -57,7 +68,8 @@ class Tracker:
     def log(self, round: int, values: dict[str, float]) -> None:
         raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> None:
+        """`finished`: whether the run came to its end."""
         raise NotImplementedError
 
 
@@ -76,7 +88,7 @@ class TensorBoard(Tracker):
             self._writer.add_scalar(name, value, round)
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> None:
         if "_writer" in vars(self):
             self._writer.close()
 
@@ -101,9 +113,9 @@ class MLflow(Tracker):
         for name, value in values.items():
             self._client.log_metric(self._run, name, value, step=round)
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> None:
         if "_run" in vars(self):
-            self._client.set_terminated(self._run)
+            self._client.set_terminated(self._run, "FINISHED" if finished else "KILLED")
 
 
 class WandB(Tracker):
@@ -120,9 +132,9 @@ class WandB(Tracker):
     def log(self, round: int, values: dict[str, float]) -> None:
         self._own.log(values, step=round)
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> None:
         if "_own" in vars(self):
-            self._own.finish()
+            self._own.finish(exit_code=0 if finished else 1)
 
 
 TRACKERS = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}

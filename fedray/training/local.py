@@ -7,6 +7,7 @@ client comes with the call, so the same call gives the same bits on any worker.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 import urllib.parse
@@ -182,8 +183,11 @@ class LocalTrainer:
         with torch.profiler.profile(activities=kinds, record_shapes=True, profile_memory=True) as profiler:
             yield
         folder = Path(self.config.output.dir) / "profile"
-        folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(folder / f"{urllib.parse.quote(client, safe=' ')}-round-{round + 1}.json.gz"))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(folder / f"{urllib.parse.quote(client, safe=' ')}-round-{round + 1}.json.gz"))
+        except OSError as error:  # a worker's machine may not have the run directory; that is no reason to lose the round
+            logging.getLogger("fedray").warning("the trace of worker.profile could not be written to %s: %s", folder, error)
 
     def _private_steps(self, config: FederationSection, examples: Sequence[Example], round: int, private: Private) -> None:
         size = config.batch_size // config.accumulate  # the most samples whose gradients are in memory at once
