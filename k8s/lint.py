@@ -20,6 +20,7 @@ import yaml
 
 LONGEST = {"RayCluster": 53, "RayJob": 47, "RayService": 47, "RayCronJob": 36}
 SUBMISSION_MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
+MANAGERS = (None, "ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
 RESOURCE_PARAMS = {"num-cpus": "CPU", "num-gpus": "GPU", "memory": "memory"}
 REDIS_VARIABLES = ("REDIS_PASSWORD", "RAY_REDIS_ADDRESS")
 
@@ -42,8 +43,20 @@ def lint(thing: Object) -> list[str]:
         return found + list(_job(spec.get("jobTemplate", {}), thing))
     if kind == "RayJob":
         return found + list(_job(spec, thing))
-    cluster = spec if kind == "RayCluster" else spec.get("rayClusterConfig", {})
-    return found + list(_cluster(cluster, kind, thing))
+    if spec.get("managedBy") not in MANAGERS:
+        found.append(f"managedBy '{spec['managedBy']}' is not known: {', '.join(MANAGERS[1:])}")
+    if kind == "RayService":
+        return found + list(_service(spec)) + list(_cluster(spec.get("rayClusterConfig", {}), kind, thing))
+    return found + list(_kueue(spec, thing)) + list(_cluster(spec, kind, thing))
+
+
+def _service(spec: Object) -> Iterator[str]:
+    kinds = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
+    upgrade = (spec.get("upgradeStrategy") or {}).get("type")
+    if upgrade is not None and upgrade not in kinds:
+        yield f"upgradeStrategy '{upgrade}' is none of a RayService's: {', '.join(kinds)}"
+    if upgrade == "NewClusterWithIncrementalUpgrade" and not spec.get("rayClusterConfig", {}).get("enableInTreeAutoscaling"):
+        yield "NewClusterWithIncrementalUpgrade needs the autoscaler"
 
 
 def _names(kind: str, name: str) -> Iterator[str]:
@@ -74,7 +87,14 @@ def _job(spec: Object, thing: Object) -> Iterator[str]:
     if spec.get("suspend") and not ends:
         yield "suspend needs shutdownAfterJobFinishes"
     yield from _deletion(spec, bool(selector))
-    yield from _kueue(spec, thing)
+    yield from _kueue(cluster or {}, thing)
+    if "kueue.x-k8s.io/queue-name" in _labels(thing):
+        if not ends:
+            yield "Kueue needs shutdownAfterJobFinishes: true"
+        if selector:
+            yield "Kueue takes no clusterSelector"
+    if spec.get("managedBy") not in MANAGERS:
+        yield f"managedBy '{spec['managedBy']}' is not known: {', '.join(MANAGERS[1:])}"
     if cluster is not None:
         yield from _cluster(cluster, "RayJob", thing)
 
@@ -82,6 +102,10 @@ def _job(spec: Object, thing: Object) -> Iterator[str]:
 def _deletion(spec: Object, selected: bool) -> Iterator[str]:
     strategy = spec.get("deletionStrategy") or {}
     rules = strategy.get("deletionRules") or []
+    scaled = (spec.get("rayClusterSpec") or {}).get("enableInTreeAutoscaling")
+    for old in ("onSuccess", "onFailure"):
+        if (strategy.get(old) or {}).get("policy") == "DeleteWorkers" and scaled:
+            yield "DeleteWorkers does not go with autoscaling"
     if not rules:
         return
     if spec.get("shutdownAfterJobFinishes"):
@@ -101,20 +125,19 @@ def _deletion(spec: Object, selected: bool) -> Iterator[str]:
         if key in seen:
             yield f"the deletion rule {key[0]} on {key[2]} is there twice"
         seen.add(key)
-        if rule.get("policy") == "DeleteWorkers" and (spec.get("rayClusterSpec") or {}).get("enableInTreeAutoscaling"):
+        if rule.get("policy") == "DeleteWorkers" and scaled:
             yield "DeleteWorkers does not go with autoscaling"
         if selected and rule.get("policy") in ("DeleteWorkers", "DeleteCluster"):
             yield f"{rule['policy']} does not go with clusterSelector"
 
 
-def _kueue(spec: Object, thing: Object) -> Iterator[str]:
-    if "kueue.x-k8s.io/queue-name" not in thing.get("metadata", {}).get("labels", {}):
+def _labels(thing: Object) -> Object:
+    return thing.get("metadata", {}).get("labels") or {}
+
+
+def _kueue(cluster: Object, thing: Object) -> Iterator[str]:
+    if "kueue.x-k8s.io/queue-name" not in _labels(thing):
         return
-    cluster = spec.get("rayClusterSpec") or {}
-    if not spec.get("shutdownAfterJobFinishes"):
-        yield "Kueue needs shutdownAfterJobFinishes: true"
-    if spec.get("clusterSelector"):
-        yield "Kueue takes no clusterSelector"
     if cluster.get("enableInTreeAutoscaling"):
         yield "Kueue takes no autoscaling: fix the replicas"
     groups = [g.get("groupName") for g in cluster.get("workerGroupSpecs", [])]
@@ -136,6 +159,8 @@ def _cluster(cluster: Object, kind: str, thing: Object) -> Iterator[str]:
                 yield f"{where}: rayStartParams {key} must be a string"
             if key in RESOURCE_PARAMS and RESOURCE_PARAMS[key] in (group.get("resources") or {}):
                 yield f"{where}: {key} is in rayStartParams and in resources"
+        if "resources" in params and group.get("resources"):
+            yield f"{where}: resources are in rayStartParams and in the group's own resources"
         if "labels" in params:
             yield f"{where}: labels belong to the group's own labels, not to rayStartParams"
         if "redis-password" in params and cluster.get("gcsFaultToleranceOptions"):
@@ -177,19 +202,21 @@ def _fault_tolerance(cluster: Object, thing: Object, head: Object) -> Iterator[s
     options = cluster.get("gcsFaultToleranceOptions")
     if options is None:
         return
-    if "ray.io/ft-enabled" in thing.get("metadata", {}).get("annotations", {}):
+    if "ray.io/ft-enabled" in (thing.get("metadata", {}).get("annotations") or {}):
         yield "GCS fault tolerance is asked for by annotation and by options"
     if given := [v for v in REDIS_VARIABLES if v in _environment(head)]:
         yield f"{given[0]} does not go with gcsFaultToleranceOptions"
-    if options.get("backend") == "rocksdb" and any(k.startswith("redis") for k in options):
-        yield "the rocksdb backend takes no redis fields"
+    if options.get("backend") == "rocksdb":
+        yield "the rocksdb backend needs the operator's feature gate GCSFaultToleranceEmbeddedStorage, which is off in 1.7"
+        if any(k.startswith("redis") for k in options):
+            yield "the rocksdb backend takes no redis fields"
     if options.get("backend", "redis") == "redis" and not options.get("redisAddress"):
         yield "gcsFaultToleranceOptions need a redisAddress"
 
 
 def _environment(group: Object) -> set[str]:
-    containers = group.get("template", {}).get("spec", {}).get("containers", [])
-    return {e.get("name") for c in containers for e in c.get("env", [])}
+    containers = group.get("template", {}).get("spec", {}).get("containers") or []
+    return {e.get("name") for c in containers for e in c.get("env") or []}
 
 
 def _restart(cluster: Object) -> str | None:

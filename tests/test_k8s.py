@@ -102,7 +102,10 @@ def test_tls_reaches_every_ray_container(tmp_path):
         folder = K8S / "overlays" / f".tls-{kind}-{os.getpid()}"
         folder.mkdir()
         try:
-            (folder / "kustomization.yaml").write_text(f"resources: [../{kind}]\ncomponents: [../../components/tls]\n")
+            images = "images: [{name: fedray, newName: registry.example/fedray, newTag: '7'}]\n"  # as components/image has it
+            (folder / "kustomization.yaml").write_text(f"resources: [../{kind}]\ncomponents: [../../components/tls, image]\n")
+            (folder / "image").mkdir()
+            (folder / "image" / "kustomization.yaml").write_text(f"apiVersion: kustomize.config.k8s.io/v1alpha1\nkind: Component\n{images}")
             made = rendered(f"overlays/{folder.name}")
         finally:
             shutil.rmtree(folder)
@@ -117,6 +120,9 @@ def test_tls_reaches_every_ray_container(tmp_path):
             env = {e["name"]: e.get("value") for e in container["env"]}
             assert env["RAY_USE_TLS"] == "1" and env["RAY_TLS_CA_CERT"] == "/tls/ca.crt" and "tls" in {m["name"] for m in container["volumeMounts"]}
             assert [c["name"] for c in inside["initContainers"]] == ["certify"]
+            assert {c["image"] for c in (*inside["containers"], *inside["initContainers"])} == {"registry.example/fedray:7"}
+        beside = cluster["autoscalerOptions"]  # the operator's own container in the head
+        assert {e["name"]: e["value"] for e in beside["env"]}["RAY_USE_TLS"] == "1" and beside["volumeMounts"][0]["mountPath"] == "/tls"
 
 
 def core_kinds() -> list[Path]:
@@ -170,7 +176,8 @@ def test_workers_reach_nothing_but_the_cluster_and_names():
     nodes, head = things(K8S / "base/network-policy.yaml")
     assert nodes["spec"]["policyTypes"] == ["Ingress", "Egress"] and nodes["spec"]["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "fedray"}}
     to = [peer for rule in nodes["spec"]["egress"] for peer in rule["to"]]
-    assert {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "fedray"}}} in to and len(to) == 2 and not any("ipBlock" in peer for peer in to)
+    assert {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "fedray"}}} in to and len(to) == 3
+    assert [peer for peer in to if "ipBlock" in peer] == [{"ipBlock": {"cidr": "169.254.20.10/32"}}]  # names, from the node itself
     assert {p["port"] for r in nodes["spec"]["egress"] for p in r.get("ports", [])} == {53}
     assert head["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "head" and head["spec"]["policyTypes"] == ["Egress"]
 
@@ -188,6 +195,10 @@ def fixed_job() -> dict:
 
 def cluster() -> dict:
     return copy.deepcopy(things(K8S / "overlays/raycluster/raycluster.yaml")[0])
+
+
+def service() -> dict:
+    return {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": "s"}, "spec": {"rayClusterConfig": cluster_of(job())}}
 
 
 def put(path: str, value) -> Callable[[dict], None]:
@@ -261,6 +272,14 @@ RULES = [
     (cluster, put(f"{C}.gcsFaultToleranceOptions.backend", "rocksdb"), "the rocksdb backend takes no redis fields"),
     (cluster, put(f"{C}.gcsFaultToleranceOptions.redisAddress", "-"), "need a redisAddress"),
     (cluster, put(f"{C}.upgradeStrategy", {"type": "NewCluster"}), "upgradeStrategy 'NewCluster' is none of a RayCluster's"),
+    (cluster, put(f"{C}.gcsFaultToleranceOptions", {"backend": "rocksdb"}), "needs the operator's feature gate"),
+    (cluster, put("metadata.labels", {"kueue.x-k8s.io/queue-name": "q"}), "Kueue takes no autoscaling"),
+    (cluster, put("spec.managedBy", "me"), "managedBy 'me' is not known"),
+    (job, put("spec.managedBy", "me"), "managedBy 'me' is not known"),
+    (job, put("spec.deletionStrategy", {"onSuccess": {"policy": "DeleteWorkers"}}), "DeleteWorkers does not go with autoscaling"),
+    (job, several(put(f"{R}.headGroupSpec.resources", {"CPU": "1"}), put(f"{R}.headGroupSpec.rayStartParams", {"resources": "{}"})), "resources are in rayStartParams and in the group's own"),
+    (service, put("spec.upgradeStrategy", {"type": "Recreate"}), "none of a RayService's"),
+    (service, several(put("spec.upgradeStrategy", {"type": "NewClusterWithIncrementalUpgrade"}), put("spec.rayClusterConfig.enableInTreeAutoscaling", False)), "needs the autoscaler"),
 ]
 
 
@@ -458,7 +477,9 @@ def test_every_entrypoint_runs_as_it_stands(path, places, gpu_head):
     words = thing["spec"]["entrypoint"].split()
     done = gpu_head.submit(*words, working_dir=None)
     assert done.returncode == 0, done.stdout + done.stderr
-    out = places["/results"] / Path(words[words.index("--out" if "sweep" in words else "--output.dir") + 1]).name
+    config = yaml.safe_load(things(configs)[0]["data"]["config.yaml"])
+    out = places["/results"] / Path(words[words.index("--out") + 1] if "sweep" in words else config["output"]["dir"]).name
     assert (out / "summary.json").is_file()
     again = gpu_head.submit(*words, working_dir=None)  # what backoffLimit does
     assert again.returncode == 0, again.stdout + again.stderr
+    shutil.rmtree(out)  # the next manifest's run has the same name
