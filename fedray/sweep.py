@@ -28,7 +28,7 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Repeater
 from ray.tune.search.repeater import TRIAL_INDEX
-from ray.tune.search.sample import Categorical, Domain
+from ray.tune.search.sample import Categorical, Domain, Sampler
 from ray.tune.search.variant_generator import generate_variants
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -99,8 +99,23 @@ class Sweep:
         if self.random_stopping is not None:
             if self.random_stopping not in STOPPING:
                 raise ConfigError(f"random_stopping '{self.random_stopping}' is not known: choose {', '.join(STOPPING)}")
-            if self.search != "random" or self.stop != "none" or len(self.seeds) > 1:
-                raise ConfigError("random_stopping holds for runs that are drawn alike and know nothing of each other: search='random', stop='none', one seed")
+            if self.search != "random" or self.stop != "none" or len(self.seeds) > 1 or grids:
+                raise ConfigError("random_stopping holds for runs that are drawn alike and know nothing of each other: search='random', stop='none', one seed, and no grid_search")
+
+
+def in_words(value: Any) -> Any:
+    """A sweep, or what is in it, as plain values that are the same whenever the same space file is read."""
+    if isinstance(value, Sweep):  # how many run at a time is no part of what is asked
+        return {k: in_words(v) for k, v in vars(value).items() if k != "max_concurrent"}
+    if isinstance(value, Mapping):
+        return {str(k): in_words(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [in_words(v) for v in value]
+    if isinstance(value, (Domain, Sampler)):
+        return [type(value).__qualname__, {k: in_words(v) for k, v in sorted(vars(value).items())}]
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__name__)}"
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def load_space(path: str) -> Sweep:
@@ -117,8 +132,10 @@ def load_space(path: str) -> Sweep:
     except FedrayError:
         raise
     except Exception as error:  # whatever is wrong with a person's file is told with its line
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(f"space '{path}' cannot be read: {type(error).__name__}: {error} (line {place.lineno})") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        words = error.msg if isinstance(error, SyntaxError) else error
+        raise ConfigError(f"space '{path}' cannot be read: {type(error).__name__}: {words} (line {line})") from error
     if not isinstance(found := getattr(module, "SWEEP", None), Sweep):
         raise ConfigError(f"space '{path}' holds no SWEEP: write SWEEP = Sweep(space={{...}}), with `from fedray.sweep import Sweep`")
     return found
@@ -171,22 +188,22 @@ def flag_value(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value.item() if isinstance(value, np.generic) else value)
 
 
-def points(sweep: Sweep, draws: int) -> Iterator[dict[str, Any]]:
+def points(sweep: Sweep, draws: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """The points of a space that is known beforehand (grid, random), without the seeds."""
-    state = np.random.RandomState(0)
+    state = np.random.RandomState(seed)
     for _ in range(draws if sweep.search == "random" else 1):
         for _, values in generate_variants(dict(sweep.space), random_state=state):
             yield dict(values)
 
 
-def trials_of(sweep: Sweep, flags: Sequence[str], draws: int) -> tuple[list[Trial], list[str]]:
+def trials_of(sweep: Sweep, flags: Sequence[str], draws: int, seed: int = 0) -> tuple[list[Trial], list[str]]:
     """All trials of a grid or of random draws, and for each combination that no method admits a line of why it is left out.
 
     Raises ConfigError for a config that is bad otherwise.
     """
     found, left_out = [], []
     seen: set[str] = set()
-    for point in points(sweep, draws):
+    for point in points(sweep, draws, seed):
         text = label(point)
         if reason := _unsound(flags, point):
             left_out.append(f"{text}: {reason}")
@@ -305,36 +322,40 @@ def released(folder: Path) -> dict[str, list[Release]] | None:
     return None if begun and not read_run_config(folder).privacy.on else {}
 
 
-def same_split(configs: Sequence[Config]) -> bool:
-    """Whether a client has the same examples in every one of the runs."""
-    def deal(config: Config) -> str:
-        own = {n: c.source for n, c in config.clients.items() if c.source}
-        by_nature = bool(own) or config.data.source == "builtin" or config.data.partition == "column"
-        seed = None if by_nature and config.data.limit is None else config.seed
-        return json.dumps([config.data.model_dump(mode="json"), own, None if by_nature else config.federation.clients, seed], sort_keys=True)
-
-    return len({deal(c) for c in configs}) == 1
-
+def split_of(config: Config) -> str:
+    """A word that two runs share when a client has the same examples in both."""
+    own = {n: c.source for n, c in config.clients.items() if c.source}
+    by_nature = bool(own) or config.data.source == "builtin" or config.data.partition == "column"
+    seed = None if by_nature and config.data.limit is None else config.seed
+    return json.dumps([config.data.model_dump(mode="json"), own, None if by_nature else config.federation.clients, seed], sort_keys=True)
 
 
 PUBLIC_RUN = {EVERYONE: [Release("a run without privacy", 0.0)]}
 
 
-def told(out: Path, but: str = "") -> list[dict[str, list[Release]]]:
-    """What every run under OUT (`but` one) has released so far; of a run without privacy a release without noise."""
-    folders = sorted(p for p in (out / "trials").iterdir() if p.is_dir() and p.name != but) if (out / "trials").is_dir() else []
-    found = [released(folder) for folder in folders]
-    return [PUBLIC_RUN if releases is None else releases for releases in found]
+def told(out: Path) -> list[tuple[dict[str, list[Release]], str]]:
+    """What every run under OUT that has begun has released so far, of a run without privacy a release without noise; and how it dealt the data."""
+    folders = sorted(p for p in (out / "trials").iterdir() if (p / "config.yaml").is_file()) if (out / "trials").is_dir() else []
+    found = [(released(folder), split_of(read_run_config(folder))) for folder in folders]
+    return [(PUBLIC_RUN if releases is None else releases, split) for releases, split in found]
 
 
-def check_budget(trials: Sequence[Trial], prepared: Sequence[Prepared], times: int = 1) -> None:
-    """Raises ConfigError when the runs together would spend more than `privacy.sweep_epsilon` of any client's data, or cannot be added up."""
+def check_budget(trials: Sequence[Trial], prepared: Sequence[Prepared], times: int | None = None) -> None:
+    """Raises ConfigError when the runs together would spend more than `privacy.sweep_epsilon` of any client's data, or cannot be added up.
+    `times`: the trials are what an adaptive search may choose from, so many times: as often as it chooses the one that spends most."""
     configs = [t.config for t in trials]
     private = [c for c in configs if c.privacy.on]
     if len({c.privacy.unit for c in private}) > 1:
         raise ConfigError("the sweep varies privacy.unit, and what examples and what clients are told cannot be added up: make two sweeps")
-    if len({c.data.max_length for c in private if c.model.task == "causal-lm" and c.data.completion is None}) > 1:
-        raise ConfigError("the sweep varies data.max_length, which decides what one private example is: releases of different units cannot be added up; make two sweeps")
+    cut = [c for c in private if c.model.task == "causal-lm" and c.data.completion is None]
+    for key, values in (("data.max_length", {c.data.max_length for c in cut}), ("model.path", {c.model.path for c in cut})):
+        if len(values) > 1:
+            raise ConfigError(f"the sweep varies {key}, which decides what one private example is: releases of different units cannot be added up; make two sweeps")
+    if len({split_of(c) for c in private if c.privacy.unit == "client"}) > 1:
+        raise ConfigError(
+            "privacy.unit client with trials that deal the data out differently (other seeds, clients or partitions): a client of one is no client of another, and what they are told "
+            "cannot be added up; use one seed, or data whose clients are given"
+        )
     budgets = {c.privacy.sweep_epsilon for c in configs}
     if budgets == {None}:
         return
@@ -342,12 +363,17 @@ def check_budget(trials: Sequence[Trial], prepared: Sequence[Prepared], times: i
         raise ConfigError("privacy.sweep_epsilon is one for the whole sweep: give it on the command line or in the base, not in the space")
     if bare := next((t.name for t in trials if not t.config.privacy.on), None):
         raise ConfigError(f"trial '{bare}' has no privacy.epsilon, so that no privacy.sweep_epsilon can hold: leave one of them out")
-    runs = [planned(p) for p in prepared] * times
-    delta = min(plan_delta(p) for p in prepared)
-    total, budget = worst_of(composed(runs, delta, same_split(configs))), budgets.pop()
+    if any(c.privacy.delta is None and c.privacy.unit == "example" for c in configs):
+        raise ConfigError("privacy.sweep_epsilon needs privacy.delta too: each trial's own would follow from noised numbers of examples, and a sum has one delta")
+    runs, splits, budget = [planned(p) for p in prepared], [split_of(c) for c in configs], budgets.pop()
+    delta, count = min(plan_delta(p) for p in prepared), times if times is not None else len(runs)
+    if times is None:
+        total = worst_of(composed(runs, delta, splits))
+    else:
+        total = max(worst_of(composed([run] * times, delta, [str(i % len(set(splits))) for i in range(times)])) for run in runs)
     if total > budget:
         raise ConfigError(
-            f"{len(runs)} trials together would spend epsilon {total:.4g} at delta {delta:g} of the data, and privacy.sweep_epsilon is {budget:g}: "
+            f"{count} trials together would spend epsilon {total:.4g} at delta {delta:g} of the data, and privacy.sweep_epsilon is {budget:g}: "
             "lower privacy.epsilon, try fewer, or raise it"
         )
 
@@ -355,6 +381,8 @@ def check_budget(trials: Sequence[Trial], prepared: Sequence[Prepared], times: i
 def plan_delta(prepared: Prepared) -> float:
     """delta of a private run's plan."""
     config = prepared.config
+    if config.privacy.delta is not None:
+        return config.privacy.delta
     units = prepared.units() if config.privacy.unit == "example" else dict.fromkeys(prepared.data.clients, 1)
     counts = {c: float(max(n, config.client(c).batch_size)) for c, n in units.items()}
     return next(iter(plans_for(config, counts).values())).delta
@@ -414,6 +442,8 @@ def objective_of(sweep: Sweep, config: Config) -> tuple[str, str]:
     """(name, max or min) of what is sought."""
     task = TASKS[config.model.task]
     name = sweep.objective or task.metric
+    if name not in task.reported:
+        raise ConfigError(f"objective '{name}' is no metric of this task: choose {', '.join(task.reported)}")
     better = task.higher_is_better if name == task.metric else not any(word in name for word in ("loss", "perplexity", "bits"))
     return name, "max" if better else "min"
 
@@ -434,10 +464,10 @@ class _Reports:
         self._metrics = record["metrics"]
 
     def round(self, record: dict[str, Any]) -> None:
-        self._metrics = record["metrics"] or self._metrics
-        if self.objective not in self._metrics:
-            raise ConfigError(f"objective '{self.objective}' is no metric of this task: choose {', '.join(self._metrics)}")
         self._bytes += record["bytes_up"] + record["bytes_down"]
+        if record["metrics"] is None:
+            return  # a scheduler must not judge a round by an older one's numbers
+        self._metrics = record["metrics"]
         told = {
             "round": record["round"], "objective": self._metrics[self.objective], **self._metrics, "bytes": self._bytes,
             "epsilon": max((record["epsilon"] or {}).values(), default=None), "train_loss": record["train_loss"],
@@ -464,6 +494,10 @@ def run_trial(point: dict[str, Any], shared: Shared) -> None:
     values = point.get("values") or {k: v for k, v in point.items() if k != TRIAL_INDEX} | {"seed": shared.sweep.seeds[point.get(TRIAL_INDEX, 0)]}
     name = point.get("name") or f"{tune.get_context().get_trial_id()},{label({k: v for k, v in values.items() if k != 'seed'})},seed={values['seed']}"
     folder = Path(shared.out) / "trials" / name
+    failed, stopped = folder.parent / f"{name}.failed.json", folder.parent / f"{name}.stopped"
+    if stopped.exists():
+        return  # a scheduler has ended it, and Tune was killed before it wrote that down
+    failed.unlink(missing_ok=True)
     try:
         config = shared.config(values)
         clients = len(prepare(config, (1e9, 1e9)).data.clients) if config.engine == "ray" else 1
@@ -472,15 +506,16 @@ def run_trial(point: dict[str, Any], shared: Shared) -> None:
         count = asked.workers or 1
         prepared = prepare(config, (count * one["CPU"], count * one.get("GPU", 0.0)))
         (folder.parent / f"{name}.json").parent.mkdir(parents=True, exist_ok=True)
-        _write_json(folder.parent / f"{name}.json", {"values": values})
-        _afford(shared, prepared, name)
+        _write_json(folder.parent / f"{name}.json", {"values": values, "split": split_of(config), "planned": _as_json(planned(prepared))})
+        if "name" not in point:  # trials of a list were checked together before the first began
+            _afford(shared, prepared, name)
         reports = _Reports(objective_of(shared.sweep, config)[0], config.federation.rounds)
         execute(prepared, Several([RayMetrics(), reports]), get_current_placement_group() if asked.workers else None)
     except FedrayError as error:
         own_fault = isinstance(error, (ConfigError, PrivacyError)) or any(w in str(error) for w in ("the loss became", "not finite"))
         if not own_fault:
             raise
-        _write_json(folder.parent / f"{name}.failed.json", {"reason": str(error)})
+        _write_json(failed, {"reason": str(error)})
         return
     reports.finished()
 
@@ -490,10 +525,28 @@ def _afford(shared: Shared, prepared: Prepared, name: str) -> None:
     budget = prepared.config.privacy.sweep_epsilon
     if budget is None:
         return
-    runs = [*told(Path(shared.out), but=name), planned(prepared)]
-    total = worst_of(composed(runs, plan_delta(prepared), same_split=False))
+    # Its own plan is written down already: of two that start at the same moment each sees the other's.
+    runs, splits = [], []
+    for file in sorted((Path(shared.out) / "trials").glob("*.json")):
+        if file.name.endswith(".failed.json"):
+            continue
+        kept = json.loads(file.read_text())
+        run, over = file.with_suffix(""), file.with_suffix(".failed.json").exists() or file.with_suffix(".stopped").exists()
+        spent = released(run) if over or (run / "summary.json").exists() else _from_json(kept["planned"])
+        runs.append(PUBLIC_RUN if spent is None else spent)
+        splits.append(kept["split"])
+    total = worst_of(composed(runs, plan_delta(prepared), splits))
     if total > budget:
+        (Path(shared.out) / "trials" / f"{name}.json").unlink()
         raise PrivacyError(f"with this trial the sweep would have spent epsilon {total:.4g} of privacy.sweep_epsilon {budget:g}: it is left out")
+
+
+def _as_json(runs: Mapping[str, Sequence[Release]] | None) -> dict[str, list[list[Any]]] | None:
+    return None if runs is None else {client: [[r.what, r.noise, r.rate, r.steps] for r in releases] for client, releases in runs.items()}
+
+
+def _from_json(kept: Mapping[str, Sequence[Sequence[Any]]] | None) -> dict[str, list[Release]] | None:
+    return None if kept is None else {client: [Release(*r) for r in releases] for client, releases in kept.items()}
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -553,6 +606,11 @@ def read_sweep(argv: Sequence[str]) -> Asked:
     for key in given:
         if key in ("seed", "output.dir", "output.resume", "output.track"):
             raise ConfigError(f"--{key} is set by the sweep itself: use --seeds, --out, --resume or --track")
+    together = {inner for axis in sweep.space.values() for value in _values_of(axis) if isinstance(value, Mapping) for inner in value}
+    entries = "entry" in sweep.space or "entry" in together
+    for key in given:
+        if key in together or (entries and key in ("method.name", "adapter.kind")):
+            raise ConfigError(f"--{key} is what the space varies together with other keys: leave it out, or write a space of your own")
     fixed = [key for key in sweep.space if key in given]
     space = {key: value for key, value in sweep.space.items() if key not in fixed}
     sweep = Sweep(**vars(sweep) | {"space": space} | change)
@@ -568,21 +626,31 @@ def read_sweep(argv: Sequence[str]) -> Asked:
     return Asked(sweep, own["space"], base, out, "resume" in own, trackers, notes)
 
 
+def _values_of(axis: Any) -> Sequence[Any]:
+    """What an axis of a space takes its values from, where that is a list."""
+    if isinstance(axis, Categorical):
+        return axis.categories
+    return axis["grid_search"] if isinstance(axis, dict) and "grid_search" in axis else [axis]
+
+
 def run_sweep(asked: Asked, view: Callable[[int, bool], tune.Callback], say: Callable[[str], None]) -> Path:
     """Check everything, run all trials, and return the folder, where `fedray.report.sweep` finds them. `view`: makes the live view, from the
     number of trials and whether more is better. Raises ConfigError before anything runs, KeyboardInterrupt when it was stopped."""
     sweep, out = asked.sweep, asked.out
     _check_folder(asked)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own output, which scrolls; the live view has its place
-    draws = _draws(asked)
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that fails before its first report fails alone
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")  # what a kill of the sweep may forget of an adaptive search
+    draws, seed = _draws(asked)
     with ray_session():
         nodes = nodes_there()
         shared = Shared(sweep, asked.base, str(out), sum(node.resources.get("GPU", 0.0) for node in nodes))
         if sweep.search == "optuna":
-            trials, left_out, times = corners(sweep, _flags(asked.base)), [], sweep.samples
+            trials, left_out, times = corners(sweep, _flags(asked.base)), [], sweep.samples * len(sweep.seeds)
         else:
-            trials, left_out = trials_of(sweep, _flags(asked.base), draws)
-            times = 1
+            trials, left_out = trials_of(sweep, _flags(asked.base), draws, seed)
+            times = None
+        goal, mode = objective_of(sweep, trials[0].config)
         for line in (*asked.notes, *(f"left out: {text}" for text in left_out)):
             say(line)
         if len({t.config.model.task for t in trials}) > 1:
@@ -595,39 +663,60 @@ def run_sweep(asked: Asked, view: Callable[[int, bool], tune.Callback], say: Cal
                 check_placeable(trial.name, placed(trial.config, len(found.data.clients), shared.gpus_there, out)[1], nodes)
         check_budget(trials, prepared, times)
         rounds = max(t.config.federation.rounds for t in trials)
-        goal, mode = objective_of(sweep, trials[0].config)
         out.mkdir(parents=True, exist_ok=True)
         kept = {
-            "space": asked.space, "base": asked.base, "sweep": repr(sweep), "objective": goal, "mode": mode,
+            "space": asked.space, "base": asked.base, "sweep": in_words(sweep), "objective": goal, "mode": mode,
             "trials": [] if sweep.search == "optuna" else [{"name": t.name, "values": t.values} for t in trials],
             "left_out": left_out, "random_stopping": [sweep.random_stopping, sweep.samples] if sweep.random_stopping else None,
         }
         _write_json(out / "sweep.json", kept)
         say(f"{len(trials) if sweep.search != 'optuna' else sweep.samples * len(sweep.seeds)} trials, {goal} ({mode}), in {out}")
         count = len(sweep.seeds) * sweep.samples if sweep.search == "optuna" else len(trials)
-        results = _tuner(asked, shared, trials, rounds, mode, view(count, mode == "max")).fit()
-        unfinished = [r for r in results if r.error is None and not (r.metrics or {}).get("done") and not _failed(out, r.config)]
-        _clean_up(out, whole=not unfinished)
+        unfinished = True
+        try:
+            results = _tuner(asked, shared, trials, rounds, mode, view(count, mode == "max")).fit()
+            for r in results:
+                if r.error is not None and (name := _name_of(out, r)) is not None and not (out / "trials" / f"{name}.failed.json").exists():
+                    reason = (str(r.error).strip().splitlines() or [type(r.error).__name__])[-1]  # not its own fault: --resume tries again
+                    _write_json(out / "trials" / f"{name}.failed.json", {"reason": f"it was tried {TRIAL_ATTEMPTS} times: {reason}"})
+            names = _begun(out) if sweep.search == "optuna" else [t.name for t in trials]
+            ended = [n for n in names if any((out / "trials" / f"{n}{what}").exists() for what in ("/summary.json", ".failed.json", ".stopped"))]
+            unfinished = len(ended) < max(count, len(names))
+            for name in names:
+                if (failed := out / "trials" / f"{name}.failed.json").exists():
+                    say(f"failed: {name}: {json.loads(failed.read_text())['reason']}")
+        finally:
+            _clean_up(out, whole=not unfinished)
     if unfinished:
         raise interruption()
     return out
 
 
-def _failed(out: Path, config: Mapping[str, Any] | None) -> bool:
-    name = (config or {}).get("trial", {}).get("name")
-    return name is None or (out / "trials" / f"{name}.failed.json").exists()
+def _begun(out: Path) -> list[str]:
+    """The names of all trials that have begun."""
+    files = sorted((out / "trials").glob("*.json")) if (out / "trials").is_dir() else []
+    return sorted({f.name.removesuffix(".json").removesuffix(".failed") for f in files})
 
 
-def _draws(asked: Asked) -> int:
-    """How many draws of the space: as asked, or a secret number, the same one after a resume."""
+def _name_of(out: Path, result: Any) -> str | None:
+    """The name of the trial of one of Tune's results; None of one that has told Tune nothing."""
+    if "trial" in (result.config or {}):
+        return result.config["trial"]["name"]
+    identity = Path(result.path).name
+    return next((name for name in _begun(out) if name.startswith(f"{identity},")), None)
+
+
+def _draws(asked: Asked) -> tuple[int, int]:
+    """How many draws of the space, and the seed that they come from: as asked and 0, or both secret, the same ones after a resume."""
     sweep = asked.sweep
     if sweep.random_stopping is None:
-        return sweep.samples
+        return sweep.samples, 0
     asked.out.mkdir(parents=True, exist_ok=True)
-    draws = draw_runs(sweep.random_stopping, sweep.samples, KeyStore(asked.out / "keys").key("sweep", "runs").stream("runs"))
+    key = KeyStore(asked.out / "keys").key("sweep", "runs")
+    draws = draw_runs(sweep.random_stopping, sweep.samples, key.stream("runs"))
     if draws == 0:
         raise FedrayError("the secret number of runs came out as 0, which is part of the guarantee: nothing is released")
-    return draws
+    return draws, int(key.stream("points").integers(1)[0] % 2**32)
 
 
 def _check_folder(asked: Asked) -> None:
@@ -640,7 +729,7 @@ def _check_folder(asked: Asked) -> None:
         raise ConfigError(f"--out '{asked.out}' holds another sweep: choose another, or go on with it by --resume")
     if kept.is_file():
         held = json.loads(kept.read_text())
-        if held["base"] != json.loads(json.dumps(asked.base)) or held["sweep"] != repr(asked.sweep):
+        if held["base"] != json.loads(json.dumps(asked.base)) or held["sweep"] != json.loads(json.dumps(in_words(asked.sweep))):
             raise ConfigError(f"--out '{asked.out}' holds a sweep of another space or other flags: give the same to resume it, or another --out")
 
 
@@ -679,7 +768,7 @@ def _tuner(asked: Asked, shared: Shared, trials: Sequence[Trial], rounds: int, m
         trainable,
         param_space=space,
         tune_config=tune.TuneConfig(
-            metric="objective", mode=mode, scheduler=_scheduler(sweep, rounds), search_alg=_searcher(sweep, mode),
+            metric="objective", mode=mode, scheduler=_scheduler(sweep, rounds, asked.out), search_alg=_searcher(sweep, mode),
             num_samples=sweep.samples * len(sweep.seeds) if sweep.search == "optuna" else 1,
             max_concurrent_trials=sweep.max_concurrent, trial_dirname_creator=_dirname,
         ),
@@ -714,12 +803,39 @@ class _Resources:
         return bundles(found, clients, self.shared.gpus_there).factory()
 
 
-def _scheduler(sweep: Sweep, rounds: int) -> TrialScheduler:
+class _Noting:
+    """A scheduler that writes down whom it stops, so that a sweep that is killed knows it."""
+
+    out: Path
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP:
+            listed = trial.config.get("trial", {}).get("name")
+            found = [listed] if listed else [p.stem for p in (self.out / "trials").glob(f"{trial.trial_id},*.json") if not p.name.endswith(".failed.json")]
+            for name in found:
+                if not (self.out / "trials" / name / "summary.json").exists():  # at its last round it was not stopped, it was done
+                    (self.out / "trials" / f"{name}.stopped").touch()
+        return decision
+
+
+class _Asha(_Noting, AsyncHyperBandScheduler):
+    pass
+
+
+class _Median(_Noting, MedianStoppingRule):
+    pass
+
+
+def _scheduler(sweep: Sweep, rounds: int, out: Path) -> TrialScheduler:
     if sweep.stop == "asha" and rounds > sweep.grace:
-        return AsyncHyperBandScheduler(time_attr="round", max_t=rounds, grace_period=sweep.grace, reduction_factor=sweep.reduction)
-    if sweep.stop == "median":
-        return MedianStoppingRule(time_attr="round", grace_period=sweep.grace, min_samples_required=3)
-    return FIFOScheduler()
+        made: Any = _Asha(time_attr="round", max_t=rounds, grace_period=sweep.grace, reduction_factor=sweep.reduction)
+    elif sweep.stop == "median":
+        made = _Median(time_attr="round", grace_period=sweep.grace, min_samples_required=3)
+    else:
+        return FIFOScheduler()
+    made.out = out
+    return made
 
 
 def _searcher(sweep: Sweep, mode: str) -> Any:

@@ -143,8 +143,18 @@ def test_dense_gradients_go_a_group_of_layers_at_a_time(make_config, monkeypatch
     assert all(torch.equal(small.increments[0].tensors[n], t) for n, t in whole.increments[0].tensors.items())
 
 
-def test_both_engines_start_from_the_same_bits_and_a_client_that_fails_is_named(make_config, ray_session, monkeypatch, tmp_path):
-    same_bits(run(fed_sb(make_config, "gradient-raw")), run(fed_sb(make_config, "gradient-raw", engine="ray")))
+@pytest.mark.parametrize("source", ["gradient-raw", "public"])
+def test_both_engines_start_from_the_same_bits(source, make_config, ray_session, tiny):
+    """The public data set belongs to no client: any worker reads it, where each client has its own worker too."""
+    more = {"adapter": {"subspace_source": str(tiny / "text.jsonl")}} if source == "public" else {}
+
+    def config(**engine):
+        made = fed_sb(make_config, source, **more)
+        return made.model_copy(update=engine)
+
+    ray_worker = config().worker.model_copy(update={"count": 2, "cpus": 1})
+    federation = config().federation.model_copy(update={"clients": 2, "rounds": 1})
+    same_bits(run(config(federation=federation)), run(config(federation=federation, engine="ray", worker=ray_worker)))
 
 
 def test_a_run_killed_after_its_start_does_not_start_again(make_config, monkeypatch):

@@ -35,8 +35,8 @@ from fedray.privacy.ledger import Ledger
 from fedray.privacy.selection import best_alone, composed, dominating, draw_runs
 from fedray.report.console import sweep_privacy
 from fedray.report.live import LiveTable
-from fedray.report.sweep import effects, pareto, tied
-from fedray.sweep import Sweep, bundles, check_placeable, load_space, read_sweep, trials_of
+from fedray.report.sweep import effects, pareto, points_table, tied
+from fedray.sweep import Sweep, bundles, cache_folder, check_budget, check_placeable, corners, in_words, load_space, read_sweep, trials_of
 from fedray.sweep import settings as keys_of
 
 SPACES = Path(__file__).parent.parent / "tune_spaces"
@@ -200,17 +200,24 @@ def test_the_sum_of_all_trials_is_what_an_independent_accountant_says():
             {c: [Release("count", 20.0), Release("training", draw.choice([0.9, 1.3, 2.0]), draw.choice([0.004, 0.02]), draw.choice([40, 150]))] for c in "ab"}
             for _ in range(8)
         ]
-        told = composed(runs, 1e-5, same_split=True)
+        told = composed(runs, 1e-5, ["one"] * 8)
         for client in "ab":
             accountant = pld.PLDAccountant()
             accountant.compose(accounted([r for run in runs for r in run[client]]))
             assert told[client] == pytest.approx(accountant.get_epsilon(1e-5), rel=0.02)
-        # Where an example may be another client's in each run, it is the worse of both in each.
-        anywhere = composed(runs, 1e-5, same_split=False)["(any client)"]
+        # Two splits: the worst of the four ways that an example may take through them, by the independent accountant too.
+        ways = []
+        for one, two in itertools.product("ab", repeat=2):
+            accountant = pld.PLDAccountant()
+            accountant.compose(accounted([r for i, run in enumerate(runs) for r in run[one if i < 5 else two]]))
+            ways.append(accountant.get_epsilon(1e-5))
+        assert composed(runs, 1e-5, ["one"] * 5 + ["two"] * 3)["(any client)"] == pytest.approx(max(ways), rel=0.02)
+        # An example may be another client's in each run: too many ways to go through, and a bound over all of them.
+        anywhere = composed(runs, 1e-5, list("01234567"))["(any client)"]
         assert anywhere >= max(told.values()) - 1e-6
         for pick in itertools.islice(itertools.product("ab", repeat=8), 0, 256, 51):
             assert anywhere >= epsilon([r for run, c in zip(runs, pick, strict=True) for r in run[c]], 1e-5) - 1e-6
-    assert composed([{"a": [Release("training", 1.0)]}, {"a": [Release("a run without privacy", 0.0)]}], 1e-5, True)["a"] == math.inf
+    assert composed([{"a": [Release("training", 1.0)]}, {"a": [Release("a run without privacy", 0.0)]}], 1e-5, ["one"] * 2)["a"] == math.inf
 
 
 def test_dominating_releases_are_at_least_as_telling_as_any_clients():
@@ -243,14 +250,36 @@ def test_the_number_of_draws_has_the_distribution_that_the_theorem_asks_for():
 
 
 def test_a_sweep_that_would_overspend_is_refused_before_it_starts(make_config, tmp_path, capsys, ray_session):
-    flags = tiny_flags(make_config, method={"name": "ffa"}, privacy={"epsilon": 2.0, "sweep_epsilon": 3.0})
+    flags = tiny_flags(make_config, method={"name": "ffa"}, privacy={"epsilon": 2.0, "delta": 1e-4, "sweep_epsilon": 2.5})
     space = space_file(tmp_path, "SWEEP = Sweep(space={'federation.lr': tune.grid_search([1e-2, 2e-2, 3e-2])})")
     assert main(["sweep", "--space", space, "--out", str(tmp_path / "out"), *flags]) == 2
     assert "3 trials together would spend epsilon" in capsys.readouterr().err and not (tmp_path / "out" / "trials").exists()
     bare = space_file(tmp_path, "SWEEP = Sweep(space={'privacy.epsilon': tune.grid_search([None, 1.0])})")
-    assert main(["sweep", "--space", bare, "--out", str(tmp_path / "out"), *flags]) == 2
+    assert main(["sweep", "--space", bare, "--out", str(tmp_path / "out"), *flags, "--privacy.delta", "null"]) == 2
     assert "has no privacy.epsilon" in capsys.readouterr().err
     assert main(["run", *flags, "--privacy.epsilon", "4"]) == 2 and "above privacy.sweep_epsilon" in capsys.readouterr().err
+
+
+def test_the_budget_space_that_ships_can_be_afforded_and_more_of_it_cannot(tiny):
+    """Twelve draws of the worst choice, not twelve of each."""
+    sweep = load_space(str(SPACES / "budget.py"))
+    base = [w for k, v in sweep.base.items() for w in (f"--{k}", str(v))]
+    flags = [*base, "--model.path", str(tiny / "bert"), "--model.task", "classification", "--data.source", str(tiny / "classes.csv"), "--data.max_length", "48", "--federation.clients", "3", "--engine", "inline"]
+    trials = corners(sweep, flags)[::7]
+    prepared = [prepare(t.config, (9, 9)) for t in trials]
+    check_budget(trials, prepared, times=sweep.samples)
+    with pytest.raises(ConfigError, match="24 trials together would spend epsilon"):
+        check_budget(trials, prepared, times=2 * sweep.samples)
+
+
+def test_a_budget_needs_a_delta_and_clients_that_stay_the_same(make_config, tmp_path, capsys, ray_session):
+    flags = tiny_flags(make_config, method={"name": "ffa"}, privacy={"epsilon": 2.0, "sweep_epsilon": 9.0})
+    space = space_file(tmp_path, "SWEEP = Sweep(space={'federation.lr': tune.grid_search([1e-2, 2e-2])}, seeds=(0, 1))")
+    assert main(["sweep", "--space", space, "--out", str(tmp_path / "out"), *flags]) == 2
+    assert "needs privacy.delta too" in capsys.readouterr().err
+    flags = tiny_flags(make_config, method={"name": "ffa"}, privacy={"noise": 2.0, "unit": "client"})
+    assert main(["sweep", "--space", space, "--out", str(tmp_path / "out"), *flags]) == 2
+    assert "a client of one is no client of another" in " ".join(capsys.readouterr().err.split())
 
 
 # --- results ------------------------------------------------------------------------------------------------------
@@ -286,6 +315,19 @@ def test_a_rate_of_each_methods_own_is_no_knob():
     assert tied(kept(own)) == {"federation.lr"}
     assert tied(kept([*own, {"entry": "ffa", "privacy.epsilon": None, "federation.lr": 4}])) == set()  # two rates of one method
     assert tied({"trials": []}) == set()
+
+
+def test_where_only_the_best_run_is_shown_each_run_is_a_point():
+    rows = [{"adapter.rank": r, "trial": f"{i}", "status": "finished", "seed": 0, "rounds": 1, "objective": v, "bytes": 1, "epsilon": 1.0, "seconds": 1.0} for i, (r, v) in enumerate(((2, 0.9), (2, 0.95), (4, 0.5)))]
+    trials = pd.DataFrame(rows)
+    assert points_table(trials, 1)["mean"].tolist() == [pytest.approx(0.925), 0.5]
+    assert points_table(trials, 1, single=True).sort_values("mean")["mean"].tolist() == [0.5, 0.9, 0.95] and set(points_table(trials, 1, single=True)["trial"]) == {"0", "1", "2"}
+
+
+def test_the_same_space_is_the_same_whenever_it_is_read(tmp_path):
+    text = "SWEEP = Sweep(space={'federation.lr': tune.loguniform(1e-4, %s), 'adapter.rank': tune.choice([2, 4])}, search='random', samples=3, max_concurrent=%d)"
+    one, again, other = (in_words(load_space(space_file(tmp_path, text % at))) for at in (("1e-1", 2), ("1e-1", 5), ("1e-2", 2)))
+    assert one == again != other and json.loads(json.dumps(one)) == one
 
 
 # --- whole sweeps -------------------------------------------------------------------------------------------------
@@ -346,7 +388,7 @@ def test_a_whole_sweep_leaves_tables_pictures_and_a_config_that_gives_the_same_a
 
 
 def test_what_all_trials_have_told_is_reported_from_their_ledgers(make_config, tmp_path, ray_session, capsys):
-    flags = tiny_flags(make_config, method={"name": "ffa"}, privacy={"epsilon": 2.0, "sweep_epsilon": 9.0}, engine="inline")
+    flags = tiny_flags(make_config, method={"name": "ffa"}, privacy={"epsilon": 2.0, "delta": 1e-4, "sweep_epsilon": 9.0}, engine="inline")
     out = tmp_path / "out"
     space = space_file(tmp_path, "SWEEP = Sweep(space={'federation.lr': tune.grid_search([1e-2, 3e-2])}, base={'engine': 'inline', 'federation.rounds': 2})")
     assert main(["sweep", "--space", space, "--out", str(out), *flags]) == 0
@@ -361,6 +403,66 @@ def test_what_all_trials_have_told_is_reported_from_their_ledgers(make_config, t
     assert "privacy: none, since the noise keys were fixed for a test" in capsys.readouterr().out
     assert f"the 2 trials together have spent epsilon {max(privacy['composed'].values()):.4g} at delta" in sweep_privacy(privacy | {"void": False})
     assert "nothing bounds what the sweep as a whole has told" in sweep_privacy(privacy | {"void": False, "without_privacy": 1})
+
+
+def test_a_trial_that_fails_fails_alone(make_config, tmp_path, ray_session, capsys):
+    """In its first round, before it has reported anything."""
+    flags = [*tiny_flags(make_config), "--engine", "inline"]
+    out = tmp_path / "out"
+    space = space_file(tmp_path, "SWEEP = Sweep(space={'federation.lr': tune.grid_search([1e30, 1e-2])}, max_concurrent=1)")
+    assert main(["sweep", "--space", space, "--out", str(out), *flags]) == 0, capsys.readouterr()
+    table = pd.read_csv(out / "trials.csv")
+    assert table["status"].value_counts().to_dict() == {"failed": 1, "finished": 1} and table.loc[table["status"] == "failed", "federation.lr"].item() == 1e30
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("failed: ") == 1 and "lower federation.lr" in told
+    assert not cache_folder(out).exists()
+
+
+def test_a_trial_whose_place_is_taken_is_named_and_ends_alone(make_config, tmp_path, ray_session, capsys):
+    flags = [*tiny_flags(make_config), "--engine", "inline", "--federation.rounds", "1"]
+    out = tmp_path / "out"
+    space = space_file(tmp_path, "SWEEP = Sweep(space={'federation.lr': tune.grid_search([1e-2, 2e-2])}, max_concurrent=1)")
+    (out / "keys").mkdir(parents=True)  # as a sweep that was stopped before its first trial
+    blocked = out / "trials" / "000,lr=0.01,seed=0"
+    blocked.parent.mkdir()
+    blocked.write_text("a file where the run directory should be")
+    blocked.rename(out / "trials" / "000,lr=0.01,seed=0")
+    assert main(["sweep", "--space", space, "--out", str(out), "--resume", *flags]) == 0
+    table = pd.read_csv(out / "trials.csv")
+    assert table["status"].tolist() == ["failed", "finished"] and "failed: 000,lr=0.01,seed=0" in capsys.readouterr().out
+    assert main(["sweep", "--space", space, "--out", str(out), "--resume", *flags]) == 0  # it is over, and stays so
+
+
+def test_a_random_sweep_is_resumed_and_a_misspelt_objective_costs_nothing(make_config, tmp_path, ray_session, capsys):
+    flags = [*tiny_flags(make_config), "--engine", "inline", "--federation.rounds", "1"]
+    out, text = tmp_path / "out", "SWEEP = Sweep(space={'federation.lr': tune.loguniform(1e-3, 1e-1)}, search='random', samples=2%s)"
+    space = space_file(tmp_path, text % "")
+    assert main(["sweep", "--space", space, "--out", str(out), *flags]) == 0
+    times = {p: p.stat().st_mtime_ns for p in out.glob("trials/*/summary.json")}
+    assert main(["sweep", "--space", space, "--out", str(out), "--resume", "--max-concurrent", "1", *flags]) == 0
+    assert len(times) == 2 and times == {p: p.stat().st_mtime_ns for p in out.glob("trials/*/summary.json")}
+    capsys.readouterr()
+    wrong = space_file(tmp_path, text % ", objective='acuracy'")
+    assert main(["sweep", "--space", wrong, "--out", str(tmp_path / "wrong"), *flags]) == 2
+    assert "objective 'acuracy' is no metric of this task: choose bits_per_byte, loss" in capsys.readouterr().err and not (tmp_path / "wrong" / "trials").exists()
+
+
+def test_median_stopping_and_seeds_of_an_adaptive_search(make_config, tmp_path, ray_session):
+    flags = [*tiny_flags(make_config), "--engine", "inline"]
+    median = space_file(tmp_path, "SWEEP = Sweep(space={'federation.lr': tune.grid_search([3e-2, 2e-2, 1e-2, 1e-9])}, stop='median', grace=1, max_concurrent=1)")
+    assert main(["sweep", "--space", median, "--out", str(tmp_path / "median"), *flags]) == 0
+    table = pd.read_csv(tmp_path / "median" / "trials.csv")
+    assert table.loc[table["federation.lr"] == 1e-9, "status"].item() == "stopped" and (table["status"] == "finished").sum() >= 1
+    seeds = space_file(tmp_path, "SWEEP = Sweep(space={'federation.lr': tune.loguniform(1e-3, 1e-1)}, search='optuna', samples=2, seeds=(0, 7), max_concurrent=2)")
+    assert main(["sweep", "--space", seeds, "--out", str(tmp_path / "seeds"), *flags, "--federation.rounds", "1"]) == 0
+    table = pd.read_csv(tmp_path / "seeds" / "trials.csv")
+    assert table.groupby("federation.lr")["seed"].apply(sorted).tolist() == [[0, 7], [0, 7]]
+
+
+def test_what_a_space_varies_together_is_not_overridden_in_silence(capsys, tmp_path):
+    for flag, value in (("--adapter.rank", "4"), ("--federation.lr", "0.5"), ("--method.name", "ffa")):
+        assert main(["sweep", "--space", str(SPACES / "ranks_methods.py"), flag, value]) == 2
+        assert f"{flag} is what the space varies together with other keys" in " ".join(capsys.readouterr().err.split())
 
 
 def test_optuna_searches_within_what_was_checked_and_ends_at_the_byte_budget(make_config, tmp_path, ray_session, capsys):
@@ -529,11 +631,12 @@ def test_a_process_of_a_trial_that_dies_costs_no_finished_round(kind, make_confi
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_sweep_that_is_stopped_goes_on_without_losing_a_trial_or_a_round(how, make_config, tmp_path):
-    flags = tiny_flags(make_config, federation={"clients": 3, "rounds": 5, "local_steps": 6, "batch_size": 4, "lr": 0.01})
+    # Private, with real keys: what goes on must meet the same noise, and be charged once.
+    flags = tiny_flags(make_config, federation={"clients": 3, "rounds": 5, "local_steps": 6, "batch_size": 4, "lr": 0.01}, privacy={"noise": 0.8, "key_dir": str(tmp_path / "keys")})
     space = space_file(tmp_path, "SWEEP = Sweep(space={'entry': tune.grid_search(['fedex', 'ffa', 'fedit'])}, base={'worker.count': 1}, max_concurrent=1)")
     out = tmp_path / "out"
     command = [sys.executable, "-W", "ignore", "-m", "fedray.cli", "sweep", "--space", space, "--out", str(out), *flags]
-    env = os.environ | {"PYTHONPATH": str(SPACES.parent)}
+    env = {k: v for k, v in os.environ.items() if k != "FEDRAY_UNSAFE_TEST_KEY"} | {"PYTHONPATH": str(SPACES.parent)}
     first = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 250
     while time.monotonic() < end and not (
@@ -553,3 +656,7 @@ def test_a_sweep_that_is_stopped_goes_on_without_losing_a_trial_or_a_round(how, 
     assert done.returncode == 0, done.stdout + done.stderr
     assert kept(before, lines(out)) and finished.items() <= {p: p.stat().st_mtime_ns for p in (out / "trials").glob("*/summary.json")}.items()
     assert (pd.read_csv(out / "trials.csv")["status"] == "finished").all() and len(pd.read_csv(out / "trials.csv")) == 3
+    for path in (out / "trials").glob("*/checkpoint/ledger.json"):
+        for entries in Ledger.load(path).entries.values():
+            assert sum(e.release.steps for e in entries if e.release.what == "training") == 5 * 6
+    assert not list((tmp_path / "keys").rglob("*"))  # and when all is over nobody can take the noise away

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import overload
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from fedray.data.tasks import Example, Task
+from fedray.errors import ConfigError
 
 _ARRAYS = ("ids", "id_ends", "labels", "label_ends", "sizes", "groups")
 
@@ -86,8 +88,9 @@ class Encoded(Sequence[Example]):
     def save(self, path: Path) -> None:
         """Write it whole or not at all."""
         part = path.with_name(f".{path.name}.{os.getpid()}")
+        part.unlink(missing_ok=True)
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # nobody else reads it, from its first byte on
         save_file(self._arrays, part, metadata={"names": json.dumps(self._names)})
-        part.chmod(0o600)
         part.replace(path)
 
     @classmethod
@@ -103,8 +106,11 @@ def encode(task: Task, rows: Dataset, folder: str | None = None) -> Encoded:
     if folder is None:
         return Encoded.of(task.encode(rows))
     path = Path(folder) / f"{_fingerprint(task, rows)}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    there = path.parent.lstat()
+    if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid() or there.st_mode & 0o022:
+        raise ConfigError(f"worker.cache '{folder}' is not a folder of this user's alone: another could change the training data in it; give another place")
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         Encoded.of(task.encode(rows)).save(path)
     return Encoded.load(path)
 

@@ -41,6 +41,8 @@ class Task(Protocol):
     metric: ClassVar[str]
     """The metric that `summary.json` calls `metric`."""
     higher_is_better: ClassVar[bool]
+    reported: ClassVar[tuple[str, ...]]
+    """The names of all metrics."""
 
     def encode(self, examples: Dataset) -> list[Example]: ...
     def collate(self, examples: Sequence[Example]) -> Batch: ...
@@ -82,6 +84,7 @@ class Classification(_Base):
     """One class a text (or pair of texts). Metrics: accuracy, macro F1, Matthews correlation, mean loss."""
 
     metric = "accuracy"
+    reported = ("accuracy", "f1", "mcc", "loss")
     higher_is_better = True
 
     def encode(self, examples: Dataset) -> list[Example]:
@@ -130,6 +133,7 @@ class CausalLM(_Base):
     """
 
     metric = "bits_per_byte"
+    reported = ("bits_per_byte", "loss")
     higher_is_better = False
 
     def _ids(self, text: str) -> list[int]:

@@ -7,6 +7,7 @@ runs are alike but for hyperparameters drawn at random, and only the best one is
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -37,14 +38,26 @@ def _over(one: Release, other: Release, add: bool = False) -> Release:
     return Release(one.what, min(one.noise, other.noise), max(one.rate, other.rate), steps)
 
 
-def composed(runs: Sequence[Mapping[str, Sequence[Release]]], delta: float, same_split: bool) -> dict[str, float]:
-    """What all runs together have told of each client's data, epsilon at `delta`. `runs`: each one's releases by client; None for a run
-    without privacy would be infinite, so it is given as a release without noise. `same_split`: whether a client has the same examples in
-    every run; else there is one number, under ANY_CLIENT, that holds for every example wherever the runs dealt it."""
-    if not same_split:
+def composed(runs: Sequence[Mapping[str, Sequence[Release]]], delta: float, splits: Sequence[str]) -> dict[str, float]:
+    """What all runs together have told of each client's data, epsilon at `delta`. `runs`: each one's releases by client; a run without
+    privacy is given as a release without noise. `splits`: by run, a word for how it dealt the examples out: with one word for all, a client
+    has the same examples in every run. Else there is one number, under ANY_CLIENT, that holds for every example: the largest over all clients
+    that it may be dealt to, split by split; where those are more than MOST_WAYS, an upper bound of it."""
+    if len(set(splits)) <= 1:
+        clients = sorted({client for run in runs for client in run})
+        return {client: epsilon([release for run in runs for release in run.get(client, ())], delta) for client in clients}
+    together: dict[str, dict[str, list[Release]]] = {}
+    for run, split in zip(runs, splits, strict=True):
+        for client, releases in run.items():
+            together.setdefault(split, {}).setdefault(client, []).extend(releases)
+    different = [list({tuple(releases): releases for releases in found.values()}.values()) for found in together.values()]
+    if math.prod(map(len, different)) > MOST_WAYS:
         return {ANY_CLIENT: epsilon([release for run in runs for release in dominating(run.values())], delta)}
-    clients = sorted({client for run in runs for client in run})
-    return {client: epsilon([release for run in runs for release in run.get(client, ())], delta) for client in clients}
+    return {ANY_CLIENT: max((epsilon(list(itertools.chain(*way)), delta) for way in itertools.product(*different)), default=0.0)}
+
+
+#: So many ways of an example through the splits are gone through one by one.
+MOST_WAYS = 64
 
 
 ANY_CLIENT = "(any client)"

@@ -131,6 +131,8 @@ def sweep_privacy(privacy: dict[str, Any]) -> str:
         return "privacy: none, since the noise keys were fixed for a test"
     if privacy["without_privacy"]:
         return f"privacy: {privacy['without_privacy']} of {privacy['trials']} trials ran without it on the same data, so nothing bounds what the sweep as a whole has told"
+    if not privacy["composed"]:
+        return "privacy: nothing has been released yet"
     worst = max(privacy["composed"].items(), key=lambda item: item[1])
     text = f"privacy: the {privacy['trials']} trials together have spent epsilon {worst[1]:.4g} at delta {privacy['delta']:g} of {worst[0]}'s data"
     if len(privacy["composed"]) == 1:

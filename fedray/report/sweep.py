@@ -17,9 +17,9 @@ from fedray.config import Config, OutputSection
 from fedray.errors import ConfigError
 from fedray.federation.results import read_run_config
 from fedray.privacy.ledger import Ledger
-from fedray.privacy.selection import best_alone, composed, dominating
+from fedray.privacy.selection import ANY_CLIENT, best_alone, composed, dominating
 from fedray.report.words import TITLES
-from fedray.sweep import label, same_split, settings, told
+from fedray.sweep import settings, told
 
 #: Beside the knobs, the columns of the table of trials.
 COLUMNS = ("trial", "status", "seed", "rounds", "objective", "bytes", "epsilon", "delta", "exactness", "aggregation_error", "trainable_params", "seconds")
@@ -34,8 +34,8 @@ def read_sweep_folder(out: Path) -> dict[str, Any]:
 
 
 def trials_table(out: Path) -> pd.DataFrame:
-    """One row a trial: the space's keys, then COLUMNS. status: finished, stopped (by the scheduler), failed or unstarted; bytes of all
-    clients both ways, start included; objective of the last evaluated round. Raises ConfigError as `read_sweep_folder`."""
+    """One row a trial: the space's keys, then COLUMNS. status: finished, stopped (by the scheduler), failed, unfinished or unstarted; bytes of
+    all clients both ways, of finished trials start included; objective of the last evaluated round. Raises ConfigError as `read_sweep_folder`."""
     kept, rows = read_sweep_folder(out), []
     listed = {t["name"]: t["values"] for t in kept["trials"]}
     begun = {p.stem: json.loads(p.read_text())["values"] for p in sorted((out / "trials").glob("*.json")) if not p.name.endswith(".failed.json")} if (out / "trials").is_dir() else {}
@@ -43,7 +43,7 @@ def trials_table(out: Path) -> pd.DataFrame:
         point = {k: v for k, v in values.items() if k != "seed"}
         knobs = {k: ",".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in settings(point).items()}
         rows.append({**knobs, **_outcome(out / "trials", name, kept["objective"]), "trial": name, "seed": values["seed"]})
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
     knobs = [c for c in table.columns if c not in COLUMNS]
     return table[[*knobs, *COLUMNS]]
 
@@ -53,11 +53,13 @@ def _outcome(folder: Path, name: str, objective: str) -> dict[str, Any]:
     run, failed = folder / name, folder / f"{name}.failed.json"
     lines = (run / "rounds.jsonl").read_text().splitlines() if (run / "rounds.jsonl").is_file() else []
     records = [json.loads(line) for line in lines]
-    found["status"] = "failed" if failed.is_file() else "finished" if (run / "summary.json").is_file() else "stopped" if records else "unstarted"
+    stopped = (folder / f"{name}.stopped").exists()
+    found["status"] = "failed" if failed.is_file() else "finished" if (run / "summary.json").is_file() else "stopped" if stopped else "unfinished" if records else "unstarted"
     evaluated = [r for r in records if r["metrics"]]
     found["rounds"] = len(records)
     if evaluated:
-        found["objective"] = evaluated[-1]["metrics"][objective]
+        found["objective"] = evaluated[-1]["metrics"].get(objective)
+    if records:
         found["bytes"] = sum(r["bytes_up"] + r["bytes_down"] for r in records)
         found["epsilon"] = max((records[-1]["epsilon"] or {}).values(), default=None)
         for key in ("exactness", "aggregation_error"):
@@ -72,18 +74,18 @@ def _outcome(folder: Path, name: str, objective: str) -> dict[str, Any]:
     return found
 
 
-def points_table(trials: pd.DataFrame, seeds: int) -> pd.DataFrame:
+def points_table(trials: pd.DataFrame, seeds: int, single: bool = False) -> pd.DataFrame:
     """One row a point of the space, over its seeds: mean, lowest, highest and number of the objective, mean bytes, largest epsilon. Only
-    points whose every seed finished."""
-    knobs = knobs_of(trials)
+    points whose every seed finished. `single`: each trial is a point of its own, as where only the best single run is shown."""
+    knobs = [*knobs_of(trials), *(("trial",) if single else ())]
     done = trials[trials["status"] == "finished"]
     if done.empty:
         return pd.DataFrame(columns=[*knobs, "mean", "lowest", "highest", "seeds", "bytes", "epsilon", "seconds", "trial"])
     grouped = done.groupby(knobs, dropna=False, sort=False)
     table = grouped.agg(
-        mean=("objective", "mean"), lowest=("objective", "min"), highest=("objective", "max"), seeds=("objective", "size"),
-        bytes=("bytes", "mean"), epsilon=("epsilon", "max"), seconds=("seconds", "median"), trial=("trial", "first"),
-    ).reset_index()
+        mean=("objective", "mean"), lowest=("objective", "min"), highest=("objective", "max"), seeds=("seed", "nunique"),
+        bytes=("bytes", "mean"), epsilon=("epsilon", "max"), seconds=("seconds", "median"), name=("trial", "first"),
+    ).reset_index().drop(columns="trial", errors="ignore").rename(columns={"name": "trial"})
     return table[table["seeds"] == seeds].reset_index(drop=True)
 
 
@@ -140,12 +142,14 @@ def privacy_of(out: Path) -> dict[str, Any]:
     configs = [read_run_config(p) for p in folders if (p / "config.yaml").is_file()]
     if not any(c.privacy.on for c in configs):
         return {}
-    runs = told(out)
+    runs, splits = zip(*told(out), strict=True)
     ledgers = [Ledger.load(p / "checkpoint" / "ledger.json") for p in folders]
-    delta = min(ledger.delta for ledger in ledgers if ledger is not None and ledger.delta is not None)
+    delta = min((ledger.delta for ledger in ledgers if ledger is not None and ledger.delta is not None), default=None)
+    if delta is None:
+        return {}  # no trial has released anything yet
     bare = sum(not c.privacy.on for c in configs)
     found: dict[str, Any] = {
-        "composed": composed(runs, delta, same_split(configs) and not bare), "delta": delta, "trials": len(runs), "without_privacy": bare,
+        "composed": composed(runs, delta, splits) if not bare else {ANY_CLIENT: math.inf}, "delta": delta, "trials": len(runs), "without_privacy": bare,
         "unit": next(c.privacy.unit for c in configs if c.privacy.on),
         "void": any(ledger.fixed for ledger in ledgers if ledger is not None),
         "budget": configs[0].privacy.sweep_epsilon,
@@ -179,7 +183,7 @@ def write_sweep(out: Path) -> dict[str, Any]:
     maximise = kept["mode"] == "max"
     trials = trials_table(out)
     seeds = trials["seed"].nunique()
-    points = points_table(trials, seeds)
+    points = points_table(trials, seeds, single=bool(kept["random_stopping"]))
     knobs = [k for k in knobs_of(trials) if k not in tied(kept)]
     for cost in ("bytes", "epsilon"):
         points[f"pareto_{cost}"] = pareto(points, cost, maximise)
@@ -195,7 +199,9 @@ def write_sweep(out: Path) -> dict[str, Any]:
         told_best = {"trial": best["trial"], "mean": best["mean"], "seeds": int(best["seeds"]), "final": json.loads((run / "summary.json").read_text())["final"]}
     for name, draw in (("pareto_bytes", _pareto_picture("bytes")), ("pareto_epsilon", _pareto_picture("epsilon")), ("effects", effects_picture)):
         if not points.empty and (name != "pareto_epsilon" or points["epsilon"].map(math.isfinite).any()):
-            draw(points, found, knobs, kept).savefig(out / f"{name}.png", dpi=130)
+            figure = draw(points, found, knobs, kept)
+            figure.savefig(out / f"{name}.png", dpi=130)
+            _close(figure)
     summary = {
         "space": kept["space"], "objective": kept["objective"], "mode": kept["mode"],
         "trials": trials["status"].value_counts().to_dict(), "left_out": kept["left_out"], "best": told_best,
@@ -224,6 +230,12 @@ def _no_infinity(value: Any) -> Any:
 # --- pictures -----------------------------------------------------------------------------------------------------
 
 Draw = Callable[[pd.DataFrame, pd.DataFrame, Sequence[str], dict[str, Any]], Any]
+
+
+def _close(figure: Any) -> None:
+    from matplotlib import pyplot
+
+    pyplot.close(figure)
 
 
 def _figure(width: float, height: float):
@@ -281,7 +293,7 @@ def _pareto_picture(cost: str) -> Draw:
         axes.grid(alpha=0.3, axis="both" if cost == "bytes" else "y")
         low, high = axes.get_ylim()
         axes.set_ylim(low, high + 0.12 * (high - low))  # room for the names
-        _name_front(axes, x, front, [k for k in knobs if k != knob and (cost == "bytes" or k != "privacy.epsilon")])
+        _name_front(axes, x, points, front, [k for k in knobs if k != knob and (cost == "bytes" or k != "privacy.epsilon")])
         axes.legend(title=knob, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
         return figure
 
@@ -303,19 +315,28 @@ def _side_by_side(epsilons: pd.Series, methods: pd.Series, names: Sequence[str])
     return place - 0.4 + width * (methods.map(list(names).index) + 0.2 + 0.6 * turn / most)
 
 
-def _name_front(axes, x: pd.Series, front: pd.DataFrame, knobs: Sequence[str]) -> None:
-    """The other knobs' values over the bars of the front's points, moved up until no two labels overlap."""
+def _name_front(axes, x: pd.Series, points: pd.DataFrame, front: pd.DataFrame, knobs: Sequence[str]) -> None:
+    """The other knobs' values over the bars of the front's points, moved up until they cover no mark and no other label; a thin line leads from
+    a label that had to move."""
     from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
 
     if not knobs:
         return
     axes.figure.canvas.draw()
-    taken = []
+    taken = []  # every mark with its bar, then the labels
+    for index, row in points.iterrows():
+        low, high = (axes.transData.transform((x[index], row[end])) for end in ("lowest", "highest"))
+        taken.append(Bbox([[low[0] - 7, low[1] - 7], [high[0] + 7, high[1] + 7]]))
     for index, row in front.iterrows():
-        words = label({k: row[k] for k in knobs if row[k] is not None and row[k] == row[k]}).replace(",", ", ")
-        note = axes.annotate(words, (x[index], row["highest"]), (0, 4), textcoords="offset points", fontsize=7.5, color="0.2", ha="center", va="bottom")
+        words = ", ".join(f"{k.rsplit('.', 1)[-1]}={value}" for k, value in zip(knobs, worded(row[list(knobs)]), strict=True))
+        behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}  # the front's line may pass there
+        lead = {"arrowstyle": "-", "color": "0.6", "lw": 0.6, "shrinkA": 0, "shrinkB": 3}
+        note = axes.annotate(
+            words, (x[index], row["highest"]), (0, 8), textcoords="offset points", fontsize=7.5, color="0.2", ha="center", va="bottom", bbox=behind, arrowprops=lead
+        )
         for step in range(40):
-            note.set_position((0, 4 + 4 * step))
+            note.set_position((0, 8 + 4 * step))
             note.update_positions(axes.figure.canvas.get_renderer())
             box = Text.get_window_extent(note)
             if box.x0 < axes.bbox.x0 or box.x1 > axes.bbox.x1:
