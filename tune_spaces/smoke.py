@@ -11,8 +11,8 @@ SWEEP = Sweep(
         "privacy.epsilon": tune.grid_search([None, 8.0]),
     },
     base={
-        "federation.rounds": 3, "federation.local_steps": 4, "federation.batch_size": 16,
-        "data.max_length": 128, "data.test_limit": 60, "worker.count": 1, "worker.cpus": 1,
+        "federation.rounds": 3, "federation.local_steps": 2, "federation.batch_size": 8,
+        "data.max_length": 96, "data.test_limit": 24, "worker.count": 1, "worker.cpus": 1,
     },
     stop="asha", grace=1, reduction=2,
 )
