@@ -194,3 +194,22 @@ def test_packed_examples_are_the_same_and_a_kept_file_is_made_once(task, make_co
     encode(TASKS[task](other, data, tool.tokenizer), rows, str(tmp_path / "c"))
     assert len(calls) == 4 and len(list((tmp_path / "c").iterdir())) == 3
     assert list(Encoded.of([])) == []
+
+
+@pytest.mark.shared
+def test_a_kept_file_is_found_by_a_tokenizer_that_has_cut_texts_and_by_one_that_has_not(make_config, tmp_path):
+    """A fast tokenizer remembers how it was last called; that must not make another's files look like others."""
+    from conftest import SHARED
+
+    from fedray.data.encoded import encode
+    from fedray.data.tasks import TASKS
+    from fedray.training.model import load_tokenizer
+
+    config = make_config(task="classification", model={"path": f"{SHARED}/models/minilm-l6", "task": "classification"})
+    data = load_data(config)
+    used, fresh = (TASKS["classification"](config, data, load_tokenizer(config)) for _ in range(2))
+    for rows in data.train.values():  # the second and third after the first has been cut
+        encode(used, rows, str(tmp_path / "c"))
+    for rows in reversed(data.train.values()):
+        encode(fresh, rows, str(tmp_path / "c"))
+    assert len(list((tmp_path / "c").iterdir())) == 3

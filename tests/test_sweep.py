@@ -195,7 +195,7 @@ def accounted(releases) -> dp_event.DpEvent:
 
 def test_the_sum_of_all_trials_is_what_an_independent_accountant_says():
     draw = random.Random(3)
-    for _ in range(4):
+    for _ in range(2):
         runs = [
             {c: [Release("count", 20.0), Release("training", draw.choice([0.9, 1.3, 2.0]), draw.choice([0.004, 0.02]), draw.choice([40, 150]))] for c in "ab"}
             for _ in range(8)

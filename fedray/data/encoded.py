@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -115,16 +115,39 @@ def encode(task: Task, rows: Dataset, folder: str | None = None) -> Encoded:
     return Encoded.load(path)
 
 
+class _Sink:
+    """A file that keeps nothing of what is written but its digest."""
+
+    closed = False
+
+    def __init__(self, digest: Any):
+        self._digest = digest
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _fingerprint(task: Task, rows: Dataset) -> str:
     """Of everything that decides the examples: the rows, how they are read, and the tokenizer."""
     digest = hashlib.sha256()
     data, tokenizer = task.config.data, task.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else repr((type(tokenizer), sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
+    if backend is not None:  # what calls have set of it, such as where to cut, is no part of what it is
+        words = json.dumps({k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}, sort_keys=True)
+    else:
+        words = repr((type(tokenizer), sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
     digest.update(repr((type(task).__name__, words, tokenizer.eos_token_id, data.model_dump(), task.data.classes, task.data.text, task.data.group)).encode())
-    table = rows.with_format("arrow")[:].combine_chunks().replace_schema_metadata(None)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table)
-    digest.update(sink.getvalue())
+    # The table that lies behind the rows is mapped from its file, and which of its rows these are is a column of numbers: both are hashed
+    # where they are, since gathering the rows would cost each trial the memory that the file is there to save.
+    with pa.PythonFile(_Sink(digest), "w") as sink, pa.ipc.new_stream(sink, rows.data.table.schema.remove_metadata()) as stream:
+        stream.write_table(rows.data.table.replace_schema_metadata(None))
+    if rows._indices is not None:  # by value: what lies behind a buffer's end is anything
+        digest.update(rows._indices.column(0).to_numpy().astype("<i8").tobytes())
     return digest.hexdigest()
