@@ -3,6 +3,7 @@
 import csv
 import json
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -29,17 +30,21 @@ def runs(monkeypatch):
     """The runs that are started, in this process instead of one of their own."""
     started = []
 
-    def run(command, stdout, stderr, check):
-        argv = command[4:]  # python -m fedray.cli run
-        started.append(argv)
-        try:
-            execute(prepare(read_config(argv)))
-        except FedrayError as error:
-            stdout.write(f"fedray: {error}\n")
-            return subprocess.CompletedProcess(command, error.exit_code)
-        return subprocess.CompletedProcess(command, 0)
+    class Popen:
+        def __init__(self, command, stdout, stderr):
+            self.argv, self.stdout = command[4:], stdout  # python -m fedray.cli run
+            started.append(self.argv)
 
-    monkeypatch.setattr(compare.subprocess, "run", run)
+        def wait(self):
+            try:
+                execute(prepare(read_config(self.argv)))
+            except FedrayError as error:
+                self.stdout.write(f"fedray: {error}\n")
+                return error.exit_code
+            return 0
+
+    # The module's own name, and not subprocess.Popen: others start processes too.
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=Popen, STDOUT=subprocess.STDOUT))
     return started
 
 

@@ -217,6 +217,8 @@ def dashboard_metrics() -> set[str]:
     return {name for query in queries for name in re.findall(r"ray_fedray_\w+", query)}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_stopped_job_leaves_a_checkpoint_that_a_second_one_goes_on_from_and_its_metrics_can_be_scraped(head, config_file):
     config, out = config_file(federation={"clients": 3, "rounds": 40, "local_steps": 4, "batch_size": 4, "lr": 0.01}, privacy={"noise": 0.5}, method={"name": "ffa"})
     started = subprocess.run(head.command("python", "jobs/federate.py", "--config", config, options=("--no-wait", "--submission-id", "to-be-stopped")), env=head.env, capture_output=True, text=True, timeout=60, check=False)

@@ -233,6 +233,7 @@ def cluster_run(tiny, tmp_path_factory):
     return done, opened, root
 
 
+@pytest.mark.slow
 def test_a_clients_data_are_opened_on_its_own_nodes_only(cluster_run):
     done, opened, root = cluster_run
     who = {name: {where for where, file in opened if f"/silos/{name}/" in file} for name in ("a1", "a2", "b1")}
@@ -242,6 +243,7 @@ def test_a_clients_data_are_opened_on_its_own_nodes_only(cluster_run):
     assert {where for where, file in opened if "/sweep/trials/" in file} == {"head"}
 
 
+@pytest.mark.slow
 def test_runs_and_sweeps_over_silos_end_well_and_an_unknown_label_is_refused(cluster_run):
     done, _, root = cluster_run
     codes, _, states = done.stdout.rsplit("CODES ", 1)[1].partition(" STATES ")

@@ -502,14 +502,16 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(make_conf
     assert "pip install 'fedray[track]'" in capsys.readouterr().err and not (tmp_path / "out" / "trials").exists()
 
 
-def test_trackers_are_told_of_every_trial(make_config, tmp_path, ray_session, monkeypatch):
+@pytest.mark.slow
+def test_trackers_are_told_of_every_trial(make_config, tmp_path):
     pytest.importorskip("mlflow", reason="mlflow is not installed: pip install 'fedray[track]'")
     pytest.importorskip("wandb", reason="wandb is not installed: pip install 'fedray[track]'")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
     space = space_file(tmp_path, "SWEEP = Sweep(space={'federation.lr': tune.grid_search([1e-2, 2e-2])}, base={'engine': 'inline'})")
-    assert main(["sweep", "--space", space, "--out", str(out), "--track", "mlflow,wandb", *tiny_flags(make_config)]) == 0
+    # A process of its own: the workers of the session's Ray have their environment already.
+    command = [sys.executable, "-m", "fedray.cli", "sweep", "--space", space, "--out", str(out), "--track", "mlflow,wandb", *tiny_flags(make_config)]
+    done = subprocess.run(command, env=os.environ | {"WANDB_MODE": "offline"}, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{out / 'mlflow.db'}")
@@ -571,6 +573,7 @@ ray.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_trials_on_logical_gpus_run_one_at_a_time_and_one_that_never_fits_is_refused(make_config, tmp_path):
     env = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(SPACES.parent)}
     flags = tiny_flags(make_config, worker={"cpus": 1, "gpus": 1.0}, federation={"rounds": 1, "local_steps": 1, "batch_size": 4})
