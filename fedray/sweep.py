@@ -674,7 +674,7 @@ def run_sweep(asked: Asked, view: Callable[[int, bool], tune.Callback], say: Cal
         count = len(sweep.seeds) * sweep.samples if sweep.search == "optuna" else len(trials)
         unfinished = True
         try:
-            results = _tuner(asked, shared, trials, rounds, mode, view(count, mode == "max")).fit()
+            results = _tuner(asked, shared, trials, rounds, goal, mode, view(count, mode == "max")).fit()
             for r in results:
                 if r.error is not None and (name := _name_of(out, r)) is not None and not (out / "trials" / f"{name}.failed.json").exists():
                     reason = (str(r.error).strip().splitlines() or [type(r.error).__name__])[-1]  # not its own fault: --resume tries again
@@ -754,7 +754,7 @@ def corners(sweep: Sweep, flags: Sequence[str]) -> list[Trial]:
     return found
 
 
-def _tuner(asked: Asked, shared: Shared, trials: Sequence[Trial], rounds: int, mode: str, view: tune.Callback) -> tune.Tuner:
+def _tuner(asked: Asked, shared: Shared, trials: Sequence[Trial], rounds: int, goal: str, mode: str, view: tune.Callback) -> tune.Tuner:
     sweep, folder = asked.sweep, asked.out / "tune"
     trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), resources=_Resources(shared))
     if sweep.search == "optuna":
@@ -768,7 +768,7 @@ def _tuner(asked: Asked, shared: Shared, trials: Sequence[Trial], rounds: int, m
         trainable,
         param_space=space,
         tune_config=tune.TuneConfig(
-            metric="objective", mode=mode, scheduler=_scheduler(sweep, rounds, asked.out), search_alg=_searcher(sweep, mode),
+            metric="objective", mode=mode, scheduler=_scheduler(sweep, rounds, asked.out, goal), search_alg=_searcher(sweep, mode),
             num_samples=sweep.samples * len(sweep.seeds) if sweep.search == "optuna" else 1,
             max_concurrent_trials=sweep.max_concurrent, trial_dirname_creator=_dirname,
         ),
@@ -803,10 +803,31 @@ class _Resources:
         return bundles(found, clients, self.shared.gpus_there).factory()
 
 
-class _Noting:
-    """A scheduler that writes down whom it stops, so that a sweep that is killed knows it."""
+@dataclass(frozen=True)
+class _Ended:
+    """A trial that had ended before the sweep was resumed, as a scheduler knows it."""
+
+    trial_id: str
+
+
+class _Lasting:
+    """A scheduler that outlives its sweep: it writes down whom it stops, and after a resume it knows what the trials that had ended told
+    (Tune itself keeps nothing of a scheduler). Trials that go on tell their earlier rounds again themselves."""
 
     out: Path
+    objective: str
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        taken = super().set_search_properties(metric, mode, **spec)
+        for folder in sorted(p for p in (self.out / "trials").glob("*/") if (p / "summary.json").exists() or p.with_name(f"{p.name}.stopped").exists()):
+            kept = folder / "rounds.jsonl"
+            for record in map(json.loads, kept.read_text().splitlines() if kept.exists() else ()):
+                if record["round"] and record["metrics"] is not None:
+                    self.remember(_Ended(folder.name), {"round": record["round"], "objective": record["metrics"][self.objective]})
+        return taken
+
+    def remember(self, trial: _Ended, result: dict[str, Any]) -> None:
+        raise NotImplementedError
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
@@ -819,22 +840,24 @@ class _Noting:
         return decision
 
 
-class _Asha(_Noting, AsyncHyperBandScheduler):
-    pass
+class _Asha(_Lasting, AsyncHyperBandScheduler):
+    def remember(self, trial: _Ended, result: dict[str, Any]) -> None:
+        self._brackets[0].on_result(trial, result["round"], self._metric_op * result["objective"])
 
 
-class _Median(_Noting, MedianStoppingRule):
-    pass
+class _Median(_Lasting, MedianStoppingRule):
+    def remember(self, trial: _Ended, result: dict[str, Any]) -> None:
+        self._results[trial].append(result)
 
 
-def _scheduler(sweep: Sweep, rounds: int, out: Path) -> TrialScheduler:
+def _scheduler(sweep: Sweep, rounds: int, out: Path, objective: str) -> TrialScheduler:
     if sweep.stop == "asha" and rounds > sweep.grace:
         made: Any = _Asha(time_attr="round", max_t=rounds, grace_period=sweep.grace, reduction_factor=sweep.reduction)
     elif sweep.stop == "median":
         made = _Median(time_attr="round", grace_period=sweep.grace, min_samples_required=3)
     else:
         return FIFOScheduler()
-    made.out = out
+    made.out, made.objective = out, objective
     return made
 
 

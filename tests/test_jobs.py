@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from fedray.config import from_dict
+from fedray.config import from_dict, read_config
+from fedray.federation.run import execute, prepare
 from fedray.report.metrics import METRICS
 
 ROOT = Path(__file__).parent.parent
@@ -217,32 +218,88 @@ def dashboard_metrics() -> set[str]:
     return {name for query in queries for name in re.findall(r"ray_fedray_\w+", query)}
 
 
+def gone_on(before: list[dict], after: list[dict]) -> bool:
+    """Whether the rounds `before` are the first ones of `after`. A run that starts over takes other times."""
+    return [(r["seconds"]["train"], r["metrics"]) for r in before] == [(r["seconds"]["train"], r["metrics"]) for r in after[: len(before)]]
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()] if (out / "rounds.jsonl").exists() else []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_stopped_job_leaves_a_checkpoint_that_a_second_one_goes_on_from_and_its_metrics_can_be_scraped(head, config_file):
-    config, out = config_file(federation={"clients": 3, "rounds": 40, "local_steps": 4, "batch_size": 4, "lr": 0.01}, privacy={"noise": 0.5}, method={"name": "ffa"})
-    started = subprocess.run(head.command("python", "jobs/federate.py", "--config", config, options=("--no-wait", "--submission-id", "to-be-stopped")), env=head.env, capture_output=True, text=True, timeout=60, check=False)
+@pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
+def test_a_stopped_job_leaves_a_checkpoint_that_a_second_one_goes_on_from_and_its_metrics_can_be_scraped(private, head, config_file):
+    name = f"to-be-stopped-{private}"
+    config, out = config_file(federation={"clients": 3, "rounds": 40, "local_steps": 4, "batch_size": 4, "lr": 0.01}, privacy={"noise": 0.5} if private else {}, method={"name": "ffa"})
+    started = subprocess.run(head.command("python", "jobs/federate.py", "--config", config, options=("--no-wait", "--submission-id", name)), env=head.env, capture_output=True, text=True, timeout=60, check=False)
     assert started.returncode == 0, started.stdout + started.stderr
+    wanted = dashboard_metrics()
+    made = {f"ray_{n}" for n in METRICS} | {f"ray_{n}_{what}" for n in METRICS for what in ("bucket", "sum", "count")}
+    assert wanted <= made
+    # Losses of private runs are told to nobody, and other runs have no epsilon.
+    expected = wanted - ({"ray_fedray_train_loss"} if private else {"ray_fedray_epsilon"})
     end, seen = time.monotonic() + 150, {}
-    while time.monotonic() < end and not ({"ray_fedray_round", "ray_fedray_phase_seconds_bucket", "ray_fedray_epsilon"} <= seen.keys()):
+    while time.monotonic() < end and not expected <= seen.keys():
         time.sleep(1)
         seen = scraped(head) or seen
-    wanted = dashboard_metrics()
-    absent = {"ray_fedray_train_loss"}  # private
-    assert wanted - absent <= seen.keys(), sorted(wanted - seen.keys())
-    made = {f"ray_{n}" for n in METRICS} | {f"ray_{n}_bucket" for n in METRICS} | {f"ray_{n}_sum" for n in METRICS} | {f"ray_{n}_count" for n in METRICS}
-    assert wanted <= made
+    assert expected <= seen.keys(), sorted(expected - seen.keys())
+    assert not (private and "ray_fedray_train_loss" in seen)
     assert 'run="run"' in seen["ray_fedray_round"][0] and 'method="ffa"' in seen["ray_fedray_round"][0]
-    stopped = subprocess.run(["ray", "job", "stop", "--address", head.api, "to-be-stopped"], env=head.env, capture_output=True, text=True, timeout=60, check=False)
+    stopped = subprocess.run(["ray", "job", "stop", "--address", head.api, name], env=head.env, capture_output=True, text=True, timeout=60, check=False)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    log = subprocess.run(["ray", "job", "logs", "--address", head.api, "to-be-stopped"], env=head.env, capture_output=True, text=True, timeout=60, check=False).stdout
+    log = subprocess.run(["ray", "job", "logs", "--address", head.api, name], env=head.env, capture_output=True, text=True, timeout=60, check=False).stdout
     assert "--output.resume" in log and "goes on from it" in log, log
-    before = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    before = records(out)
     assert list((out / "checkpoint").glob("round-*")) and 1 <= len(before) < 40 and not (out / "summary.json").exists()
     again = head.submit("python", "jobs/federate.py", "--config", config, "--output.resume", "--federation.rounds", "40")
     assert again.returncode == 0, again.stdout + again.stderr
-    after = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
-    assert len(after) == 40 and [r["seconds"]["train"] for r in before] == [r["seconds"]["train"] for r in after[: len(before)]]  # a run that starts over takes other times
-    assert [r["metrics"] for r in before] == [r["metrics"] for r in after[: len(before)]]
+    assert len(records(out)) == 40 and gone_on(before, records(out))
     alive = subprocess.run(["ray", "list", "actors", "--address", head.api, "--filter", "state=ALIVE"], env=head.env, capture_output=True, text=True, timeout=60, check=False)
     assert "No resource in the cluster" in alive.stdout, alive.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_exit_codes_of_a_submitted_sweep(head, make_config, tmp_path):
+    (tmp_path / "base.yaml").write_text(json.dumps(make_config().model_dump(mode="json", exclude_unset=True, exclude={"output", "worker", "engine"})))
+    space = tmp_path / "space.py"
+    space.write_text("from ray import tune\nfrom fedray.sweep import Sweep\nSWEEP = Sweep(space={'federation.lr': tune.grid_search([1e30])}, base={'federation.rounds': 1, 'worker.count': 1})\n")
+    flags = ("--space", str(space), "--out", str(tmp_path / "sweep"), "--config", str(tmp_path / "base.yaml"))
+    bad = head.submit("python", "jobs/sweep.py", *flags, "--federation.cohort", "9")
+    assert bad.returncode == 1 and "failed with exit code 2" in (bad.stdout + bad.stderr) and "federation.cohort 9 is more than the 3 clients" in bad.stdout, bad.stdout
+    assert not (tmp_path / "sweep").exists()
+    failed = head.submit("python", "jobs/sweep.py", *flags)
+    assert failed.returncode == 1 and "failed with exit code 1" in (failed.stdout + failed.stderr) and "lower federation.lr" in failed.stdout, failed.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_head_whose_pod_is_ended_leaves_a_run_that_goes_on_at_another_head(config_file, tmp_path):
+    """What kubelet does: SIGTERM to the container's first process, and SIGKILL to all others when that has ended."""
+    config, out = config_file(federation={"clients": 3, "rounds": 12, "local_steps": 4, "batch_size": 4, "lr": 0.01}, privacy={"noise": 0.5}, method={"name": "ffa"})
+    first = Head(tmp_path)
+    try:
+        words = ("python", "jobs/federate.py", "--config", config, "--output.resume")
+        assert subprocess.run(first.command(*words, options=("--no-wait",)), env=first.env, capture_output=True, timeout=60, check=False).returncode == 0
+        end = time.monotonic() + 120
+        while len(records(out)) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        first.process.send_signal(signal.SIGTERM)
+        first.process.wait(60)
+    finally:
+        first.close()
+    before = records(out)
+    assert 2 <= len(before) < 12 and not (out / "summary.json").exists()
+    second = Head(tmp_path)
+    try:
+        done = second.submit(*words)
+    finally:
+        second.close()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(records(out)) == 12 and gone_on(before, records(out))
+    # What was done twice is charged once.
+    unbroken = execute(prepare(read_config(["--config", config, "--engine", "inline", "--output.dir", str(tmp_path / "unbroken")])))
+    assert json.loads((out / "summary.json").read_text())["epsilon"] == unbroken["epsilon"] > 0

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -20,7 +21,8 @@ import ray
 from dp_accounting import dp_event, pld, rdp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ray import tune
+from ray import cloudpickle, tune
+from ray.tune.experiment import Trial
 from ray.util import placement_group_table
 from rich.console import Console
 
@@ -36,7 +38,19 @@ from fedray.privacy.selection import best_alone, composed, dominating, draw_runs
 from fedray.report.console import sweep_privacy
 from fedray.report.live import LiveTable
 from fedray.report.sweep import effects, pareto, points_table, tied
-from fedray.sweep import Sweep, bundles, cache_folder, check_budget, check_placeable, corners, in_words, load_space, read_sweep, trials_of
+from fedray.sweep import (
+    Sweep,
+    _scheduler,
+    bundles,
+    cache_folder,
+    check_budget,
+    check_placeable,
+    corners,
+    in_words,
+    load_space,
+    read_sweep,
+    trials_of,
+)
 from fedray.sweep import settings as keys_of
 
 SPACES = Path(__file__).parent.parent / "tune_spaces"
@@ -519,6 +533,34 @@ def test_trackers_are_told_of_every_trial(make_config, tmp_path):
     finals = pd.read_csv(out / "trials.csv")["objective"]
     assert sorted(r.data.metrics["objective"] for r in runs) == pytest.approx(sorted(finals)) and {r.info.status for r in runs} == {"FINISHED"}
     assert len(list(tmp_path.rglob("offline-run-*"))) == 2
+
+
+@pytest.mark.parametrize("stop", ["asha", "median"])
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_a_resumed_scheduler_judges_by_the_trials_that_ended_before(stop, mode, tmp_path):
+    """A trial worse than three earlier ones is stopped at once; without them, or beside trials that have not ended, it goes on."""
+    good, bad = (0.9, 0.5) if mode == "max" else (0.5, 0.9)
+
+    def verdict(out: Path, value: float) -> str:
+        made = _scheduler(Sweep(space={"seed": tune.grid_search([0])}, stop=stop, grace=1, reduction=2), 4, out, "accuracy")
+        made = cloudpickle.loads(cloudpickle.dumps(made))  # what a restored tuner holds
+        made.set_search_properties("objective", mode)
+        trial = Trial("fake", stub=True)
+        made.on_trial_add(None, trial)
+        controller = SimpleNamespace(get_live_trials=list, get_trials=list)
+        told = (made.on_trial_result(controller, trial, {"round": r, "objective": value}) for r in (1, 2))
+        return "STOP" if "STOP" in told else "CONTINUE"
+
+    for name, value in (("a", good), ("b", good), ("c", good + 0.01)):
+        folder = tmp_path / "trials" / name
+        folder.mkdir(parents=True)
+        rows = [{"round": 0, "metrics": {"accuracy": bad}}] + [{"round": r, "metrics": None if r == 3 else {"accuracy": value}} for r in (1, 2, 3, 4)]
+        (folder / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert verdict(tmp_path, bad) == verdict(tmp_path / "nowhere", bad) == "CONTINUE"
+    for name in "ab":
+        (tmp_path / "trials" / name / "summary.json").touch()
+    (tmp_path / "trials" / "c.stopped").touch()
+    assert verdict(tmp_path, bad) == "STOP" and verdict(tmp_path, good + 0.02 * (1 if mode == "max" else -1)) == "CONTINUE"
 
 
 def test_the_live_table_stays_in_place_and_counts_every_trial():
