@@ -20,8 +20,8 @@ from fedray.federation.secure import masked
 from fedray.federation.wire import Header, Packet, decode, inputs_digest, pack, unpack
 from fedray.methods import View
 from fedray.privacy import client_level, secure_sum
-from fedray.privacy.dpsgd import Mechanism
 from fedray.privacy.keys import Key, KeyStore
+from fedray.privacy.plan import Mechanism
 from fedray.training import subspace
 from fedray.training.local import LocalTrainer, Private
 

@@ -10,12 +10,9 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
-from opacus.accountants import PRVAccountant
-from opacus.accountants.analysis.prv import Domain
-from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 
 #: Above this the mesh of the PRV accountant outgrows memory, and the number means nothing anyway.
 PRV_UP_TO = 200.0
@@ -81,6 +78,8 @@ ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512, 1024)
 @lru_cache(maxsize=4096)
 def _curve(noise: float, rate: float) -> np.ndarray:
     """RDP of one step at each of ORDERS."""
+    from opacus.accountants.analysis.rdp import compute_rdp  # two seconds, which runs without privacy do not pay
+
     return np.asarray(compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=ORDERS))
 
 
@@ -89,22 +88,30 @@ def _rdp(history: _History, delta: float) -> float:
         return 0.0
     if any(noise == 0 for noise, _, _ in history):
         return math.inf
+    from opacus.accountants.analysis.rdp import get_privacy_spent
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of orders at the end of the grid: the bound holds all the same
         return float(get_privacy_spent(orders=ORDERS, rdp=sum(steps * _curve(noise, rate) for noise, rate, steps in history), delta=delta)[0])
 
 
-class _PRV(PRVAccountant):
+@cache
+def _prv() -> type:
     """Opacus's accountant, with the extent of its mesh (Gopi et al., remark 5.6) from RDP curves that are worked out once: they are nearly
     all of its time otherwise."""
+    from opacus.accountants import PRVAccountant
+    from opacus.accountants.analysis.prv import Domain
 
-    def _get_domain(self, prvs, num_self_compositions, eps_error: float, delta_error: float) -> Domain:
-        total = sum(num_self_compositions)
-        extent = max(
-            eps_error, _rdp(tuple(self.history), delta_error / 4), *(_rdp(((noise, rate, 1),), delta_error / (8 * total)) for noise, rate, _ in self.history)
-        )
-        mesh = eps_error / math.sqrt(total * math.log(12 / delta_error) / 2)
-        return Domain.create_aligned(-extent - 3, extent + 3, mesh)
+    class PRV(PRVAccountant):
+        def _get_domain(self, prvs, num_self_compositions, eps_error: float, delta_error: float) -> Domain:
+            total = sum(num_self_compositions)
+            extent = max(
+                eps_error, _rdp(tuple(self.history), delta_error / 4), *(_rdp(((noise, rate, 1),), delta_error / (8 * total)) for noise, rate, _ in self.history)
+            )
+            mesh = eps_error / math.sqrt(total * math.log(12 / delta_error) / 2)
+            return Domain.create_aligned(-extent - 3, extent + 3, mesh)
+
+    return PRV
 
 
 @lru_cache(maxsize=4096)
@@ -112,7 +119,7 @@ def _epsilon(history: _History, delta: float) -> float:
     bound = _rdp(history, delta)
     if bound == 0.0 or bound > PRV_UP_TO:
         return bound
-    accountant = _PRV()
+    accountant = _prv()()
     accountant.history = list(history)
     with np.errstate(divide="ignore"):  # log 0 at the end of a mechanism's support, which opacus selects away
         return min(bound, float(accountant.get_epsilon(delta)))

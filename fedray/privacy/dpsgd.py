@@ -11,7 +11,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,20 +21,12 @@ from torch import Tensor, nn
 from fedray.adapters.modules import CoreProduct, HadamardProduct, Product
 from fedray.errors import PrivacyError
 from fedray.privacy.keys import Stream
+from fedray.privacy.plan import Mechanism
 
 Losses = Callable[[Callable, dict], Tensor]
 
 for _product in (CoreProduct, HadamardProduct):
     register_grad_sampler(_product)(lambda module, activations, backprops: module.sample_gradients(activations[0], backprops))
-
-
-@dataclass(frozen=True)
-class Mechanism:
-    """Gaussian noise of standard deviation `noise * clip` on a sum of gradients of norm `clip` at most, divided by `expected`."""
-
-    clip: float
-    noise: float
-    expected: float
 
 
 class Engine(Protocol):

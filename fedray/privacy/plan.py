@@ -19,6 +19,15 @@ LEAST = 1e-2
 
 
 @dataclass(frozen=True)
+class Mechanism:
+    """Gaussian noise of standard deviation `noise * clip` on a sum of gradients of norm `clip` at most, divided by `expected`."""
+
+    clip: float
+    noise: float
+    expected: float
+
+
+@dataclass(frozen=True)
 class PrivacyPlan:
     """Gaussian noise of standard deviation `noise * clip` on a sum whose every term has norm `clip` at most.
 

@@ -14,7 +14,7 @@ import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,10 +27,13 @@ from fedray.data.encoded import Encoded, encode
 from fedray.data.partition import FederatedData, load_data, public_data
 from fedray.data.tasks import TASKS, Example, Task
 from fedray.methods import View
-from fedray.privacy.dpsgd import Mechanism, SampleHooks, private_step
 from fedray.privacy.keys import Key
+from fedray.privacy.plan import Mechanism
 from fedray.training.engine import StepEngine, make_engine
 from fedray.training.model import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from fedray.privacy.dpsgd import SampleHooks
 
 
 @dataclass
@@ -190,6 +193,8 @@ class LocalTrainer:
             logging.getLogger("fedray").warning("the trace of worker.profile could not be written to %s: %s", folder, error)
 
     def _private_steps(self, config: FederationSection, examples: Sequence[Example], round: int, private: Private) -> None:
+        from fedray.privacy.dpsgd import private_step
+
         size = config.batch_size // config.accumulate  # the most samples whose gradients are in memory at once
         for step in range(config.local_steps):
             picked = private.key.stream("sample", *private.purpose, step).sample(len(examples), private.rate)
@@ -243,6 +248,8 @@ class LocalTrainer:
             private = self.config.privacy.on and self.config.privacy.unit == "example"
             self._engine = make_engine(self.model, trained, self.config.federation, self.config.worker, private)
             if private:
+                from fedray.privacy.dpsgd import SampleHooks  # opacus takes seconds to import, which other runs do not pay
+
                 if self._hooks is not None:
                     self._hooks.close()
                 self._hooks = SampleHooks(self.model)

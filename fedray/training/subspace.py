@@ -106,16 +106,20 @@ def _sketch(
 
 
 def _pass(trainer: LocalTrainer, examples: Sequence[Example], layers: Sequence[str], add: Accumulate) -> None:
-    """One forward and backward a sequence: each counts alike, so a weighted mean over clients is the mean over all examples.
+    """Forward and backward passes over batches, for the sum of the sequences' own losses: each sequence counts alike, so that a weighted mean
+    over clients is the mean over all examples. Padding adds nothing: no loss depends on it.
 
     In evaluation mode (no dropout), and in fp32 from the hooks on.
     """
     trainer.model.eval()
+    federation = trainer.config.federation
+    size = federation.batch_size // federation.accumulate  # what the run's own steps have memory for
+    ordered = sorted(examples, key=lambda e: len(e.input_ids))
     with _hooked(trainer.model, layers, add):
-        for example in examples:
-            batch = {name: tensor.to(trainer.device) for name, tensor in trainer.task.collate([example]).items()}
-            loss = trainer.task.loss(lambda inputs: trainer.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits, batch)
-            loss.backward()
+        for first in range(0, len(ordered), size):
+            batch = {name: tensor.to(trainer.device) for name, tensor in trainer.task.collate(ordered[first : first + size]).items()}
+            losses = trainer.task.losses(lambda inputs: trainer.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits, batch)
+            losses.sum().backward()
     trainer.model.zero_grad(set_to_none=True)
 
 
