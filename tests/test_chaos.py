@@ -15,9 +15,9 @@ from fedray.federation import run as runs
 from fedray.federation.run import Silent, execute, prepare
 
 
-@pytest.mark.parametrize("engine", ["ray", "inline"])
+@pytest.mark.parametrize("engine", ["ray", pytest.param("inline", marks=pytest.mark.slow)])
 def test_a_job_killed_during_round_3_resumes_to_the_same_bits(make_config, engine, tmp_path):
-    options = dict(federation__clients=5, federation__cohort=3, federation__rounds=4, federation__local_steps=40)
+    options = dict(federation__clients=5, federation__cohort=3, federation__rounds=4, federation__local_steps=15)
     whole = run(make_config(**options))
     config = make_config(engine=engine, **options)
     folder = Path(config.output.dir)
@@ -59,7 +59,7 @@ def test_a_coordinator_that_dies_in_a_round_is_restarted_from_the_last_checkpoin
             notes.append(text)
 
     monkeypatch.setattr(runs, "CoordinatorActor", Spy(runs.CoordinatorActor))
-    options = dict(federation__keep_optimizer=True, federation__local_steps=60)
+    options = dict(federation__keep_optimizer=True, federation__local_steps=30)
     config = make_config(engine="ray", **options)
     execute(prepare(config), Killer())
     assert len(started) == 2 and "restarted from the last checkpoint" in notes[0]

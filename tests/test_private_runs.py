@@ -294,7 +294,7 @@ def test_private_runs_have_the_same_bits_on_ray(make_config, ray_session, name):
     same_bits(run(make_config(**ENGINES[name])), run(make_config(**ENGINES[name], engine="ray")))
 
 
-@pytest.mark.parametrize("secure", [False, True], ids=["plain", "secure"])
+@pytest.mark.parametrize("secure", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "secure"])
 def test_a_worker_that_dies_repeats_its_draw_and_is_charged_once(make_config, ray_session, monkeypatch, secure):
     given = dict(method__name="ffa", privacy={"epsilon": 3.0, "secure_aggregation": secure})
     whole = run(make_config(**given))

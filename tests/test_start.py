@@ -143,7 +143,7 @@ def test_dense_gradients_go_a_group_of_layers_at_a_time(make_config, monkeypatch
     assert all(torch.equal(small.increments[0].tensors[n], t) for n, t in whole.increments[0].tensors.items())
 
 
-@pytest.mark.parametrize("source", ["gradient-raw", "public"])
+@pytest.mark.parametrize("source", ["gradient-raw", pytest.param("public", marks=pytest.mark.slow)])
 def test_both_engines_start_from_the_same_bits(source, make_config, ray_session, tiny):
     """The public data set belongs to no client: any worker reads it, where each client has its own worker too."""
     more = {"adapter": {"subspace_source": str(tiny / "text.jsonl")}} if source == "public" else {}

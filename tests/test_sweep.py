@@ -209,28 +209,27 @@ def accounted(releases) -> dp_event.DpEvent:
 
 def test_the_sum_of_all_trials_is_what_an_independent_accountant_says():
     draw = random.Random(3)
-    for _ in range(2):
-        runs = [
-            {c: [Release("count", 20.0), Release("training", draw.choice([0.9, 1.3, 2.0]), draw.choice([0.004, 0.02]), draw.choice([40, 150]))] for c in "ab"}
-            for _ in range(8)
-        ]
-        told = composed(runs, 1e-5, ["one"] * 8)
-        for client in "ab":
-            accountant = pld.PLDAccountant()
-            accountant.compose(accounted([r for run in runs for r in run[client]]))
-            assert told[client] == pytest.approx(accountant.get_epsilon(1e-5), rel=0.02)
-        # Two splits: the worst of the four ways that an example may take through them, by the independent accountant too.
-        ways = []
-        for one, two in itertools.product("ab", repeat=2):
-            accountant = pld.PLDAccountant()
-            accountant.compose(accounted([r for i, run in enumerate(runs) for r in run[one if i < 5 else two]]))
-            ways.append(accountant.get_epsilon(1e-5))
-        assert composed(runs, 1e-5, ["one"] * 5 + ["two"] * 3)["(any client)"] == pytest.approx(max(ways), rel=0.02)
-        # An example may be another client's in each run: too many ways to go through, and a bound over all of them.
-        anywhere = composed(runs, 1e-5, list("01234567"))["(any client)"]
-        assert anywhere >= max(told.values()) - 1e-6
-        for pick in itertools.islice(itertools.product("ab", repeat=8), 0, 256, 51):
-            assert anywhere >= epsilon([r for run, c in zip(runs, pick, strict=True) for r in run[c]], 1e-5) - 1e-6
+    runs = [
+        {c: [Release("count", 20.0), Release("training", draw.choice([0.9, 1.3, 2.0]), draw.choice([0.004, 0.02]), draw.choice([40, 150]))] for c in "ab"}
+        for _ in range(8)
+    ]
+    told = composed(runs, 1e-5, ["one"] * 8)
+    for client in "ab":
+        accountant = pld.PLDAccountant()
+        accountant.compose(accounted([r for run in runs for r in run[client]]))
+        assert told[client] == pytest.approx(accountant.get_epsilon(1e-5), rel=0.02)
+    # Two splits: the worst of the four ways that an example may take through them, by the independent accountant too.
+    ways = []
+    for one, two in itertools.product("ab", repeat=2):
+        accountant = pld.PLDAccountant()
+        accountant.compose(accounted([r for i, run in enumerate(runs) for r in run[one if i < 5 else two]]))
+        ways.append(accountant.get_epsilon(1e-5))
+    assert composed(runs, 1e-5, ["one"] * 5 + ["two"] * 3)["(any client)"] == pytest.approx(max(ways), rel=0.02)
+    # An example may be another client's in each run: too many ways to go through, and a bound over all of them.
+    anywhere = composed(runs, 1e-5, list("01234567"))["(any client)"]
+    assert anywhere >= max(told.values()) - 1e-6
+    for pick in itertools.islice(itertools.product("ab", repeat=8), 0, 256, 51):
+        assert anywhere >= epsilon([r for run, c in zip(runs, pick, strict=True) for r in run[c]], 1e-5) - 1e-6
     assert composed([{"a": [Release("training", 1.0)]}, {"a": [Release("a run without privacy", 0.0)]}], 1e-5, ["one"] * 2)["a"] == math.inf
 
 
@@ -279,7 +278,7 @@ def test_the_budget_space_that_ships_can_be_afforded_and_more_of_it_cannot(tiny)
     sweep = load_space(str(SPACES / "budget.py"))
     base = [w for k, v in sweep.base.items() for w in (f"--{k}", str(v))]
     flags = [*base, "--model.path", str(tiny / "bert"), "--model.task", "classification", "--data.source", str(tiny / "classes.csv"), "--data.max_length", "48", "--federation.clients", "3", "--engine", "inline"]
-    trials = corners(sweep, flags)[::7]
+    trials = corners(sweep, flags)[::20]
     prepared = [prepare(t.config, (9, 9)) for t in trials]
     check_budget(trials, prepared, times=sweep.samples)
     with pytest.raises(ConfigError, match="24 trials together would spend epsilon"):
@@ -432,6 +431,7 @@ def test_a_trial_that_fails_fails_alone(make_config, tmp_path, ray_session, caps
     assert not cache_folder(out).exists()
 
 
+@pytest.mark.slow
 def test_a_trial_whose_place_is_taken_is_named_and_ends_alone(make_config, tmp_path, ray_session, capsys):
     flags = [*tiny_flags(make_config), "--engine", "inline", "--federation.rounds", "1"]
     out = tmp_path / "out"
@@ -461,6 +461,7 @@ def test_a_random_sweep_is_resumed_and_a_misspelt_objective_costs_nothing(make_c
     assert "objective 'acuracy' is no metric of this task: choose bits_per_byte, loss" in capsys.readouterr().err and not (tmp_path / "wrong" / "trials").exists()
 
 
+@pytest.mark.slow
 def test_median_stopping_and_seeds_of_an_adaptive_search(make_config, tmp_path, ray_session):
     flags = [*tiny_flags(make_config), "--engine", "inline"]
     median = space_file(tmp_path, "SWEEP = Sweep(space={'federation.lr': tune.grid_search([3e-2, 2e-2, 1e-2, 1e-9])}, stop='median', grace=1, max_concurrent=1)")
