@@ -24,11 +24,16 @@ from transformers import BertConfig, BertForSequenceClassification, ByT5Tokenize
 from fedray.config import Config, from_dict
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
+#: Modules whose tests start Ray, each in its own way.
+WITH_RAY = ("test_chaos", "test_jobs", "test_silos", "test_sweep")
 
 
 def pytest_collection_modifyitems(items):
     missing = pytest.mark.skip(reason=f"{SHARED} is not here: real encoder and data are needed")
     for item in items:
+        # With `-n 2 --dist loadgroup`: one process has all that starts Ray, so that there is one Ray at a time; the rest goes by files.
+        module = item.module.__name__
+        item.add_marker(pytest.mark.xdist_group("ray" if module in WITH_RAY or "ray_session" in item.fixturenames else module))
         if "shared" in item.keywords and not SHARED.is_dir():
             item.add_marker(missing)
         if "gpu" in item.keywords and not torch.cuda.is_available():

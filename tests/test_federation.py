@@ -379,7 +379,7 @@ def test_a_worker_that_is_killed_is_restarted_and_its_work_repeated_to_the_same_
 
 
 def test_a_client_past_the_deadline_is_left_out(make_config, ray_session, monkeypatch):
-    config = sabotaged(make_config, monkeypatch, "late", federation__deadline=6.0, federation__quorum=0.5)
+    config = sabotaged(make_config, monkeypatch, "late", federation__deadline=10.0, federation__quorum=0.5)
     folder = run(config)
     assert [[d["client"] for d in r["dropped"]] for r in rounds(folder)] == [[], ["client-1"], []]
 
