@@ -771,6 +771,7 @@ def _tuner(asked: Asked, shared: Shared, trials: Sequence[Trial], rounds: int, g
             metric="objective", mode=mode, scheduler=_scheduler(sweep, rounds, asked.out, goal), search_alg=_searcher(sweep, mode),
             num_samples=sweep.samples * len(sweep.seeds) if sweep.search == "optuna" else 1,
             max_concurrent_trials=sweep.max_concurrent, trial_dirname_creator=_dirname,
+            reuse_actors=True,  # the next trial finds everything imported
         ),
         run_config=tune.RunConfig(
             name="tune", storage_path=str(asked.out), callbacks=[view, *_trackers(asked)], verbose=0,
