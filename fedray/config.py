@@ -248,6 +248,11 @@ class FederationSection(Section):
     quorum: float = Field(1.0, gt=0, le=1)
     """Share of the cohort that must report, else the round is tried once more and then fails."""
 
+    @property
+    def micro_batch(self) -> int:
+        """Examples in memory at once."""
+        return self.batch_size // self.accumulate
+
 
 class ClientSection(Section):
     """What differs for one client."""

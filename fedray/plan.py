@@ -159,7 +159,7 @@ def _memory(config: Config, spec: Spec, base: int, heads: int) -> Memory:
     shape = read_model_config(config)
     layers, hidden = getattr(shape, "num_hidden_layers", 0), getattr(shape, "hidden_size", 0)
     inner = getattr(shape, "intermediate_size", 4 * hidden) or 4 * hidden
-    tokens = config.federation.batch_size // config.federation.accumulate * config.data.max_length
+    tokens = config.federation.micro_batch * config.data.max_length
     logits = 2 * 4 * tokens * getattr(shape, "vocab_size", 0) if config.model.task == "causal-lm" else 0
     moves = isinstance(make_method(config), (FedEx, FedExKeep)) or config.method.residual == "fold"
     return Memory(

@@ -39,7 +39,7 @@ from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError, FedrayError, PrivacyError
 from fedray.federation.guard import plans_for
 from fedray.federation.placement import Node, silos_of
-from fedray.federation.results import read_run_config
+from fedray.federation.results import read_rounds, read_run_config
 from fedray.federation.run import Prepared, check_lasting, execute, nodes_there, prepare, ray_session, rooted
 from fedray.methods import why_not
 from fedray.privacy.accountant import Release
@@ -821,9 +821,8 @@ class _Lasting:
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         taken = super().set_search_properties(metric, mode, **spec)
         for folder in sorted(p for p in (self.out / "trials").glob("*/") if (p / "summary.json").exists() or p.with_name(f"{p.name}.stopped").exists()):
-            kept = folder / "rounds.jsonl"
-            for record in map(json.loads, kept.read_text().splitlines() if kept.exists() else ()):
-                if record["round"] and record["metrics"] is not None:
+            for record in read_rounds(folder):
+                if record["metrics"] is not None:
                     self.remember(_Ended(folder.name), {"round": record["round"], "objective": record["metrics"][self.objective]})
         return taken
 

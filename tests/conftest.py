@@ -33,7 +33,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         # With `-n 2 --dist loadgroup`: one process has all that starts Ray, so that there is one Ray at a time; the rest goes by files.
         module = item.module.__name__
-        item.add_marker(pytest.mark.xdist_group("ray" if module in WITH_RAY or "ray_session" in item.fixturenames else module))
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group("ray" if module in WITH_RAY or {"ray_session", "gpu_head"} & set(item.fixturenames) else module))
         if "shared" in item.keywords and not SHARED.is_dir():
             item.add_marker(missing)
         if "gpu" in item.keywords and not torch.cuda.is_available():

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from fedray.config import from_dict, read_config
+from fedray.federation.results import read_rounds
 from fedray.federation.run import execute, prepare
 from fedray.report.metrics import METRICS
 
@@ -184,12 +185,16 @@ def test_a_submitted_job_does_not_write_into_its_package_that_ray_removes(comman
     assert main(command) == 2 and "must be an absolute path on storage that stays" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
+def sweep_flags(make_config, folder: Path, axis: str) -> tuple[str, ...]:
+    """Flags of a tiny sweep over one axis, whose files are written into the folder; its results go to FOLDER/sweep."""
+    (folder / "base.yaml").write_text(json.dumps(make_config().model_dump(mode="json", exclude_unset=True, exclude={"output", "worker", "engine"})))
+    (folder / "space.py").write_text(f"from ray import tune\nfrom fedray.sweep import Sweep\nSWEEP = Sweep(space={{{axis}}}, base={{'federation.rounds': 1, 'worker.count': 1}})\n")
+    return ("--space", str(folder / "space.py"), "--out", str(folder / "sweep"), "--config", str(folder / "base.yaml"))
+
+
 def test_a_submitted_sweep_ends_with_its_tables(head, make_config, tmp_path):
-    values = make_config().model_dump(mode="json", exclude_unset=True, exclude={"output", "worker", "engine"})
-    (tmp_path / "base.yaml").write_text(json.dumps(values))
-    space = tmp_path / "space.py"
-    space.write_text("from ray import tune\nfrom fedray.sweep import Sweep\nSWEEP = Sweep(space={'entry': tune.grid_search(['fedex', 'ffa'])}, base={'federation.rounds': 1, 'worker.count': 1})\n")
-    done = head.submit("python", "jobs/sweep.py", "--space", str(space), "--out", str(tmp_path / "sweep"), "--config", str(tmp_path / "base.yaml"), "--federation.rounds", "1")
+    flags = sweep_flags(make_config, tmp_path, "'entry': tune.grid_search(['fedex', 'ffa'])")
+    done = head.submit("python", "jobs/sweep.py", *flags, "--federation.rounds", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "sweep" / "summary.json").read_text())["trials"] == {"finished": 2}
     assert "[2/2]" in done.stdout and (tmp_path / "sweep" / "best.yaml").is_file()
@@ -223,10 +228,6 @@ def gone_on(before: list[dict], after: list[dict]) -> bool:
     return [(r["seconds"]["train"], r["metrics"]) for r in before] == [(r["seconds"]["train"], r["metrics"]) for r in after[: len(before)]]
 
 
-def records(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()] if (out / "rounds.jsonl").exists() else []
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
@@ -251,11 +252,11 @@ def test_a_stopped_job_leaves_a_checkpoint_that_a_second_one_goes_on_from_and_it
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     log = subprocess.run(["ray", "job", "logs", "--address", head.api, name], env=head.env, capture_output=True, text=True, timeout=60, check=False).stdout
     assert "--output.resume" in log and "goes on from it" in log, log
-    before = records(out)
+    before = read_rounds(out)
     assert list((out / "checkpoint").glob("round-*")) and 1 <= len(before) < 40 and not (out / "summary.json").exists()
     again = head.submit("python", "jobs/federate.py", "--config", config, "--output.resume", "--federation.rounds", "40")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert len(records(out)) == 40 and gone_on(before, records(out))
+    assert len(read_rounds(out)) == 40 and gone_on(before, read_rounds(out))
     alive = subprocess.run(["ray", "list", "actors", "--address", head.api, "--filter", "state=ALIVE"], env=head.env, capture_output=True, text=True, timeout=60, check=False)
     assert "No resource in the cluster" in alive.stdout, alive.stdout
 
@@ -263,10 +264,7 @@ def test_a_stopped_job_leaves_a_checkpoint_that_a_second_one_goes_on_from_and_it
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_exit_codes_of_a_submitted_sweep(head, make_config, tmp_path):
-    (tmp_path / "base.yaml").write_text(json.dumps(make_config().model_dump(mode="json", exclude_unset=True, exclude={"output", "worker", "engine"})))
-    space = tmp_path / "space.py"
-    space.write_text("from ray import tune\nfrom fedray.sweep import Sweep\nSWEEP = Sweep(space={'federation.lr': tune.grid_search([1e30])}, base={'federation.rounds': 1, 'worker.count': 1})\n")
-    flags = ("--space", str(space), "--out", str(tmp_path / "sweep"), "--config", str(tmp_path / "base.yaml"))
+    flags = sweep_flags(make_config, tmp_path, "'federation.lr': tune.grid_search([1e30])")
     bad = head.submit("python", "jobs/sweep.py", *flags, "--federation.cohort", "9")
     assert bad.returncode == 1 and "failed with exit code 2" in (bad.stdout + bad.stderr) and "federation.cohort 9 is more than the 3 clients" in bad.stdout, bad.stdout
     assert not (tmp_path / "sweep").exists()
@@ -284,14 +282,14 @@ def test_a_head_whose_pod_is_ended_leaves_a_run_that_goes_on_at_another_head(con
         words = ("python", "jobs/federate.py", "--config", config, "--output.resume")
         assert subprocess.run(first.command(*words, options=("--no-wait",)), env=first.env, capture_output=True, timeout=60, check=False).returncode == 0
         end = time.monotonic() + 120
-        while len(records(out)) < 2:
+        while len(read_rounds(out)) < 2:
             assert time.monotonic() < end
             time.sleep(0.1)
         first.process.send_signal(signal.SIGTERM)
         first.process.wait(60)
     finally:
         first.close()
-    before = records(out)
+    before = read_rounds(out)
     assert 2 <= len(before) < 30 and not (out / "summary.json").exists()
     second = Head(tmp_path)
     try:
@@ -299,7 +297,7 @@ def test_a_head_whose_pod_is_ended_leaves_a_run_that_goes_on_at_another_head(con
     finally:
         second.close()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(records(out)) == 30 and gone_on(before, records(out))
+    assert len(read_rounds(out)) == 30 and gone_on(before, read_rounds(out))
     # What was done twice is charged once.
     unbroken = execute(prepare(read_config(["--config", config, "--engine", "inline", "--output.dir", str(tmp_path / "unbroken")])))
     assert json.loads((out / "summary.json").read_text())["epsilon"] == unbroken["epsilon"] > 0

@@ -350,6 +350,7 @@ print("ANSWER", ray.get(ray.remote(lambda: 6 * 7).remote()), flush=True)
 """
 
 
+@pytest.mark.xdist_group("ray")
 def test_rays_processes_talk_under_the_certificates_that_a_pod_makes(tmp_path):
     import datetime
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import urllib.parse
 from collections.abc import Iterable
@@ -33,6 +34,12 @@ def read_run_config(folder: Path) -> Config:
     if not path.is_file():
         raise ConfigError(f"'{folder}' is no run directory: it holds no config.yaml")
     return from_dict(yaml.safe_load(path.read_text()))
+
+
+def read_rounds(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run directory's finished rounds, the first one first; none where no round has finished."""
+    path = Path(folder) / "rounds.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def classes_of(config: Config) -> int:

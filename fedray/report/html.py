@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedray.errors import ConfigError
+from fedray.federation.results import read_rounds
 from fedray.report.words import TITLES, share, size
 
 _STYLE = """
@@ -26,7 +27,7 @@ def write_report(folder: Path) -> Path:
     folder = Path(folder)
     if not (folder / "rounds.jsonl").is_file() or not (folder / "config.yaml").is_file():
         raise ConfigError(f"'{folder}' is no run directory with a finished round")
-    records = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    records = read_rounds(folder)
     summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").is_file() else None
     privacy = json.loads((folder / "privacy.json").read_text()) if (folder / "privacy.json").is_file() else None
     parts = [_head(summary, records), _curves(summary, records), _rounds(records)]

@@ -15,7 +15,7 @@ import pandas as pd
 
 from fedray.config import Config, OutputSection
 from fedray.errors import ConfigError
-from fedray.federation.results import read_run_config
+from fedray.federation.results import read_rounds, read_run_config
 from fedray.privacy.ledger import Ledger
 from fedray.privacy.selection import ANY_CLIENT, best_alone, composed, dominating
 from fedray.report.words import TITLES
@@ -51,8 +51,7 @@ def trials_table(out: Path) -> pd.DataFrame:
 def _outcome(folder: Path, name: str, objective: str) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(COLUMNS)
     run, failed = folder / name, folder / f"{name}.failed.json"
-    lines = (run / "rounds.jsonl").read_text().splitlines() if (run / "rounds.jsonl").is_file() else []
-    records = [json.loads(line) for line in lines]
+    records = read_rounds(run)
     stopped = (folder / f"{name}.stopped").exists()
     found["status"] = "failed" if failed.is_file() else "finished" if (run / "summary.json").is_file() else "stopped" if stopped else "unfinished" if records else "unstarted"
     evaluated = [r for r in records if r["metrics"]]

@@ -167,7 +167,7 @@ class LocalTrainer:
         losses = []
         for step in range(config.local_steps):
             picked = sample(len(examples), config.batch_size, round * config.local_steps + step, self.config.seed, "data", client)
-            size = config.batch_size // config.accumulate
+            size = config.micro_batch
             if config.accumulate > 1:  # micro-batches of similar lengths: less padding, the same examples in the batch
                 picked.sort(key=lambda i: len(examples[i].input_ids))
             micro = [self._batch([examples[i] for i in picked[j : j + size]]) for j in range(0, len(picked), size)]
@@ -195,7 +195,7 @@ class LocalTrainer:
     def _private_steps(self, config: FederationSection, examples: Sequence[Example], round: int, private: Private) -> None:
         from fedray.privacy.dpsgd import private_step
 
-        size = config.batch_size // config.accumulate  # the most samples whose gradients are in memory at once
+        size = config.micro_batch  # the most samples whose gradients are in memory at once
         for step in range(config.local_steps):
             picked = private.key.stream("sample", *private.purpose, step).sample(len(examples), private.rate)
             picked.sort(key=lambda i: (len(examples[i].input_ids), i))  # less padding; each sample's gradient is its own
