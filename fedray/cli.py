@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 import fedray
+from fedray.argv import split, words
 from fedray.errors import ConfigError, FedrayError
 from fedray.stopping import Terminated, stop_on_sigterm
 
@@ -61,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
             errors.print(details, style="dim", markup=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt as stopped:
-        errors.print("fedray: stopped; the last finished round is kept, and --output.resume (of a sweep --resume) goes on from it")
+        errors.print(
+            "fedray: stopped; the last finished round is kept, and --output.resume (of a sweep --resume) goes on from it"
+        )
         return 143 if isinstance(stopped, Terminated) else 130
 
 
@@ -121,14 +124,24 @@ def _plan(argv: list[str], console: Console) -> int:
     if config.model.path in shape_names():
         costs = plan(config)
         if config.privacy.on and not as_json:
-            console.print("privacy  needs the clients' numbers of examples: give model.path a model and data.source the data to see noise and epsilon")
+            console.print(
+                "privacy  needs the clients' numbers of examples: give model.path a model and data.source the data to see noise and epsilon"
+            )
     else:
         from fedray.federation.run import prepare
 
         prepared = prepare(config)
         if config.privacy.on and config.siloed and not as_json:
             console.print(UNKNOWN_COUNTS)
-        costs, placement = plan(config, prepared.cohort, len(prepared.data.classes) or 2, prepared.units() if config.privacy.on else None), prepared.placement.reason
+        costs, placement = (
+            plan(
+                config,
+                prepared.cohort,
+                len(prepared.data.classes) or 2,
+                prepared.units() if config.privacy.on else None,
+            ),
+            prepared.placement.reason,
+        )
     if as_json:
         print(json.dumps(costs.to_json() | {"placement": placement}, indent=2))
     else:
@@ -146,7 +159,11 @@ def _methods(argv: list[str], console: Console) -> int:
     if argv == ["--markdown"]:
         print("| method | " + " | ".join(ADAPTERS) + " | exact |\n|" + "---|" * (len(ADAPTERS) + 2))
         for name, method in METHODS.items():
-            print(f"| `{name}` | " + " | ".join("yes" if kind in method.adapters else "" for kind in ADAPTERS) + f" | {method.exact} |")
+            print(
+                f"| `{name}` | "
+                + " | ".join("yes" if kind in method.adapters else "" for kind in ADAPTERS)
+                + f" | {method.exact} |"
+            )
         return 0
     if argv:
         raise ConfigError(f"fedray methods takes nothing but --markdown, not '{argv[0]}'")
@@ -182,7 +199,11 @@ def _sweep(argv: list[str], console: Console) -> int:
     from fedray.sweep import read_sweep, run_sweep
 
     asked = read_sweep(argv)
-    out = run_sweep(asked, lambda count, maximise: LiveTable(console, count, maximise), lambda line: console.print(line, markup=False, soft_wrap=True))
+    out = run_sweep(
+        asked,
+        lambda count, maximise: LiveTable(console, count, maximise),
+        lambda line: console.print(line, markup=False, soft_wrap=True),
+    )
     summary = write_sweep(out)
     print_sweep(console, out, summary)
     return 0 if summary["best"] is not None else 1
@@ -207,18 +228,15 @@ def _evaluate(argv: list[str], console: Console) -> int:
 def _export(argv: list[str], console: Console) -> int:
     from fedray.federation.results import FORMATS, export
 
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    format = "peft"
-    if "--format" in words:
-        at = words.index("--format")
-        if at + 1 == len(words):
-            raise ConfigError(f"--format needs one of {', '.join(FORMATS)}")
-        format = words[at + 1]
-        del words[at : at + 2]
-    if len(words) != 2 or any(w.startswith("--") for w in words):
-        raise ConfigError("fedray export takes a run directory and a place to write to: fedray export RUN_DIR OUT --format peft")
-    export(Path(words[0]), Path(words[1]), format)
-    console.print(f"written to {words[1]}")
+    if words(argv)[-1:] == ["--format"]:
+        raise ConfigError(f"--format needs one of {', '.join(FORMATS)}")
+    own, places = split(argv, lambda name: name == "format")
+    if len(places) != 2 or any(p.startswith("--") for p in places):
+        raise ConfigError(
+            "fedray export takes a run directory and a place to write to: fedray export RUN_DIR OUT --format peft"
+        )
+    export(Path(places[0]), Path(places[1]), own.get("format", "peft"))
+    console.print(f"written to {places[1]}")
     return 0
 
 
@@ -229,7 +247,10 @@ def _forget(argv: list[str], console: Console) -> int:
     if len(argv) != 1 or argv[0].startswith("--"):
         raise ConfigError("fedray forget takes one run directory")
     removed = forget(read_run_config(Path(argv[0])), Path(argv[0]))
-    console.print(f"{removed} noise key{'s' if removed != 1 else ''} removed from this machine; the run cannot go on with the same noise", soft_wrap=True)
+    console.print(
+        f"{removed} noise key{'s' if removed != 1 else ''} removed from this machine; the run cannot go on with the same noise",
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -249,7 +270,15 @@ def _report(argv: list[str], console: Console) -> int:
 
 
 _COMMANDS = {
-    "run": _run, "plan": _plan, "methods": _methods, "compare": _compare, "sweep": _sweep, "evaluate": _evaluate, "export": _export, "report": _report, "forget": _forget,
+    "run": _run,
+    "plan": _plan,
+    "methods": _methods,
+    "compare": _compare,
+    "sweep": _sweep,
+    "evaluate": _evaluate,
+    "export": _export,
+    "report": _report,
+    "forget": _forget,
 }
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedray.argv import split
 from fedray.config import read_config
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError, FedrayError
@@ -31,7 +32,13 @@ from fedray.federation.run import check_lasting, differences, rooted
 from fedray.methods import METHODS
 from fedray.stopping import Terminated
 
-_OWN = {"methods": "fedit,ffa,fedex,fra,flora", "seeds": "0,1,2", "lrs": "1e-3,3e-3,1e-2", "out": "runs/compare", "jobs": "1"}
+_OWN = {
+    "methods": "fedit,ffa,fedex,fra,flora",
+    "seeds": "0,1,2",
+    "lrs": "1e-3,3e-3,1e-2",
+    "out": "runs/compare",
+    "jobs": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,9 @@ class Entry:
         """`own`: the adapter that the config names. Raises ConfigError for anything else."""
         found = re.fullmatch(r"(?:([\w-]+)\+)?([\w-]+)(?:@(\d+))?", text)
         if not found or found[2] not in METHODS:
-            raise ConfigError(f"--methods '{text}' is not known: write [ADAPTER+]METHOD[@RANK] with a method of {', '.join(METHODS)}")
+            raise ConfigError(
+                f"--methods '{text}' is not known: write [ADAPTER+]METHOD[@RANK] with a method of {', '.join(METHODS)}"
+            )
         fits = METHODS[found[2]].adapters
         return Entry(text, found[1] or (own if own in fits else fits[0]), found[2], found[3])
 
@@ -59,10 +68,23 @@ class Entry:
         for part in given:
             if len(part) != 2:
                 raise ConfigError(f"--set.{self.text} '{part[0]}' is no setting: write key=value,key=value")
-            if not part[0].startswith(("adapter.", "method.", "federation.proximal")) or part[0] in ("adapter.kind", "method.name", "method.weights"):
-                raise ConfigError(f"--set.{self.text} may set keys of adapter and method, and not '{part[0]}': it is one for all entries")
+            if not part[0].startswith(("adapter.", "method.", "federation.proximal")) or part[0] in (
+                "adapter.kind",
+                "method.name",
+                "method.weights",
+            ):
+                raise ConfigError(
+                    f"--set.{self.text} may set keys of adapter and method, and not '{part[0]}': it is one for all entries"
+                )
         rank = ["--adapter.rank", self.rank] if self.rank else []
-        return ["--method.name", self.method, "--adapter.kind", self.adapter, *rank, *(f for k, v in given for f in (f"--{k}", v))]
+        return [
+            "--method.name",
+            self.method,
+            "--adapter.kind",
+            self.adapter,
+            *rank,
+            *(f for k, v in given for f in (f"--{k}", v)),
+        ]
 
 
 @dataclass(frozen=True)
@@ -115,17 +137,8 @@ def _most(values: Iterable[float | None]) -> float | None:
 def split_flags(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     """The comparison's own flags (with defaults) and those of the runs. `--lrs.ENTRY` is one entry's own grid, `--set.ENTRY
     key=value,key=value` what only its runs are given."""
-    own, rest = dict(_OWN), []
-    queue = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    while queue:
-        word = queue.pop(0)
-        if word.startswith(("--lrs.", "--set.")) or (word.startswith("--") and word[2:] in own):
-            if not queue:
-                raise ConfigError(f"{word} needs a value")
-            own[word[2:]] = queue.pop(0)
-        else:
-            rest.append(word)
-    return own, rest
+    own, rest = split(argv, lambda name: name in _OWN or name.startswith(("lrs.", "set.")))
+    return _OWN | own, rest
 
 
 def compare(argv: list[str], say: Callable[[str], None]) -> tuple[list[Result], Path]:
@@ -169,9 +182,21 @@ def compare(argv: list[str], say: Callable[[str], None]) -> tuple[list[Result], 
 
     def tune(job: tuple[Entry, float]) -> float | None:
         entry, lr = job
-        flags = [*rest, *entry.flags(own), "--federation.lr", str(lr), "--seed", str(seeds[0]), "--data.evaluate_on", "validation"]
+        flags = [
+            *rest,
+            *entry.flags(own),
+            "--federation.lr",
+            str(lr),
+            "--seed",
+            str(seeds[0]),
+            "--data.evaluate_on",
+            "validation",
+        ]
         summary = _run(flags, folder(entry, f"tune-{lr:g}"), must=False)
-        say(f"{entry.text}  lr {lr:g}: " + (f"{summary['final']:.4f} on validation" if summary else "failed: see its log"))
+        say(
+            f"{entry.text}  lr {lr:g}: "
+            + (f"{summary['final']:.4f} on validation" if summary else "failed: see its log")
+        )
         return summary["final"] if summary else None
 
     def final(job: tuple[Entry, float, int]) -> dict[str, Any]:
@@ -190,11 +215,19 @@ def compare(argv: list[str], say: Callable[[str], None]) -> tuple[list[Result], 
         work = [(entry, best[entry], seed) for entry in entries for seed in seeds]
         summaries = list(pool.map(final, work))
     results = [
-        Result(entry, best[entry], tuned[entry], [s for (e, _, _), s in zip(work, summaries, strict=True) if e == entry], higher[entry])
+        Result(
+            entry,
+            best[entry],
+            tuned[entry],
+            [s for (e, _, _), s in zip(work, summaries, strict=True) if e == entry],
+            higher[entry],
+        )
         for entry in entries
     ]
     rows = [result.row() for result in results]
-    (out / "compare.json").write_text(json.dumps([row | {"tuning": r.tuning} for row, r in zip(rows, results, strict=True)], indent=2))
+    (out / "compare.json").write_text(
+        json.dumps([row | {"tuning": r.tuning} for row, r in zip(rows, results, strict=True)], indent=2)
+    )
     with (out / "compare.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -217,7 +250,7 @@ def _stopping_children() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         global _stopped
         _stopped = True
-        for child in list(_children):
+        for child in _children:
             child.terminate()
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
@@ -237,7 +270,9 @@ _stopped = False
 def _best(entry: Entry, values: dict[float, float | None], higher: bool) -> float:
     known = {lr: v for lr, v in values.items() if v is not None and math.isfinite(v)}
     if not known:
-        raise FedrayError(f"{entry.text} failed at every learning rate of the grid: look into its run.log, or give other --lrs")
+        raise FedrayError(
+            f"{entry.text} failed at every learning rate of the grid: look into its run.log, or give other --lrs"
+        )
     return (max if higher else min)(known, key=known.__getitem__)
 
 
@@ -246,9 +281,15 @@ def _run(flags: list[str], folder: Path, must: bool) -> dict[str, Any] | None:
 
     Raises ConfigError when the directory holds a run of another config.
     """
-    summary, log, failed = folder / "summary.json", folder.parent / f"{folder.name}.log", folder.parent / f"{folder.name}.failed"
+    summary, log, failed = (
+        folder / "summary.json",
+        folder.parent / f"{folder.name}.log",
+        folder.parent / f"{folder.name}.failed",
+    )
     if folder.is_dir() and (found := differences(read_run_config(folder), rooted(read_config(flags)))):
-        raise ConfigError(f"'{folder}' holds a run with another {found[0]} ({found[1]}, now {found[2]}): give another --out")
+        raise ConfigError(
+            f"'{folder}' holds a run with another {found[0]} ({found[1]}, now {found[2]}): give another --out"
+        )
     if summary.is_file():
         return json.loads(summary.read_text())
     if failed.is_file() and not must:  # the same config would fail again
@@ -294,7 +335,9 @@ def picture(rows: list[dict[str, Any]]):
         place_of[row["method"]] = x
     for i, row in enumerate(order):
         error = [[row["mean"] - min(row["finals"])], [max(row["finals"]) - row["mean"]]]
-        axes.errorbar(place_of[row["method"]], row["mean"], yerr=error, fmt="o", capsize=3, color=f"C{i % 10}", alpha=0.8)
+        axes.errorbar(
+            place_of[row["method"]], row["mean"], yerr=error, fmt="o", capsize=3, color=f"C{i % 10}", alpha=0.8
+        )
     axes.set_xscale("log")
     left, right = axes.get_xlim()
     axes.set_xlim(left, right * (right / left) ** 0.25)  # room for the labels of the last points
@@ -312,10 +355,18 @@ def picture(rows: list[dict[str, Any]]):
         x = place_of[row["method"]]
         (left, low), (right, high) = place((x, min(row["finals"]))) - (3, 0), place((x, max(row["finals"]))) + (3, 0)
         taken.append(Bbox([[left, low], [right, high]]))
-    for i, row in enumerate(order):  # a label moves away from its point, in turn up and down, until it is clear of what is there
+    for i, row in enumerate(
+        order
+    ):  # a label moves away from its point, in turn up and down, until it is clear of what is there
         x, y = place_of[row["method"]], row["mean"]
         label = axes.annotate(
-            row["method"], (x, y), (8, 0), textcoords="offset points", color=f"C{i % 10}", fontsize=9, va="center",
+            row["method"],
+            (x, y),
+            (8, 0),
+            textcoords="offset points",
+            color=f"C{i % 10}",
+            fontsize=9,
+            va="center",
             arrowprops={"arrowstyle": "-", "lw": 0.5, "color": f"C{i % 10}"},
         )
         for step in range(1, 120):

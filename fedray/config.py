@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fedray.adapters import ADAPTERS, Layer, make_adapter
+from fedray.argv import flags as argv_flags
 from fedray.errors import ConfigError
 from fedray.methods import METHODS, FedExKeep, Method, ServerOptimizer, Spec, why_not
 
@@ -102,9 +103,10 @@ class AdapterSection(Section):
     """Dropout on the adapter's input."""
     targets: Annotated[str | tuple[str, ...], BeforeValidator(_names)] = "all-linear"
     """Layers to adapt: PEFT's names, comma-separated (q_proj,v_proj), a regular expression, or all-linear."""
-    heads: Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(n for n in v.split(",") if n) if isinstance(v, str) else v)] = ()
+    heads: Annotated[
+        tuple[str, ...], BeforeValidator(lambda v: tuple(n for n in v.split(",") if n) if isinstance(v, str) else v)
+    ] = ()
     """Modules trained whole beside PEFT's own choice for the task (the classifier)."""
-
 
     @property
     def largest_rank(self) -> int:
@@ -119,12 +121,18 @@ class AdapterSection(Section):
             return {}
         if isinstance(self.rank, tuple):
             if len(self.rank) != len(clients):
-                raise ConfigError(f"adapter.rank lists {len(self.rank)} ranks for {len(clients)} clients: give one for each, or NAME=RANK pairs")
+                raise ConfigError(
+                    f"adapter.rank lists {len(self.rank)} ranks for {len(clients)} clients: give one for each, or NAME=RANK pairs"
+                )
             return dict(zip(clients, self.rank, strict=True))
         if strange := [name for name in self.rank if name not in clients]:
-            raise ConfigError(f"adapter.rank names '{strange[0]}', which is not a client of this run{nearest(strange[0], clients)}")
+            raise ConfigError(
+                f"adapter.rank names '{strange[0]}', which is not a client of this run{nearest(strange[0], clients)}"
+            )
         if without := [name for name in clients if name not in self.rank]:
-            raise ConfigError(f"adapter.rank names no rank for client '{without[0]}': name every client, or give one rank for all")
+            raise ConfigError(
+                f"adapter.rank names no rank for client '{without[0]}': name every client, or give one rank for all"
+            )
         return {name: self.rank[name] for name in clients}
 
 
@@ -333,7 +341,9 @@ class OutputSection(Section):
     """Run directory (default: runs/METHOD-TIME)."""
     resume: bool = False
     """Go on from the directory's last checkpoint; without one, start."""
-    track: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], BeforeValidator(_trackers)] = ("tensorboard",)
+    track: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], BeforeValidator(_trackers)] = (
+        "tensorboard",
+    )
     """Where each round's numbers go beside rounds.jsonl; null: nowhere. mlflow and wandb need fedray[track] and take their own environment variables."""
 
 
@@ -360,14 +370,18 @@ class Config(Section):
         make_method(self)
         _check_privacy(self)
         federation, data = self.federation, self.data
-        batches = {"federation": federation.batch_size} | {f"clients.{n}": c.batch_size for n, c in self.clients.items() if c.batch_size}
+        batches = {"federation": federation.batch_size} | {
+            f"clients.{n}": c.batch_size for n, c in self.clients.items() if c.batch_size
+        }
         for where, batch in batches.items():
             if batch % federation.accumulate:
                 raise ValueError(
                     f"federation.accumulate {federation.accumulate} does not divide {where}.batch_size {batch}: choose a divisor"
                 )
         if federation.keep_optimizer and self.method.name == "rolora":
-            raise ValueError("federation.keep_optimizer does not fit rolora: each round trains the factor that the last one did not; leave it out")
+            raise ValueError(
+                "federation.keep_optimizer does not fit rolora: each round trains the factor that the last one did not; leave it out"
+            )
         if federation.deadline is not None and self.engine == "inline":
             raise ValueError("federation.deadline needs engine ray: inline clients run one after the other")
         if data.partition == "column" and data.column is None and data.source != BUILTIN:
@@ -389,10 +403,14 @@ class Config(Section):
                 if not unused:
                     raise ValueError(f"{key} deals out one source, but every client has its own: leave it out")
             if federation.clients not in (None, len(sources)):
-                raise ValueError(f"federation.clients is {federation.clients}, but {len(sources)} clients have a source: leave it out")
+                raise ValueError(
+                    f"federation.clients is {federation.clients}, but {len(sources)} clients have a source: leave it out"
+                )
         _check_silos(self)
         if self.worker.profile is not None and self.privacy.on:
-            raise ValueError("worker.profile writes shapes and times of private examples into a file: leave it out in a private run")
+            raise ValueError(
+                "worker.profile writes shapes and times of private examples into a file: leave it out in a private run"
+            )
         return self
 
     @property
@@ -435,7 +453,9 @@ _OPTIONS = {
 _ADAPTER_OPTIONS = {
     "scale": ("abba",),
     "cores": ("ravan",),
-    **dict.fromkeys(("subspace", "subspace_examples", "subspace_source", "subspace_oversample", "subspace_passes"), ("lora-sb",)),
+    **dict.fromkeys(
+        ("subspace", "subspace_examples", "subspace_source", "subspace_oversample", "subspace_passes"), ("lora-sb",)
+    ),
 }
 
 
@@ -446,7 +466,9 @@ def _check_adapter(section: AdapterSection) -> None:
         if getattr(section, option) is not None and section.kind not in kinds:
             raise ValueError(f"adapter.{option} belongs to {' and '.join(kinds)}, not to {section.kind}: leave it out")
     if section.rslora and section.kind == "abba":
-        raise ValueError("adapter.rslora scales B A by alpha / sqrt(rank), and abba has a scale of its own: use adapter.scale, or leave it out")
+        raise ValueError(
+            "adapter.rslora scales B A by alpha / sqrt(rank), and abba has a scale of its own: use adapter.scale, or leave it out"
+        )
     try:
         make_adapter(section).width(section.largest_rank)
     except ValueError as error:
@@ -461,7 +483,9 @@ def _check_adapter(section: AdapterSection) -> None:
         ("subspace_passes", ("public", "gradient-raw")),
     ):
         if getattr(section, option) is not None and subspace not in subspaces:
-            raise ValueError(f"adapter.{option} belongs to adapter.subspace {' and '.join(subspaces)}, not to {subspace}: leave it out")
+            raise ValueError(
+                f"adapter.{option} belongs to adapter.subspace {' and '.join(subspaces)}, not to {subspace}: leave it out"
+            )
 
 
 # Which privacy keys belong to which unit.
@@ -476,14 +500,26 @@ def _check_silos(config: Config) -> None:
         if client.node_labels is None:
             raise ValueError(f"clients.{name} has no node_labels, while others have: give every client its own")
         if client.source is None:
-            raise ValueError(f"clients.{name}.node_labels without clients.{name}.source: data that all read cannot stay on some nodes; give each client its own")
-        local = Path(client.source).suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet") or client.source.startswith((".", "~"))
+            raise ValueError(
+                f"clients.{name}.node_labels without clients.{name}.source: data that all read cannot stay on some nodes; give each client its own"
+            )
+        local = Path(client.source).suffix in (
+            ".csv",
+            ".tsv",
+            ".jsonl",
+            ".json",
+            ".parquet",
+        ) or client.source.startswith((".", "~"))
         if local and not client.source.startswith("/"):
-            raise ValueError(f"clients.{name}.source '{client.source}' is read on the client's own nodes: give its absolute path there")
+            raise ValueError(
+                f"clients.{name}.source '{client.source}' is read on the client's own nodes: give its absolute path there"
+            )
     if config.engine == "inline":
         raise ValueError("clients.NAME.node_labels need engine ray: inline there is one process, on this machine")
     if config.privacy.sweep_epsilon is not None and config.privacy.unit == "example":
-        raise ValueError("privacy.sweep_epsilon needs the clients' numbers of examples before a sweep starts, and clients with node_labels keep them: leave it out")
+        raise ValueError(
+            "privacy.sweep_epsilon needs the clients' numbers of examples before a sweep starts, and clients with node_labels keep them: leave it out"
+        )
     if config.data.source == BUILTIN:
         raise ValueError("clients.NAME.node_labels: give data.source, held-out examples that every node may read")
 
@@ -496,11 +532,21 @@ def _check_privacy(config: Config) -> None:
         raise ValueError("privacy.secure_threshold belongs to privacy.secure_aggregation: switch it on")
     if privacy.secure_aggregation and not method.linear:
         linear = ", ".join(name for name, m in METHODS.items() if m.linear)
-        raise ValueError(f"privacy.secure_aggregation opens only the sum of the updates, and {method.name} needs each one: use {linear}")
+        raise ValueError(
+            f"privacy.secure_aggregation opens only the sum of the updates, and {method.name} needs each one: use {linear}"
+        )
     if privacy.epsilon is not None and privacy.sweep_epsilon is not None and privacy.epsilon > privacy.sweep_epsilon:
-        raise ValueError(f"privacy.epsilon {privacy.epsilon:g} of one run is above privacy.sweep_epsilon {privacy.sweep_epsilon:g} of all of them: lower it")
+        raise ValueError(
+            f"privacy.epsilon {privacy.epsilon:g} of one run is above privacy.sweep_epsilon {privacy.sweep_epsilon:g} of all of them: lower it"
+        )
     if privacy.secure_aggregation and not (privacy.on and privacy.unit == "example"):
-        kept = "federation.keep_optimizer" if config.federation.keep_optimizer else f"method {method.name}" if type(method).keeps is not Method.keeps else None
+        kept = (
+            "federation.keep_optimizer"
+            if config.federation.keep_optimizer
+            else f"method {method.name}"
+            if type(method).keeps is not Method.keeps
+            else None
+        )
         if kept:
             raise ValueError(
                 f"privacy.secure_aggregation hides single updates, and with {kept} the coordinator's checkpoint would hold what each client keeps, "
@@ -510,14 +556,18 @@ def _check_privacy(config: Config) -> None:
         given = [name for name in ("delta", "clip", *_PRIVACY_OPTIONS) if getattr(privacy, name) is not None]
         if given or privacy.unit != "example":
             name = given[0] if given else "unit"
-            raise ValueError(f"privacy.{name} without privacy.epsilon would protect nothing: give privacy.epsilon (or privacy.noise)")
+            raise ValueError(
+                f"privacy.{name} without privacy.epsilon would protect nothing: give privacy.epsilon (or privacy.noise)"
+            )
         if adapter.subspace == "private":
             raise ValueError("adapter.subspace private needs privacy.epsilon, or privacy.noise")
         return
     for name, dropout in (("model.dropout", config.model.dropout), ("adapter.dropout", adapter.dropout)):
         if dropout and privacy.unit == "example":
             # Its masks are laid out over the batch: one example more shifts those of all others, and the sum moves by more than the clip.
-            raise ValueError(f"{name} {dropout:g} would let one example change what every other one adds, beyond what privacy.clip bounds: set it to 0 in a private run")
+            raise ValueError(
+                f"{name} {dropout:g} would let one example change what every other one adds, beyond what privacy.clip bounds: set it to 0 in a private run"
+            )
     for option, unit in _PRIVACY_OPTIONS.items():
         if getattr(privacy, option) is not None and privacy.unit != unit:
             raise ValueError(f"privacy.{option} belongs to privacy.unit {unit}, not to {privacy.unit}: leave it out")
@@ -528,26 +578,42 @@ def _check_privacy(config: Config) -> None:
         )
     if adapter.subspace == "private":
         if privacy.unit == "client":
-            raise ValueError("adapter.subspace private protects examples, not clients: use public or weights with privacy.unit client")
+            raise ValueError(
+                "adapter.subspace private protects examples, not clients: use public or weights with privacy.unit client"
+            )
         for option in ("subspace_oversample", "subspace_passes"):
             if getattr(adapter, option) is not None:
-                raise ValueError(f"adapter.{option} does not fit adapter.subspace private, which has no columns or passes beyond the needed: leave it out")
+                raise ValueError(
+                    f"adapter.{option} does not fit adapter.subspace private, which has no columns or passes beyond the needed: leave it out"
+                )
     elif privacy.subspace_fraction is not None:
         raise ValueError("privacy.subspace_fraction belongs to adapter.subspace private: leave it out")
     if data.client_held_out > 0:
-        raise ValueError("data.client_held_out would send metrics of the clients' own examples without noise: leave it out in a private run")
+        raise ValueError(
+            "data.client_held_out would send metrics of the clients' own examples without noise: leave it out in a private run"
+        )
     if not isinstance(adapter.rank, int):
-        raise ValueError("adapter.rank that differs between clients does not fit privacy: noise would fill what smaller clients do not have; use one rank")
+        raise ValueError(
+            "adapter.rank that differs between clients does not fit privacy: noise would fill what smaller clients do not have; use one rank"
+        )
     if privacy.unit == "client":
         if not method.linear:
             linear = ", ".join(name for name, m in METHODS.items() if m.linear)
-            raise ValueError(f"privacy.unit client adds noise to the mean of the updates, and {method.name} broadcasts more than that: use {linear}")
+            raise ValueError(
+                f"privacy.unit client adds noise to the mean of the updates, and {method.name} broadcasts more than that: use {linear}"
+            )
         if type(method).keeps is not Method.keeps:
-            raise ValueError(f"privacy.unit client noises what is averaged, and {method.name}'s clients keep factors of their own that it does not reach: use unit example")
+            raise ValueError(
+                f"privacy.unit client noises what is averaged, and {method.name}'s clients keep factors of their own that it does not reach: use unit example"
+            )
         if privacy.secure_aggregation and config.federation.cohort is not None:
-            raise ValueError("privacy.secure_aggregation with privacy.unit client needs every client in every round, since a small sample would show its members: leave federation.cohort out")
+            raise ValueError(
+                "privacy.secure_aggregation with privacy.unit client needs every client in every round, since a small sample would show its members: leave federation.cohort out"
+            )
         if config.method.weights == "examples":
-            raise ValueError("method.weights examples would weigh clients by sizes that privacy.unit client protects: use equal, or leave it out")
+            raise ValueError(
+                "method.weights examples would weigh clients by sizes that privacy.unit client protects: use equal, or leave it out"
+            )
 
 
 def make_method(config: Config) -> Method:
@@ -563,12 +629,16 @@ def make_method(config: Config) -> Method:
         if option.startswith("server_"):
             server[option.removeprefix("server_")] = value
         elif section.name not in _OPTIONS[option]:
-            raise ValueError(f"method.{option} belongs to {' and '.join(_OPTIONS[option])}, not to {section.name}: leave it out")
+            raise ValueError(
+                f"method.{option} belongs to {' and '.join(_OPTIONS[option])}, not to {section.name}: leave it out"
+            )
         else:
             options[option] = value
     if not isinstance(config.adapter.rank, int) and not method.mixed_ranks:
         several = ", ".join(name for name, m in METHODS.items() if m.mixed_ranks)
-        raise ValueError(f"adapter.rank differs between clients, and {section.name} needs one rank for all: use {several}")
+        raise ValueError(
+            f"adapter.rank differs between clients, and {section.name} needs one rank for all: use {several}"
+        )
     if options.get("assignment") == "keep":
         if kind != "lora":
             raise ValueError(f"method.assignment keep needs adapter.kind lora, not {kind}: use average or reinit")
@@ -582,12 +652,18 @@ def make_method(config: Config) -> Method:
         raise ValueError(f"method.server_{next(iter(server))} needs method.server_optimizer: avgm, adam or yogi")
     for option in ("beta2", "tau"):
         if server.get("optimizer") == "avgm" and option in server:
-            raise ValueError(f"method.server_{option} belongs to server_optimizer adam and yogi, not to avgm: leave it out")
+            raise ValueError(
+                f"method.server_{option} belongs to server_optimizer adam and yogi, not to avgm: leave it out"
+            )
     if server and not method.linear:
         means = ", ".join(name for name, m in METHODS.items() if m.linear)
-        raise ValueError(f"method.server_optimizer steps along a mean, and {section.name} broadcasts none: use it with {means}")
+        raise ValueError(
+            f"method.server_optimizer steps along a mean, and {section.name} broadcasts none: use it with {means}"
+        )
     if section.name == "fra-ffa" and options.get("split") == "balanced":
-        raise ValueError("method.split balanced does not fit fra-ffa: the A that it freezes needs orthonormal rows; leave it out")
+        raise ValueError(
+            "method.split balanced does not fit fra-ffa: the A that it freezes needs orthonormal rows; leave it out"
+        )
     if options.get("fra_rounds", 0) >= config.federation.rounds > 1:
         raise ValueError(
             f"method.fra_rounds {options['fra_rounds']} leaves no round with A frozen out of {config.federation.rounds}: lower it, or use fra"
@@ -656,7 +732,9 @@ def read_file(path: str) -> dict[str, Any]:
 def _merge(base: dict, over: dict) -> dict:
     merged = dict(base)
     for name, value in over.items():
-        merged[name] = _merge(merged[name], value) if isinstance(value, dict) and isinstance(merged.get(name), dict) else value
+        merged[name] = (
+            _merge(merged[name], value) if isinstance(value, dict) and isinstance(merged.get(name), dict) else value
+        )
     return merged
 
 
@@ -665,14 +743,9 @@ def read_config(argv: list[str]) -> Config:
 
     `--flag=value` and a lone `--flag` (true) are read too; `null` unsets. Raises ConfigError with one sentence that names the fix.
     """
-    values, flags = {}, {}
-    queue = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    while queue:
-        word = queue.pop(0)
-        if not word.startswith("--"):
-            raise ConfigError(f"'{word}' is not a flag: write --section.key value")
-        value = queue.pop(0) if queue and not queue[0].startswith("--") else "true"
-        key = word[2:]
+    values: dict[str, Any] = {}
+    given: dict[str, Any] = {}
+    for key, value in argv_flags(argv):
         if key == "config":
             values = _merge(values, read_file(value))
             continue
@@ -684,8 +757,8 @@ def read_config(argv: list[str]) -> Config:
         nested: Any = None if value in ("null", "none", "None") else value
         for part in reversed(path):
             nested = {part: nested}
-        flags = _merge(flags, nested)
-    return from_dict(_merge(values, flags))
+        given = _merge(given, nested)
+    return from_dict(_merge(values, given))
 
 
 def help_lines(model: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, str]]:

@@ -89,7 +89,9 @@ class LowRank:
         if square > 1e-6 * size:
             return square**0.5
         if probes:
-            test = torch.randn(A.shape[1], probes, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(A.device)
+            test = torch.randn(A.shape[1], probes, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(
+                A.device
+            )
             estimate = torch.linalg.matrix_norm(B @ (A @ test)).item() / probes**0.5
             if estimate**2 < 1e-12 * size:
                 return estimate
@@ -113,7 +115,7 @@ class LowRank:
         U, S, Vt = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
         p = len(S) if rank is None else min(rank, len(S))
         if tolerance > 0 and len(S):
-            p = min(p, int((S > tolerance * S[0]).sum()))
+            p = min(p, int((tolerance * S[0] < S).sum()))
         return _apply_q(reflectors_B, U[:, :p]), S[:p], _apply_q(reflectors_A, Vt[:p].T).T
 
     def compress(self, rank: int | None = None, tolerance: float = 0.0) -> LowRank:
@@ -172,14 +174,18 @@ def khatri_rao_columns(left: Tensor, right: Tensor) -> Tensor:
     return (left[:, None, :] * right[None, :, :]).reshape(-1, left.shape[1])
 
 
-def top_svd(matrix: Tensor, rank: int, generator: torch.Generator, oversample: int = 16, iterations: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+def top_svd(
+    matrix: Tensor, rank: int, generator: torch.Generator, oversample: int = 16, iterations: int = 8
+) -> tuple[Tensor, Tensor, Tensor]:
     """U (m x rank), S, Vt (rank x n) of a dense matrix, fp32: exact up to 512 on the shorter side, beyond it a randomised range
     finder with power iterations (Halko, Martinsson, Tropp, 2011)."""
     matrix = matrix.float()
     if min(matrix.shape) <= 512:
         U, S, Vt = torch.linalg.svd(matrix.double(), full_matrices=False)
     else:
-        sketch = torch.randn(matrix.shape[1], min(rank + oversample, *matrix.shape), generator=generator).to(matrix.device)
+        sketch = torch.randn(matrix.shape[1], min(rank + oversample, *matrix.shape), generator=generator).to(
+            matrix.device
+        )
         Q = torch.linalg.qr(matrix @ sketch).Q
         for _ in range(iterations):
             Q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ Q).Q).Q

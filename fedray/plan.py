@@ -79,7 +79,10 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         numbers = self.costs[0].trainable
-        told = {c: p.to_dict() | {"epsilon": p.epsilon, "signal_to_noise": p.signal_to_noise(numbers)} for c, p in self.privacy.items()}
+        told = {
+            c: p.to_dict() | {"epsilon": p.epsilon, "signal_to_noise": p.signal_to_noise(numbers)}
+            for c, p in self.privacy.items()
+        }
         return asdict(self) | {"memory": asdict(self.memory) | {"total": self.memory.total}, "privacy": told}
 
 
@@ -109,7 +112,9 @@ def plan(config: Config, cohort: int | None = None, classes: int = 2, counts: Ma
         clients=max(cohort, count),
         costs=tuple(_cost(c, spec, heads, names[:cohort]) for c in _variants(config)),
         memory=_memory(config, spec, base, heads),
-        privacy=plans_for(config, {c: float(max(n, config.client(c).batch_size)) for c, n in counts.items()}) if counts and config.privacy.on else {},
+        privacy=plans_for(config, {c: float(max(n, config.client(c).batch_size)) for c, n in counts.items()})
+        if counts and config.privacy.on
+        else {},
     )
 
 
@@ -117,7 +122,11 @@ def _variants(config: Config) -> list[Config]:
     """The config itself, and every other method that fits its adapter with default options."""
     variants, several = [config], not isinstance(config.adapter.rank, int)
     for name, method in METHODS.items():
-        if name != config.method.name and config.adapter.kind in method.adapters and (method.mixed_ranks or not several):
+        if (
+            name != config.method.name
+            and config.adapter.kind in method.adapters
+            and (method.mixed_ranks or not several)
+        ):
             plain = config.model_dump(mode="json", exclude_unset=True)
             with suppress(ConfigError):  # what the run's privacy does not admit is not offered
                 variants.append(from_dict(plain | {"method": {"name": name, "weights": config.method.weights}}))

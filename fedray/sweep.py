@@ -33,6 +33,7 @@ from ray.tune.search.variant_generator import generate_variants
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from fedray.argv import split
 from fedray.compare import Entry
 from fedray.config import Config, known_keys, nearest, read_config
 from fedray.data.tasks import TASKS
@@ -90,17 +91,25 @@ class Sweep:
             raise ConfigError("samples, grace and max_concurrent of a sweep are at least 1, and reduction is above 1")
         domains = [key for key, value in self.space.items() if isinstance(value, Domain)]
         if self.search == "grid" and domains:
-            raise ConfigError(f"'{domains[0]}' draws its values, which search grid does not do: give tune.grid_search([...]), or search='random'")
+            raise ConfigError(
+                f"'{domains[0]}' draws its values, which search grid does not do: give tune.grid_search([...]), or search='random'"
+            )
         grids = [key for key, value in self.space.items() if isinstance(value, dict) and "grid_search" in value]
         if self.search == "optuna" and grids:
             raise ConfigError(f"'{grids[0]}' is a grid, which optuna does not take: give tune.choice([...])")
         if self.search == "optuna" and len(self.seeds) > 1 and self.stop != "none":
-            raise ConfigError("optuna learns from the mean over the seeds, which a scheduler that stops some of them would spoil: stop='none', or one seed")
+            raise ConfigError(
+                "optuna learns from the mean over the seeds, which a scheduler that stops some of them would spoil: stop='none', or one seed"
+            )
         if self.random_stopping is not None:
             if self.random_stopping not in STOPPING:
-                raise ConfigError(f"random_stopping '{self.random_stopping}' is not known: choose {', '.join(STOPPING)}")
+                raise ConfigError(
+                    f"random_stopping '{self.random_stopping}' is not known: choose {', '.join(STOPPING)}"
+                )
             if self.search != "random" or self.stop != "none" or len(self.seeds) > 1 or grids:
-                raise ConfigError("random_stopping holds for runs that are drawn alike and know nothing of each other: search='random', stop='none', one seed, and no grid_search")
+                raise ConfigError(
+                    "random_stopping holds for runs that are drawn alike and know nothing of each other: search='random', stop='none', one seed, and no grid_search"
+                )
 
 
 def in_words(value: Any) -> Any:
@@ -137,7 +146,9 @@ def load_space(path: str) -> Sweep:
         words = error.msg if isinstance(error, SyntaxError) else error
         raise ConfigError(f"space '{path}' cannot be read: {type(error).__name__}: {words} (line {line})") from error
     if not isinstance(found := getattr(module, "SWEEP", None), Sweep):
-        raise ConfigError(f"space '{path}' holds no SWEEP: write SWEEP = Sweep(space={{...}}), with `from fedray.sweep import Sweep`")
+        raise ConfigError(
+            f"space '{path}' holds no SWEEP: write SWEEP = Sweep(space={{...}}), with `from fedray.sweep import Sweep`"
+        )
     return found
 
 
@@ -185,7 +196,11 @@ def flag_value(value: Any) -> str:
     """A value as the command line has it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value.item() if isinstance(value, np.generic) else value)
+    return (
+        ",".join(map(str, value))
+        if isinstance(value, (list, tuple))
+        else str(value.item() if isinstance(value, np.generic) else value)
+    )
 
 
 def points(sweep: Sweep, draws: int, seed: int = 0) -> Iterator[dict[str, Any]]:
@@ -271,7 +286,9 @@ def bundles(config: Config, clients: int, gpus_there: float) -> Bundles:
         return Bundles(each, {}, 0)
     if config.siloed:
         at_most = worker.count or (clients if worker.gpus else 1)
-        labels = tuple(dict(where) for where, members in silos_of(config).items() for _ in range(min(at_most, len(members))))
+        labels = tuple(
+            dict(where) for where, members in silos_of(config).items() for _ in range(min(at_most, len(members)))
+        )
         # A bundle of its own, a byte, for the trial and its coordinator: they see every update, and belong on no silo's machine.
         return Bundles({"memory": 1.0}, each, len(labels), labels)
     cohort = min(config.federation.cohort or clients, clients)
@@ -327,7 +344,10 @@ def split_of(config: Config) -> str:
     own = {n: c.source for n, c in config.clients.items() if c.source}
     by_nature = bool(own) or config.data.source == "builtin" or config.data.partition == "column"
     seed = None if by_nature and config.data.limit is None else config.seed
-    return json.dumps([config.data.model_dump(mode="json"), own, None if by_nature else config.federation.clients, seed], sort_keys=True)
+    return json.dumps(
+        [config.data.model_dump(mode="json"), own, None if by_nature else config.federation.clients, seed],
+        sort_keys=True,
+    )
 
 
 PUBLIC_RUN = {EVERYONE: [Release("a run without privacy", 0.0)]}
@@ -335,7 +355,11 @@ PUBLIC_RUN = {EVERYONE: [Release("a run without privacy", 0.0)]}
 
 def told(out: Path) -> list[tuple[dict[str, list[Release]], str]]:
     """What every run under OUT that has begun has released so far, of a run without privacy a release without noise; and how it dealt the data."""
-    folders = sorted(p for p in (out / "trials").iterdir() if (p / "config.yaml").is_file()) if (out / "trials").is_dir() else []
+    folders = (
+        sorted(p for p in (out / "trials").iterdir() if (p / "config.yaml").is_file())
+        if (out / "trials").is_dir()
+        else []
+    )
     found = [(released(folder), split_of(read_run_config(folder))) for folder in folders]
     return [(PUBLIC_RUN if releases is None else releases, split) for releases, split in found]
 
@@ -346,11 +370,18 @@ def check_budget(trials: Sequence[Trial], prepared: Sequence[Prepared], times: i
     configs = [t.config for t in trials]
     private = [c for c in configs if c.privacy.on]
     if len({c.privacy.unit for c in private}) > 1:
-        raise ConfigError("the sweep varies privacy.unit, and what examples and what clients are told cannot be added up: make two sweeps")
+        raise ConfigError(
+            "the sweep varies privacy.unit, and what examples and what clients are told cannot be added up: make two sweeps"
+        )
     cut = [c for c in private if c.model.task == "causal-lm" and c.data.completion is None]
-    for key, values in (("data.max_length", {c.data.max_length for c in cut}), ("model.path", {c.model.path for c in cut})):
+    for key, values in (
+        ("data.max_length", {c.data.max_length for c in cut}),
+        ("model.path", {c.model.path for c in cut}),
+    ):
         if len(values) > 1:
-            raise ConfigError(f"the sweep varies {key}, which decides what one private example is: releases of different units cannot be added up; make two sweeps")
+            raise ConfigError(
+                f"the sweep varies {key}, which decides what one private example is: releases of different units cannot be added up; make two sweeps"
+            )
     if len({split_of(c) for c in private if c.privacy.unit == "client"}) > 1:
         raise ConfigError(
             "privacy.unit client with trials that deal the data out differently (other seeds, clients or partitions): a client of one is no client of another, and what they are told "
@@ -360,17 +391,25 @@ def check_budget(trials: Sequence[Trial], prepared: Sequence[Prepared], times: i
     if budgets == {None}:
         return
     if len(budgets) > 1:
-        raise ConfigError("privacy.sweep_epsilon is one for the whole sweep: give it on the command line or in the base, not in the space")
+        raise ConfigError(
+            "privacy.sweep_epsilon is one for the whole sweep: give it on the command line or in the base, not in the space"
+        )
     if bare := next((t.name for t in trials if not t.config.privacy.on), None):
-        raise ConfigError(f"trial '{bare}' has no privacy.epsilon, so that no privacy.sweep_epsilon can hold: leave one of them out")
+        raise ConfigError(
+            f"trial '{bare}' has no privacy.epsilon, so that no privacy.sweep_epsilon can hold: leave one of them out"
+        )
     if any(c.privacy.delta is None and c.privacy.unit == "example" for c in configs):
-        raise ConfigError("privacy.sweep_epsilon needs privacy.delta too: each trial's own would follow from noised numbers of examples, and a sum has one delta")
+        raise ConfigError(
+            "privacy.sweep_epsilon needs privacy.delta too: each trial's own would follow from noised numbers of examples, and a sum has one delta"
+        )
     runs, splits, budget = [planned(p) for p in prepared], [split_of(c) for c in configs], budgets.pop()
     delta, count = min(plan_delta(p) for p in prepared), times if times is not None else len(runs)
     if times is None:
         total = worst_of(composed(runs, delta, splits))
     else:
-        total = max(worst_of(composed([run] * times, delta, [str(i % len(set(splits))) for i in range(times)])) for run in runs)
+        total = max(
+            worst_of(composed([run] * times, delta, [str(i % len(set(splits))) for i in range(times)])) for run in runs
+        )
     if total > budget:
         raise ConfigError(
             f"{count} trials together would spend epsilon {total:.4g} at delta {delta:g} of the data, and privacy.sweep_epsilon is {budget:g}: "
@@ -426,9 +465,17 @@ def placed(config: Config, clients: int, gpus_there: float, folder: Path) -> tup
     asked = bundles(config, clients, gpus_there)
     one = asked.each or asked.own
     cache = config.worker.cache or str(cache_folder(folder.parent.parent))
-    count = (config.worker.count or max(asked.labels.count(where) for where in asked.labels)) if asked.labels else asked.workers or None
-    worker = config.worker.model_copy(update={"count": count, "cpus": int(one["CPU"]), "gpus": one.get("GPU", 0.0), "cache": cache})
-    output = config.output.model_copy(update={"dir": str(folder), "resume": True, "track": ()})  # Tune's own callbacks do
+    count = (
+        (config.worker.count or max(asked.labels.count(where) for where in asked.labels))
+        if asked.labels
+        else asked.workers or None
+    )
+    worker = config.worker.model_copy(
+        update={"count": count, "cpus": int(one["CPU"]), "gpus": one.get("GPU", 0.0), "cache": cache}
+    )
+    output = config.output.model_copy(
+        update={"dir": str(folder), "resume": True, "track": ()}
+    )  # Tune's own callbacks do
     return config.model_copy(update={"worker": worker, "output": output}), asked
 
 
@@ -444,7 +491,11 @@ def objective_of(sweep: Sweep, config: Config) -> tuple[str, str]:
     name = sweep.objective or task.metric
     if name not in task.reported:
         raise ConfigError(f"objective '{name}' is no metric of this task: choose {', '.join(task.reported)}")
-    better = task.higher_is_better if name == task.metric else not any(word in name for word in ("loss", "perplexity", "bits"))
+    better = (
+        task.higher_is_better
+        if name == task.metric
+        else not any(word in name for word in ("loss", "perplexity", "bits"))
+    )
     return name, "max" if better else "min"
 
 
@@ -469,9 +520,14 @@ class _Reports:
             return  # a scheduler must not judge a round by an older one's numbers
         self._metrics = record["metrics"]
         told = {
-            "round": record["round"], "objective": self._metrics[self.objective], **self._metrics, "bytes": self._bytes,
-            "epsilon": max((record["epsilon"] or {}).values(), default=None), "train_loss": record["train_loss"],
-            "exactness": record["exactness"], "aggregation_error": record["aggregation_error"],
+            "round": record["round"],
+            "objective": self._metrics[self.objective],
+            **self._metrics,
+            "bytes": self._bytes,
+            "epsilon": max((record["epsilon"] or {}).values(), default=None),
+            "train_loss": record["train_loss"],
+            "exactness": record["exactness"],
+            "aggregation_error": record["aggregation_error"],
             **{f"seconds_{phase}": value for phase, value in record["seconds"].items()},
         }
         told = {k: v for k, v in told.items() if v is not None}
@@ -491,8 +547,13 @@ def run_trial(point: dict[str, Any], shared: Shared) -> None:
     A run that fails for its own reason (it diverged, it cannot afford its privacy) leaves `failed.json` and ends; anything else is raised, and Tune
     tries the trial again.
     """
-    values = point.get("values") or {k: v for k, v in point.items() if k != TRIAL_INDEX} | {"seed": shared.sweep.seeds[point.get(TRIAL_INDEX, 0)]}
-    name = point.get("name") or f"{tune.get_context().get_trial_id()},{label({k: v for k, v in values.items() if k != 'seed'})},seed={values['seed']}"
+    values = point.get("values") or {k: v for k, v in point.items() if k != TRIAL_INDEX} | {
+        "seed": shared.sweep.seeds[point.get(TRIAL_INDEX, 0)]
+    }
+    name = (
+        point.get("name")
+        or f"{tune.get_context().get_trial_id()},{label({k: v for k, v in values.items() if k != 'seed'})},seed={values['seed']}"
+    )
     folder = Path(shared.out) / "trials" / name
     failed, stopped = folder.parent / f"{name}.failed.json", folder.parent / f"{name}.stopped"
     if stopped.exists():
@@ -506,13 +567,18 @@ def run_trial(point: dict[str, Any], shared: Shared) -> None:
         count = asked.workers or 1
         prepared = prepare(config, (count * one["CPU"], count * one.get("GPU", 0.0)))
         (folder.parent / f"{name}.json").parent.mkdir(parents=True, exist_ok=True)
-        _write_json(folder.parent / f"{name}.json", {"values": values, "split": split_of(config), "planned": _as_json(planned(prepared))})
+        _write_json(
+            folder.parent / f"{name}.json",
+            {"values": values, "split": split_of(config), "planned": _as_json(planned(prepared))},
+        )
         if "name" not in point:  # trials of a list were checked together before the first began
             _afford(shared, prepared, name)
         reports = _Reports(objective_of(shared.sweep, config)[0], config.federation.rounds)
         execute(prepared, Several([RayMetrics(), reports]), get_current_placement_group() if asked.workers else None)
     except FedrayError as error:
-        own_fault = isinstance(error, (ConfigError, PrivacyError)) or any(w in str(error) for w in ("the loss became", "not finite"))
+        own_fault = isinstance(error, (ConfigError, PrivacyError)) or any(
+            w in str(error) for w in ("the loss became", "not finite")
+        )
         if not own_fault:
             raise
         _write_json(failed, {"reason": str(error)})
@@ -531,18 +597,27 @@ def _afford(shared: Shared, prepared: Prepared, name: str) -> None:
         if file.name.endswith(".failed.json"):
             continue
         kept = json.loads(file.read_text())
-        run, over = file.with_suffix(""), file.with_suffix(".failed.json").exists() or file.with_suffix(".stopped").exists()
+        run, over = (
+            file.with_suffix(""),
+            file.with_suffix(".failed.json").exists() or file.with_suffix(".stopped").exists(),
+        )
         spent = released(run) if over or (run / "summary.json").exists() else _from_json(kept["planned"])
         runs.append(PUBLIC_RUN if spent is None else spent)
         splits.append(kept["split"])
     total = worst_of(composed(runs, plan_delta(prepared), splits))
     if total > budget:
         (Path(shared.out) / "trials" / f"{name}.json").unlink()
-        raise PrivacyError(f"with this trial the sweep would have spent epsilon {total:.4g} of privacy.sweep_epsilon {budget:g}: it is left out")
+        raise PrivacyError(
+            f"with this trial the sweep would have spent epsilon {total:.4g} of privacy.sweep_epsilon {budget:g}: it is left out"
+        )
 
 
 def _as_json(runs: Mapping[str, Sequence[Release]] | None) -> dict[str, list[list[Any]]] | None:
-    return None if runs is None else {client: [[r.what, r.noise, r.rate, r.steps] for r in releases] for client, releases in runs.items()}
+    return (
+        None
+        if runs is None
+        else {client: [[r.what, r.noise, r.rate, r.steps] for r in releases] for client, releases in runs.items()}
+    )
 
 
 def _from_json(kept: Mapping[str, Sequence[Sequence[Any]]] | None) -> dict[str, list[Release]] | None:
@@ -577,19 +652,7 @@ _OWN = {"space", "out", "resume", "track", "seeds", "samples", "max-concurrent"}
 def read_sweep(argv: Sequence[str]) -> Asked:
     """`--space F.py [--out DIR] [--resume] [--seeds 0,1] [--samples N] [--max-concurrent N] [--track mlflow,wandb]` and config flags, which
     win over the space's base and fix a key of the space. Raises ConfigError."""
-    own: dict[str, str] = {}
-    rest: list[str] = []
-    queue = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    while queue:
-        word = queue.pop(0)
-        if word == "--resume":
-            own["resume"] = "true"
-        elif word.startswith("--") and word[2:] in _OWN:
-            if not queue:
-                raise ConfigError(f"{word} needs a value")
-            own[word[2:]] = queue.pop(0)
-        else:
-            rest.append(word)
+    own, rest = split(argv, lambda name: name in _OWN, switches=("resume",))
     if "space" not in own:
         raise ConfigError("fedray sweep needs --space F.py, a search space such as tune_spaces/smoke.py")
     sweep = load_space(own["space"])
@@ -606,11 +669,19 @@ def read_sweep(argv: Sequence[str]) -> Asked:
     for key in given:
         if key in ("seed", "output.dir", "output.resume", "output.track"):
             raise ConfigError(f"--{key} is set by the sweep itself: use --seeds, --out, --resume or --track")
-    together = {inner for axis in sweep.space.values() for value in _values_of(axis) if isinstance(value, Mapping) for inner in value}
+    together = {
+        inner
+        for axis in sweep.space.values()
+        for value in _values_of(axis)
+        if isinstance(value, Mapping)
+        for inner in value
+    }
     entries = "entry" in sweep.space or "entry" in together
     for key in given:
         if key in together or (entries and key in ("method.name", "adapter.kind")):
-            raise ConfigError(f"--{key} is what the space varies together with other keys: leave it out, or write a space of your own")
+            raise ConfigError(
+                f"--{key} is what the space varies together with other keys: leave it out, or write a space of your own"
+            )
     fixed = [key for key in sweep.space if key in given]
     space = {key: value for key, value in sweep.space.items() if key not in fixed}
     sweep = Sweep(**vars(sweep) | {"space": space} | change)
@@ -618,10 +689,14 @@ def read_sweep(argv: Sequence[str]) -> Asked:
     flags = [word for key, value in flat.items() for word in (f"--{key}", flag_value(value))]
     trackers = tuple(t for t in own.get("track", "").split(",") if t)
     if strange := [t for t in trackers if t not in TRACKERS]:
-        raise ConfigError(f"--track '{strange[0]}' is not known: choose {', '.join(TRACKERS)} (TensorBoard's files are always written)")
+        raise ConfigError(
+            f"--track '{strange[0]}' is not known: choose {', '.join(TRACKERS)} (TensorBoard's files are always written)"
+        )
     base = rooted(read_config([*flags, *rest])).model_dump(mode="json", exclude_unset=True)
     check_lasting("--out", own.get("out"))
-    out = Path(own.get("out", Path("runs", f"sweep-{Path(own['space']).stem}-{time.strftime('%Y%m%d-%H%M%S')}"))).absolute()
+    out = Path(
+        own.get("out", Path("runs", f"sweep-{Path(own['space']).stem}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    ).absolute()
     notes = tuple(f"{key} is fixed by the command line, and no longer part of the space" for key in fixed)
     return Asked(sweep, own["space"], base, out, "resume" in own, trackers, notes)
 
@@ -639,7 +714,9 @@ def run_sweep(asked: Asked, view: Callable[[int, bool], tune.Callback], say: Cal
     sweep, out = asked.sweep, asked.out
     _check_folder(asked)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own output, which scrolls; the live view has its place
-    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that fails before its first report fails alone
+    os.environ.setdefault(
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING", "1"
+    )  # a trial that fails before its first report fails alone
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")  # what a kill of the sweep may forget of an adaptive search
     draws, seed = _draws(asked)
     with ray_session():
@@ -660,27 +737,51 @@ def run_sweep(asked: Asked, view: Callable[[int, bool], tune.Callback], say: Cal
             found = prepare(trial.config, (1e9, 1e9))
             prepared.append(found)
             if trial.config.worker.wait is None:
-                check_placeable(trial.name, placed(trial.config, len(found.data.clients), shared.gpus_there, out)[1], nodes)
+                check_placeable(
+                    trial.name, placed(trial.config, len(found.data.clients), shared.gpus_there, out)[1], nodes
+                )
         check_budget(trials, prepared, times)
         rounds = max(t.config.federation.rounds for t in trials)
         out.mkdir(parents=True, exist_ok=True)
         kept = {
-            "space": asked.space, "base": asked.base, "sweep": in_words(sweep), "objective": goal, "mode": mode,
+            "space": asked.space,
+            "base": asked.base,
+            "sweep": in_words(sweep),
+            "objective": goal,
+            "mode": mode,
             "trials": [] if sweep.search == "optuna" else [{"name": t.name, "values": t.values} for t in trials],
-            "left_out": left_out, "random_stopping": [sweep.random_stopping, sweep.samples] if sweep.random_stopping else None,
+            "left_out": left_out,
+            "random_stopping": [sweep.random_stopping, sweep.samples] if sweep.random_stopping else None,
         }
         _write_json(out / "sweep.json", kept)
-        say(f"{len(trials) if sweep.search != 'optuna' else sweep.samples * len(sweep.seeds)} trials, {goal} ({mode}), in {out}")
+        say(
+            f"{len(trials) if sweep.search != 'optuna' else sweep.samples * len(sweep.seeds)} trials, {goal} ({mode}), in {out}"
+        )
         count = len(sweep.seeds) * sweep.samples if sweep.search == "optuna" else len(trials)
         unfinished = True
         try:
             results = _tuner(asked, shared, trials, rounds, goal, mode, view(count, mode == "max")).fit()
             for r in results:
-                if r.error is not None and (name := _name_of(out, r)) is not None and not (out / "trials" / f"{name}.failed.json").exists():
-                    reason = (str(r.error).strip().splitlines() or [type(r.error).__name__])[-1]  # not its own fault: --resume tries again
-                    _write_json(out / "trials" / f"{name}.failed.json", {"reason": f"it was tried {TRIAL_ATTEMPTS} times: {reason}"})
+                if (
+                    r.error is not None
+                    and (name := _name_of(out, r)) is not None
+                    and not (out / "trials" / f"{name}.failed.json").exists()
+                ):
+                    reason = (str(r.error).strip().splitlines() or [type(r.error).__name__])[
+                        -1
+                    ]  # not its own fault: --resume tries again
+                    _write_json(
+                        out / "trials" / f"{name}.failed.json",
+                        {"reason": f"it was tried {TRIAL_ATTEMPTS} times: {reason}"},
+                    )
             names = _begun(out) if sweep.search == "optuna" else [t.name for t in trials]
-            ended = [n for n in names if any((out / "trials" / f"{n}{what}").exists() for what in ("/summary.json", ".failed.json", ".stopped"))]
+            ended = [
+                n
+                for n in names
+                if any(
+                    (out / "trials" / f"{n}{what}").exists() for what in ("/summary.json", ".failed.json", ".stopped")
+                )
+            ]
             unfinished = len(ended) < max(count, len(names))
             for name in names:
                 if (failed := out / "trials" / f"{name}.failed.json").exists():
@@ -715,7 +816,9 @@ def _draws(asked: Asked) -> tuple[int, int]:
     key = KeyStore(asked.out / "keys").key("sweep", "runs")
     draws = draw_runs(sweep.random_stopping, sweep.samples, key.stream("runs"))
     if draws == 0:
-        raise FedrayError("the secret number of runs came out as 0, which is part of the guarantee: nothing is released")
+        raise FedrayError(
+            "the secret number of runs came out as 0, which is part of the guarantee: nothing is released"
+        )
     return draws, int(key.stream("points").integers(1)[0] % 2**32)
 
 
@@ -729,21 +832,42 @@ def _check_folder(asked: Asked) -> None:
         raise ConfigError(f"--out '{asked.out}' holds another sweep: choose another, or go on with it by --resume")
     if kept.is_file():
         held = json.loads(kept.read_text())
-        if held["base"] != json.loads(json.dumps(asked.base)) or held["sweep"] != json.loads(json.dumps(in_words(asked.sweep))):
-            raise ConfigError(f"--out '{asked.out}' holds a sweep of another space or other flags: give the same to resume it, or another --out")
+        if held["base"] != json.loads(json.dumps(asked.base)) or held["sweep"] != json.loads(
+            json.dumps(in_words(asked.sweep))
+        ):
+            raise ConfigError(
+                f"--out '{asked.out}' holds a sweep of another space or other flags: give the same to resume it, or another --out"
+            )
 
 
 def corners(sweep: Sweep, flags: Sequence[str]) -> list[Trial]:
     """Trials that stand for all that an adaptive search may try: every combination of what shapes privacy, data or resources, other keys at
     one value. Raises ConfigError where such a key is drawn from a range, which cannot be checked beforehand."""
-    shaping = ("entry", "method.name", "adapter.kind", "adapter.subspace", "privacy.", "federation.", "data.", "worker.", "clients.")
+    shaping = (
+        "entry",
+        "method.name",
+        "adapter.kind",
+        "adapter.subspace",
+        "privacy.",
+        "federation.",
+        "data.",
+        "worker.",
+        "clients.",
+    )
     axes: dict[str, list[Any]] = {}
     for key, value in sweep.space.items():
         if isinstance(value, Categorical):
             axes[key] = list(value.categories)
         elif isinstance(value, Domain):
-            if key.startswith(shaping) and key not in ("federation.lr", "federation.weight_decay", "federation.proximal", "federation.warmup"):
-                raise ConfigError(f"'{key}' decides what a trial costs or spends, so that optuna may only choose it from a list: give tune.choice([...])")
+            if key.startswith(shaping) and key not in (
+                "federation.lr",
+                "federation.weight_decay",
+                "federation.proximal",
+                "federation.warmup",
+            ):
+                raise ConfigError(
+                    f"'{key}' decides what a trial costs or spends, so that optuna may only choose it from a list: give tune.choice([...])"
+                )
             axes[key] = [value.sample(random_state=np.random.RandomState(0))]
         else:
             axes[key] = [value]
@@ -754,7 +878,9 @@ def corners(sweep: Sweep, flags: Sequence[str]) -> list[Trial]:
     return found
 
 
-def _tuner(asked: Asked, shared: Shared, trials: Sequence[Trial], rounds: int, goal: str, mode: str, view: tune.Callback) -> tune.Tuner:
+def _tuner(
+    asked: Asked, shared: Shared, trials: Sequence[Trial], rounds: int, goal: str, mode: str, view: tune.Callback
+) -> tune.Tuner:
     sweep, folder = asked.sweep, asked.out / "tune"
     trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), resources=_Resources(shared))
     if sweep.search == "optuna":
@@ -763,18 +889,27 @@ def _tuner(asked: Asked, shared: Shared, trials: Sequence[Trial], rounds: int, g
         space = {"trial": tune.grid_search([{"name": t.name, "values": t.values} for t in trials])}
         trainable = tune.with_resources(tune.with_parameters(run_listed, shared=shared), resources=_Resources(shared))
     if tune.Tuner.can_restore(str(folder)):
-        return tune.Tuner.restore(str(folder), trainable, resume_unfinished=True, resume_errored=True, param_space=space)
+        return tune.Tuner.restore(
+            str(folder), trainable, resume_unfinished=True, resume_errored=True, param_space=space
+        )
     return tune.Tuner(
         trainable,
         param_space=space,
         tune_config=tune.TuneConfig(
-            metric="objective", mode=mode, scheduler=_scheduler(sweep, rounds, asked.out, goal), search_alg=_searcher(sweep, mode),
+            metric="objective",
+            mode=mode,
+            scheduler=_scheduler(sweep, rounds, asked.out, goal),
+            search_alg=_searcher(sweep, mode),
             num_samples=sweep.samples * len(sweep.seeds) if sweep.search == "optuna" else 1,
-            max_concurrent_trials=sweep.max_concurrent, trial_dirname_creator=_dirname,
+            max_concurrent_trials=sweep.max_concurrent,
+            trial_dirname_creator=_dirname,
             reuse_actors=True,  # the next trial finds everything imported
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(asked.out), callbacks=[view, *_trackers(asked)], verbose=0,
+            name="tune",
+            storage_path=str(asked.out),
+            callbacks=[view, *_trackers(asked)],
+            verbose=0,
             failure_config=tune.FailureConfig(max_failures=TRIAL_ATTEMPTS - 1),
         ),
     )
@@ -798,9 +933,15 @@ class _Resources:
 
     def __call__(self, config: dict[str, Any]) -> tune.PlacementGroupFactory:
         point = config.get("trial", config)
-        values = point["values"] if "values" in point else {k: v for k, v in point.items() if k != TRIAL_INDEX} | {"seed": 0}
+        values = (
+            point["values"] if "values" in point else {k: v for k, v in point.items() if k != TRIAL_INDEX} | {"seed": 0}
+        )
         found = self.shared.config(values)
-        clients = len(prepare(found, (1e9, 1e9)).data.clients) if found.engine == "ray" and found.worker.count is None and found.worker.gpus else 1
+        clients = (
+            len(prepare(found, (1e9, 1e9)).data.clients)
+            if found.engine == "ray" and found.worker.count is None and found.worker.gpus
+            else 1
+        )
         return bundles(found, clients, self.shared.gpus_there).factory()
 
 
@@ -820,10 +961,16 @@ class _Lasting:
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         taken = super().set_search_properties(metric, mode, **spec)
-        for folder in sorted(p for p in (self.out / "trials").glob("*/") if (p / "summary.json").exists() or p.with_name(f"{p.name}.stopped").exists()):
+        for folder in sorted(
+            p
+            for p in (self.out / "trials").glob("*/")
+            if (p / "summary.json").exists() or p.with_name(f"{p.name}.stopped").exists()
+        ):
             for record in read_rounds(folder):
                 if record["metrics"] is not None:
-                    self.remember(_Ended(folder.name), {"round": record["round"], "objective": record["metrics"][self.objective]})
+                    self.remember(
+                        _Ended(folder.name), {"round": record["round"], "objective": record["metrics"][self.objective]}
+                    )
         return taken
 
     def remember(self, trial: _Ended, result: dict[str, Any]) -> None:
@@ -833,9 +980,19 @@ class _Lasting:
         decision = super().on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.STOP:
             listed = trial.config.get("trial", {}).get("name")
-            found = [listed] if listed else [p.stem for p in (self.out / "trials").glob(f"{trial.trial_id},*.json") if not p.name.endswith(".failed.json")]
+            found = (
+                [listed]
+                if listed
+                else [
+                    p.stem
+                    for p in (self.out / "trials").glob(f"{trial.trial_id},*.json")
+                    if not p.name.endswith(".failed.json")
+                ]
+            )
             for name in found:
-                if not (self.out / "trials" / name / "summary.json").exists():  # at its last round it was not stopped, it was done
+                if not (
+                    self.out / "trials" / name / "summary.json"
+                ).exists():  # at its last round it was not stopped, it was done
                     (self.out / "trials" / f"{name}.stopped").touch()
         return decision
 
@@ -887,7 +1044,9 @@ def _trackers(asked: Asked) -> list[tune.Callback]:
                 import wandb  # noqa: F401
                 from ray.air.integrations.wandb import WandbLoggerCallback
 
-                found.append(WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT", "fedray"), group=asked.out.name))
+                found.append(
+                    WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT", "fedray"), group=asked.out.name)
+                )
         except ImportError as error:
             raise ConfigError(f"--track {name} needs it: pip install 'fedray[track]'") from error
     return found
@@ -902,7 +1061,14 @@ def _clean_up(out: Path, whole: bool) -> None:
         if ledger is not None and not (folder / "summary.json").exists():
             keys.append((read_run_config(folder).privacy.key_dir, ledger.run))
     here = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
-    ray.get([_remove.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=True)).remote(cache_folder(out), keys) for n in here])
+    ray.get(
+        [
+            _remove.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=True)).remote(
+                cache_folder(out), keys
+            )
+            for n in here
+        ]
+    )
 
 
 @ray.remote(num_cpus=0)

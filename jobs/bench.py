@@ -82,7 +82,9 @@ def aggregation(console: Console, m: int, n: int, clients: int, rank: int) -> No
     quick, rough = timed(lambda: randomised(2), 5)
     lowrank, approximate = timed(lambda: randomised(10), 5)
     full, exact = timed(full_svd, 1)
-    table = Table(title=f"aggregate {clients} clients of rank {rank} at {m} x {n}, to rank {rank} ({torch.get_num_threads()} CPU threads)")
+    table = Table(
+        title=f"aggregate {clients} clients of rank {rank} at {m} x {n}, to rank {rank} ({torch.get_num_threads()} CPU threads)"
+    )
     for column in ("way", "median s", "times factored", "distance from the full SVD's result"):
         table.add_column(column, justify="left" if column == "way" else "right")
     ways = (
@@ -101,7 +103,9 @@ def step(console: Console, rounds: int) -> None:
     """A client's local step on the built-in model, engines in turn so that drift of the machine hits both alike."""
     trainers = {}
     for backend in ("torch", "deepspeed"):
-        config = from_dict({"worker": {"backend": backend}, "engine": "inline", "federation": {"local_steps": 4, "batch_size": 8}})
+        config = from_dict(
+            {"worker": {"backend": backend}, "engine": "inline", "federation": {"local_steps": 4, "batch_size": 8}}
+        )
         trainer = LocalTrainer(config, "cpu", torch.get_num_threads())
         method = make_method(config)
         state = method.init(Spec(ADAPTERS["lora"](), trainer.layers, 0), trainer.describe()[1])
@@ -115,11 +119,15 @@ def step(console: Console, rounds: int) -> None:
             trainer, view = trainers[backend]
             seconds[backend].append(trainer.train(view, "xml", round, base_key="same").seconds / 4)
         ratios.append(seconds["deepspeed"][-1] / seconds["torch"][-1])
-    table = Table(title=f"a client's step, built-in model, batch 8 x 256 ({torch.get_num_threads()} CPU threads, {rounds} rounds of 4 steps)")
+    table = Table(
+        title=f"a client's step, built-in model, batch 8 x 256 ({torch.get_num_threads()} CPU threads, {rounds} rounds of 4 steps)"
+    )
     for column in ("engine", "median s a step", "times plain PyTorch (median of the rounds)"):
         table.add_column(column, justify="left" if column == "engine" else "right")
     table.add_row("plain PyTorch", f"{statistics.median(seconds['torch']):.4f}", "1.00")
-    table.add_row("DeepSpeed, ZeRO 0", f"{statistics.median(seconds['deepspeed']):.4f}", f"{statistics.median(ratios):.3f}")
+    table.add_row(
+        "DeepSpeed, ZeRO 0", f"{statistics.median(seconds['deepspeed']):.4f}", f"{statistics.median(ratios):.3f}"
+    )
     console.print(table)
 
 
@@ -151,11 +159,19 @@ def encoder(kind: str, rank: int, hidden: int, layers: int):
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    shape = BertConfig(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32, intermediate_size=4 * hidden, vocab_size=1000)
+    shape = BertConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        intermediate_size=4 * hidden,
+        vocab_size=1000,
+    )
     model = BertForSequenceClassification(shape)
     targets = ("query", "key", "value", "dense")
     if kind == "loha":
-        return get_peft_model(model, LoHaConfig(r=rank // 2, alpha=rank, target_modules=list(targets), exclude_modules="classifier"))
+        return get_peft_model(
+            model, LoHaConfig(r=rank // 2, alpha=rank, target_modules=list(targets), exclude_modules="classifier")
+        )
     method = {"lora-sb": "fed-sb", "ravan": "ravan"}.get(kind, "fedex")
     config = from_dict({"adapter": {"kind": kind, "rank": rank, "targets": targets}, "method": {"name": method}})
     return attach.attach(model, config.adapter, "classification")
@@ -189,7 +205,10 @@ def abba(console: Console, repeats: int) -> None:
             model = models[kind] = make(kind).to(device)
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
             if width is None:
-                inputs = {"input_ids": torch.randint(0, 1000, (16, 64), device=device), "labels": torch.zeros(16, dtype=torch.long, device=device)}
+                inputs = {
+                    "input_ids": torch.randint(0, 1000, (16, 64), device=device),
+                    "labels": torch.zeros(16, dtype=torch.long, device=device),
+                }
 
                 def step(model=model, optimizer=optimizer, inputs=inputs):
                     model(**inputs).loss.backward()
@@ -203,6 +222,7 @@ def abba(console: Console, repeats: int) -> None:
                     optimizer.step()
                     optimizer.zero_grad()
                     x.grad = None
+
             steps[kind] = step
             step()
         seconds = {kind: [] for kind in kinds}
@@ -210,9 +230,21 @@ def abba(console: Console, repeats: int) -> None:
             for kind in kinds[turn % 3 :] + kinds[: turn % 3]:
                 seconds[kind].append(timed_once(steps[kind], device))
         table = Table(title=f"{title}, {device} ({torch.get_num_threads()} CPU threads), {repeats} steps in turn")
-        for column in ("adapter", "trained numbers", "median s a step", "times LoRA (median of turns)", "standing MiB", "peak MiB in a step", "times LoRA, all", "floor of its arithmetic"):
+        for column in (
+            "adapter",
+            "trained numbers",
+            "median s a step",
+            "times LoRA (median of turns)",
+            "standing MiB",
+            "peak MiB in a step",
+            "times LoRA, all",
+            "floor of its arithmetic",
+        ):
             table.add_column(column, justify="left" if column == "adapter" else "right")
-        standing = {k: sum(p.numel() * (p.element_size() + (12 if p.requires_grad else 0)) for p in m.parameters()) for k, m in models.items()}
+        standing = {
+            k: sum(p.numel() * (p.element_size() + (12 if p.requires_grad else 0)) for p in m.parameters())
+            for k, m in models.items()
+        }
         peaks = {kind: peak_bytes(steps[kind], device) for kind in kinds}
         for kind in kinds:
             ratio = statistics.median(mine / lora for mine, lora in zip(seconds[kind], seconds["lora"], strict=True))
@@ -222,9 +254,14 @@ def abba(console: Console, repeats: int) -> None:
                 work = {"lora": 2 * width**2 + 3 * 32 * 2 * width, "abba": 2 * width**2 + 3 * 256 * 2 * width}
                 floor = f"{work[kind] / work['lora']:.2f}" if kind in work else "-"
             table.add_row(
-                kind, f"{sum(p.numel() for p in models[kind].parameters() if p.requires_grad):,}", f"{statistics.median(seconds[kind]):.4f}",
-                f"{ratio:.2f}", f"{standing[kind] / 2**20:.1f}", f"{peaks[kind] / 2**20:.1f}",
-                f"{(standing[kind] + peaks[kind]) / (standing['lora'] + peaks['lora']):.3f}", floor,
+                kind,
+                f"{sum(p.numel() for p in models[kind].parameters() if p.requires_grad):,}",
+                f"{statistics.median(seconds[kind]):.4f}",
+                f"{ratio:.2f}",
+                f"{standing[kind] / 2**20:.1f}",
+                f"{peaks[kind] / 2**20:.1f}",
+                f"{(standing[kind] + peaks[kind]) / (standing['lora'] + peaks['lora']):.3f}",
+                floor,
             )
         console.print(table)
 
@@ -244,7 +281,8 @@ def private(console: Console, repeats: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     federation = from_dict({"federation": {"max_grad_norm": 1.0}}).federation
     batch = {
-        "input_ids": torch.randint(0, 1000, (16, 64), device=device), "attention_mask": torch.ones(16, 64, dtype=torch.long, device=device),
+        "input_ids": torch.randint(0, 1000, (16, 64), device=device),
+        "attention_mask": torch.ones(16, 64, dtype=torch.long, device=device),
         "labels": torch.zeros(16, dtype=torch.long, device=device),
     }
     key, mechanism = Key(bytes(32)), Mechanism(1.0, 1.0, 16.0)
@@ -252,8 +290,19 @@ def private(console: Console, repeats: int) -> None:
     def losses(forward, inputs):
         return torch.nn.functional.cross_entropy(forward(inputs), inputs["labels"], reduction="none")
 
-    table = Table(title=f"a step with DP-SGD, BERT of 6 layers of 384, all linear, rank 8, 16 x 64 tokens, {device} ({torch.get_num_threads()} CPU threads), {repeats} in turn")
-    for column in ("adapter", "trained numbers", "plain, median s", "DP-SGD, median s", "times plain (median of turns)", "plain, peak MiB", "DP-SGD, peak MiB", "times plain, all memory"):
+    table = Table(
+        title=f"a step with DP-SGD, BERT of 6 layers of 384, all linear, rank 8, 16 x 64 tokens, {device} ({torch.get_num_threads()} CPU threads), {repeats} in turn"
+    )
+    for column in (
+        "adapter",
+        "trained numbers",
+        "plain, median s",
+        "DP-SGD, median s",
+        "times plain (median of turns)",
+        "plain, peak MiB",
+        "DP-SGD, peak MiB",
+        "times plain, all memory",
+    ):
         table.add_column(column, justify="left" if column == "adapter" else "right")
     for kind in ("lora", "lora-sb", "abba", "ravan"):
         model, trains = encoder(kind, 8, 384, 6).to(device).train(), ADAPTERS[kind].trains
@@ -275,13 +324,23 @@ def private(console: Console, repeats: int) -> None:
 
         noisy()
         for i in range(repeats):
-            for name, call in ((("plain", plain), ("private", noisy)) if i % 2 else (("private", noisy), ("plain", plain))):
+            for name, call in (
+                (("plain", plain), ("private", noisy)) if i % 2 else (("private", noisy), ("plain", plain))
+            ):
                 seconds[name].append(timed_once(call, device))
         peaks["private"] = peak_bytes(noisy, device)
-        ratio = statistics.median(mine / other for mine, other in zip(seconds["private"], seconds["plain"], strict=True))
+        ratio = statistics.median(
+            mine / other for mine, other in zip(seconds["private"], seconds["plain"], strict=True)
+        )
         table.add_row(
-            kind, f"{sum(p.numel() for p in parameters.values()):,}", f"{statistics.median(seconds['plain']):.4f}", f"{statistics.median(seconds['private']):.4f}",
-            f"{ratio:.3f}", f"{peaks['plain'] / 2**20:.1f}", f"{peaks['private'] / 2**20:.1f}", f"{(standing + peaks['private']) / (standing + peaks['plain']):.3f}",
+            kind,
+            f"{sum(p.numel() for p in parameters.values()):,}",
+            f"{statistics.median(seconds['plain']):.4f}",
+            f"{statistics.median(seconds['private']):.4f}",
+            f"{ratio:.3f}",
+            f"{peaks['plain'] / 2**20:.1f}",
+            f"{peaks['private'] / 2**20:.1f}",
+            f"{(standing + peaks['private']) / (standing + peaks['plain']):.3f}",
         )
     console.print(table)
 
@@ -289,7 +348,16 @@ def private(console: Console, repeats: int) -> None:
 def secure(console: Console, repeats: int) -> None:
     """One client's work and bytes in a secure sum, against packing the same vector in the clear."""
     table = Table(title=f"a client in a secure sum ({torch.get_num_threads()} CPU threads, median of {repeats})")
-    for column in ("clients", "numbers", "advertise and share, s", "mask, s", "reveal, s", "pack in the clear, s", "bytes up, times the clear", "coordinator, s (a third dropped)"):
+    for column in (
+        "clients",
+        "numbers",
+        "advertise and share, s",
+        "mask, s",
+        "reveal, s",
+        "pack in the clear, s",
+        "bytes up, times the clear",
+        "coordinator, s (a third dropped)",
+    ):
         table.add_column(column, justify="right")
     for members, numbers in ((10, 10_000), (10, 1_000_000), (31, 1_000_000)):
         names = [f"client {i}" for i in range(members)]
@@ -297,19 +365,32 @@ def secure(console: Console, repeats: int) -> None:
         session = secure_sum.Session("bench", tuple(names), secure_sum.default_threshold(members))
         adverts = {name: secure_sum.advertise(keys[name], session) for name in names}
         values, mine = torch.randn(numbers, dtype=torch.float64), names[0]
-        sharing, _ = timed(lambda: (secure_sum.advertise(keys[mine], session), secure_sum.share(keys[mine], mine, session, adverts)), repeats)  # noqa: B023
-        masking, _ = timed(lambda: secure_sum.mask(keys[mine], mine, session, adverts, secure_sum.encode(values.numpy(), members)), repeats)  # noqa: B023
+        sharing, _ = timed(
+            lambda: (secure_sum.advertise(keys[mine], session), secure_sum.share(keys[mine], mine, session, adverts)),
+            repeats,
+        )
+        masking, _ = timed(
+            lambda: secure_sum.mask(keys[mine], mine, session, adverts, secure_sum.encode(values.numpy(), members)),
+            repeats,
+        )
         sealed = {name: secure_sum.share(keys[name], name, session, adverts) for name in names}
         sent = names[: members - members // 3]
         told = {n: {o: sealed[o][n] for o in names} for n in sent}
         revealing, _ = timed(lambda: secure_sum.reveal(keys[mine], mine, session, adverts, told[mine], sent), repeats)  # noqa: B023
         revealed = {n: secure_sum.reveal(keys[n], n, session, adverts, told[n], sent) for n in sent}
-        vectors = {n: secure_sum.mask(keys[n], n, session, adverts, secure_sum.encode(values.numpy(), members)) for n in sent}
+        vectors = {
+            n: secure_sum.mask(keys[n], n, session, adverts, secure_sum.encode(values.numpy(), members)) for n in sent
+        }
         opening, total = timed(lambda: secure_sum.unmask(session, names, adverts, vectors, revealed), 1)  # noqa: B023
         assert abs(secure_sum.decode(total) - len(sent) * values.numpy()).max() < members * secure_sum.STEP
         packing, _ = timed(lambda: pack({"x": values}), repeats)  # noqa: B023
         up = (8 * numbers + secure_sum.overhead(members)[0]) / (4 * numbers)
-        table.add_row(*(f"{v:,}" for v in (members, numbers)), *(f"{v:.4f}" for v in (sharing, masking, revealing, packing)), f"{up:.2f}", f"{opening:.3f}")
+        table.add_row(
+            *(f"{v:,}" for v in (members, numbers)),
+            *(f"{v:.4f}" for v in (sharing, masking, revealing, packing)),
+            f"{up:.2f}",
+            f"{opening:.3f}",
+        )
     console.print(table)
 
 
@@ -350,7 +431,9 @@ def sharing(console: Console, flags: list[str]) -> None:
     for column in ("what a trial holds", "seconds", "private MiB", "of MiB"):
         table.add_column(column, justify="left" if column.startswith("what") else "right")
     lines = (
-        ("its own examples, as lists", "lists"), ("examples, by the trial that leaves them", "file"), ("examples, mapped by every other trial", "file"),
+        ("its own examples, as lists", "lists"),
+        ("examples, by the trial that leaves them", "file"),
+        ("examples, mapped by every other trial", "file"),
         ("base weights, mapped", "weights"),
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -386,8 +469,18 @@ def whole_model(console: Console, shape: str, clients: int, rank: int) -> None:
     from fedray.training.model import skeleton
 
     names = [f"client-{i}" for i in range(clients)]
-    table = Table(title=f"{shape}, {clients} clients, rank {rank}, every linear layer ({torch.get_num_threads()} CPU threads)")
-    for column in ("method", "numbers a client", "aggregate s", "peak MiB", "over the updates' own", "largest tensor MiB", "largest m x n MiB"):
+    table = Table(
+        title=f"{shape}, {clients} clients, rank {rank}, every linear layer ({torch.get_num_threads()} CPU threads)"
+    )
+    for column in (
+        "method",
+        "numbers a client",
+        "aggregate s",
+        "peak MiB",
+        "over the updates' own",
+        "largest tensor MiB",
+        "largest m x n MiB",
+    ):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name in ("fedit", "fedex", "fra", "flora", "fed-sb"):
         adapter = {"kind": "lora-sb" if name == "fed-sb" else "lora", "rank": rank}
@@ -403,14 +496,27 @@ def whole_model(console: Console, shape: str, clients: int, rank: int) -> None:
         state = method.init(spec, {}, start)
         view = method.view(spec, state, None)
         moved = [n for n in view.tensors if n.rsplit(".", 1)[1] in view.trained]
-        updates = [Update(c, 1.0 + i, {n: view.tensors[n] + 0.01 * torch.randn(view.tensors[n].shape, generator=g) for n in moved}) for i, c in enumerate(names)]
+        updates = [
+            Update(
+                c, 1.0 + i, {n: view.tensors[n] + 0.01 * torch.randn(view.tensors[n].shape, generator=g) for n in moved}
+            )
+            for i, c in enumerate(names)
+        ]
         own = sum(t.numel() * 4 for u in updates for t in u.tensors.values())
         seconds, _ = timed(lambda method=method, state=state, updates=updates: method.aggregate(state, updates), 3)
         peak = peak_bytes(lambda method=method, state=state, updates=updates: method.aggregate(state, updates), "cpu")
-        largest = largest_allocation(lambda method=method, state=state, updates=updates: method.aggregate(state, updates))
+        largest = largest_allocation(
+            lambda method=method, state=state, updates=updates: method.aggregate(state, updates)
+        )
         dense = max(one.m * one.n * 4 for one in spec.layers)
         table.add_row(
-            name, f"{own // 4 // clients:,}", f"{seconds:.2f}", f"{peak / 2**20:.0f}", f"{peak / own:.2f}", f"{largest / 2**20:.1f}", f"{dense / 2**20:.1f}"
+            name,
+            f"{own // 4 // clients:,}",
+            f"{seconds:.2f}",
+            f"{peak / 2**20:.0f}",
+            f"{peak / own:.2f}",
+            f"{largest / 2**20:.1f}",
+            f"{dense / 2**20:.1f}",
         )
         assert largest < dense, f"{name} made a tensor of {largest} bytes: as large as m x n"
     console.print(table)
@@ -422,7 +528,11 @@ def mean_rate(console: Console, clients: int, numbers: int) -> None:
     from fedray.lowrank import weighted_sum
 
     vectors = [torch.randn(numbers) for _ in range(clients)]
-    room, result, weights = [torch.empty(numbers) for _ in range(clients)], torch.empty(numbers), [1 / clients] * clients
+    room, result, weights = (
+        [torch.empty(numbers) for _ in range(clients)],
+        torch.empty(numbers),
+        [1 / clients] * clients,
+    )
 
     def copy() -> None:
         for target, vector in zip(room, vectors, strict=True):
@@ -435,7 +545,9 @@ def mean_rate(console: Console, clients: int, numbers: int) -> None:
     mean()
     turns = [(timed_once(copy, "cpu"), timed_once(mean, "cpu")) for _ in range(9)]
     rates = [clients * numbers * 4 / statistics.median(seconds) / 1e9 for seconds in zip(*turns, strict=True)]
-    table = Table(title=f"the mean of {clients} updates of {numbers:,} numbers, added in fp64 ({torch.get_num_threads()} CPU threads)")
+    table = Table(
+        title=f"the mean of {clients} updates of {numbers:,} numbers, added in fp64 ({torch.get_num_threads()} CPU threads)"
+    )
     for column in ("what", "GB/s", "share of the copy (median of turns)"):
         table.add_column(column, justify="left" if column == "what" else "right")
     table.add_row("copy in memory", f"{rates[0]:.1f}", "1")
@@ -445,10 +557,14 @@ def mean_rate(console: Console, clients: int, numbers: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", nargs="?", choices=("all", "aggregation", "step", "abba", "privacy", "sharing", "model"), default="all")
+    parser.add_argument(
+        "part", nargs="?", choices=("all", "aggregation", "step", "abba", "privacy", "sharing", "model"), default="all"
+    )
     parser.add_argument("--size", type=int, default=4096, help="m = n of the aggregation")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the step and abba benchmarks")
-    parser.add_argument("--shape", default="llama-3.2-1b", help="of the whole model: a shape that ships with fedray, or a model")
+    parser.add_argument(
+        "--shape", default="llama-3.2-1b", help="of the whole model: a shape that ships with fedray, or a model"
+    )
     parser.add_argument("--clients", type=int, default=10, help="of the whole model")
     args, flags = parser.parse_known_args()
     if flags and args.part != "sharing":

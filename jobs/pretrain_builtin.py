@@ -38,8 +38,16 @@ def main() -> None:
     tokenizer = ByT5Tokenizer(extra_ids=0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-            num_key_value_heads=6, max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=6,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            eos_token_id=1,
             bos_token_id=None,
         )
     )
@@ -49,11 +57,20 @@ def main() -> None:
     warmup = args.steps // 20
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda t: (t + 1) / warmup if t < warmup else 0.05 + 0.95 * (1 + math.cos(math.pi * (t - warmup) / (args.steps - warmup))) / 2,
+        lambda t: (
+            (t + 1) / warmup
+            if t < warmup
+            else 0.05 + 0.95 * (1 + math.cos(math.pi * (t - warmup) / (args.steps - warmup))) / 2
+        ),
     )
-    print(f"{len(text) / 1e6:.1f} MB of text, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    print(
+        f"{len(text) / 1e6:.1f} MB of text, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
+        flush=True,
+    )
     started, recent = time.monotonic(), []
-    for step, ids in enumerate(batches(tokens, args.steps, args.batch, args.length, torch.Generator().manual_seed(1)), 1):
+    for step, ids in enumerate(
+        batches(tokens, args.steps, args.batch, args.length, torch.Generator().manual_seed(1)), 1
+    ):
         loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
@@ -62,13 +79,20 @@ def main() -> None:
         schedule.step()
         recent.append(loss.item() / math.log(2))
         if step % 100 == 0 or step == args.steps:
-            print(f"step {step}: {sum(recent) / len(recent):.3f} bits per byte, {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"step {step}: {sum(recent) / len(recent):.3f} bits per byte, {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
             recent.clear()
 
     args.out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.out)  # half the download; fedray loads it in fp32
     tokenizer.save_pretrained(args.out)
-    (args.out / "origin.json").write_text(json.dumps({"steps": args.steps, "batch": args.batch, "length": args.length, "lr": args.lr, "text_bytes": len(text)}))
+    (args.out / "origin.json").write_text(
+        json.dumps(
+            {"steps": args.steps, "batch": args.batch, "length": args.length, "lr": args.lr, "text_bytes": len(text)}
+        )
+    )
 
 
 if __name__ == "__main__":

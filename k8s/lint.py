@@ -55,7 +55,9 @@ def _service(spec: Object) -> Iterator[str]:
     upgrade = (spec.get("upgradeStrategy") or {}).get("type")
     if upgrade is not None and upgrade not in kinds:
         yield f"upgradeStrategy '{upgrade}' is none of a RayService's: {', '.join(kinds)}"
-    if upgrade == "NewClusterWithIncrementalUpgrade" and not spec.get("rayClusterConfig", {}).get("enableInTreeAutoscaling"):
+    if upgrade == "NewClusterWithIncrementalUpgrade" and not spec.get("rayClusterConfig", {}).get(
+        "enableInTreeAutoscaling"
+    ):
         yield "NewClusterWithIncrementalUpgrade needs the autoscaler"
 
 
@@ -67,7 +69,11 @@ def _names(kind: str, name: str) -> Iterator[str]:
 
 
 def _job(spec: Object, thing: Object) -> Iterator[str]:
-    cluster, selector, mode = spec.get("rayClusterSpec"), spec.get("clusterSelector"), spec.get("submissionMode", "K8sJobMode")
+    cluster, selector, mode = (
+        spec.get("rayClusterSpec"),
+        spec.get("clusterSelector"),
+        spec.get("submissionMode", "K8sJobMode"),
+    )
     if (cluster is None) == (not selector):
         yield "exactly one of rayClusterSpec and clusterSelector must be given"
     if selector and (spec.get("suspend") or spec.get("backoffLimit", 0) > 0 or mode == "SidecarMode"):
@@ -165,7 +171,11 @@ def _cluster(cluster: Object, kind: str, thing: Object) -> Iterator[str]:
             yield f"{where}: labels belong to the group's own labels, not to rayStartParams"
         if "redis-password" in params and cluster.get("gcsFaultToleranceOptions"):
             yield f"{where}: redis-password does not go with gcsFaultToleranceOptions"
-        if scaled and options.get("version") == "v2" and group.get("template", {}).get("spec", {}).get("restartPolicy") not in (None, "Never"):
+        if (
+            scaled
+            and options.get("version") == "v2"
+            and group.get("template", {}).get("spec", {}).get("restartPolicy") not in (None, "Never")
+        ):
             yield f"{where}: autoscaler v2 needs restartPolicy Never"
         if group.get("idleTimeoutSeconds") is not None and not (scaled and options.get("version") == "v2"):
             yield f"{where}: idleTimeoutSeconds needs autoscaler v2"
@@ -242,11 +252,24 @@ def _strict(schema: Any) -> Any:
         return [_strict(s) for s in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {k: ({n: _strict(s) for n, s in v.items()} if k == "properties" else v if k in ("default", "enum") else _strict(v)) for k, v in schema.items()}
+    made = {
+        k: (
+            {n: _strict(s) for n, s in v.items()}
+            if k == "properties"
+            else v
+            if k in ("default", "enum")
+            else _strict(v)
+        )
+        for k, v in schema.items()
+    }
     if schema.get("x-kubernetes-int-or-string"):
         made["type"] = ["integer", "string"]
         made.pop("anyOf", None)
-    if "properties" in schema and "additionalProperties" not in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+    if (
+        "properties" in schema
+        and "additionalProperties" not in schema
+        and not schema.get("x-kubernetes-preserve-unknown-fields")
+    ):
         made["additionalProperties"] = False
     return made
 
@@ -256,7 +279,11 @@ def _defaulted(value: Any, schema: Object) -> Any:
     if isinstance(value, dict):
         inner = schema.get("properties", {})
         more = schema.get("additionalProperties")
-        made = {k: _defaulted(v, inner.get(k) or (more if isinstance(more, dict) else {})) for k, v in value.items() if v is not None or inner.get(k, {}).get("nullable")}
+        made = {
+            k: _defaulted(v, inner.get(k) or (more if isinstance(more, dict) else {}))
+            for k, v in value.items()
+            if v is not None or inner.get(k, {}).get("nullable")
+        }
         for name, sub in inner.items():
             if name not in made and "default" in sub:
                 made[name] = copy.deepcopy(sub["default"])

@@ -34,7 +34,11 @@ def pytest_collection_modifyitems(items):
         # With `-n 2 --dist loadgroup`: one process has all that starts Ray, so that there is one Ray at a time; the rest goes by files.
         module = item.module.__name__
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group("ray" if module in WITH_RAY or {"ray_session", "gpu_head"} & set(item.fixturenames) else module))
+            item.add_marker(
+                pytest.mark.xdist_group(
+                    "ray" if module in WITH_RAY or {"ray_session", "gpu_head"} & set(item.fixturenames) else module
+                )
+            )
         if "shared" in item.keywords and not SHARED.is_dir():
             item.add_marker(missing)
         if "gpu" in item.keywords and not torch.cuda.is_available():
@@ -46,9 +50,15 @@ def tiny(tmp_path_factory) -> Path:
     """A folder with `llama`, `bert` (non-square layers, byte tokens), `text.jsonl` (by author) and `classes.csv`."""
     root = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=259, pad_token_id=0)
-    llama = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1, bos_token_id=None))
-    bert = BertForSequenceClassification(BertConfig(**shape, max_position_embeddings=128, num_labels=2, hidden_dropout_prob=0.1))
+    shape = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=259, pad_token_id=0
+    )
+    llama = LlamaForCausalLM(
+        LlamaConfig(**shape, num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1, bos_token_id=None)
+    )
+    bert = BertForSequenceClassification(
+        BertConfig(**shape, max_position_embeddings=128, num_labels=2, hidden_dropout_prob=0.1)
+    )
     for name, model in (("llama", llama), ("bert", bert)):
         model.save_pretrained(root / name)
         ByT5Tokenizer(extra_ids=0).save_pretrained(root / name)
@@ -66,7 +76,14 @@ def tiny(tmp_path_factory) -> Path:
         rows.writerow(["sentence", "label"])
         for i in range(120):
             good = i % 3 != 0
-            rows.writerow([" ".join(draw.choice(["good", "fine"] if good else ["bad", "null"]) for _ in range(draw.randint(1, 9))), int(good)])
+            rows.writerow(
+                [
+                    " ".join(
+                        draw.choice(["good", "fine"] if good else ["bad", "null"]) for _ in range(draw.randint(1, 9))
+                    ),
+                    int(good),
+                ]
+            )
     return root
 
 

@@ -14,7 +14,10 @@ from fedray.adapters.modules import HadamardProduct
 from fedray.config import from_dict
 from fedray.errors import ConfigError
 
-INPUTS = {"input_ids": torch.randint(3, 200, (3, 11), generator=torch.Generator().manual_seed(5)), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
+INPUTS = {
+    "input_ids": torch.randint(3, 200, (3, 11), generator=torch.Generator().manual_seed(5)),
+    "attention_mask": torch.ones(3, 11, dtype=torch.long),
+}
 
 
 def section(kind, **options):
@@ -39,7 +42,9 @@ def test_abba_equals_pefts_loha_in_value_and_gradients():
     torch.manual_seed(0)
     m, n, r, scale = 23, 31, 3, 1.7
     base = nn.Sequential(nn.Linear(n, m))
-    loha = get_peft_model(base, LoHaConfig(r=r, alpha=scale * r, target_modules=["0"], init_weights=False)).base_model.model[0]
+    loha = get_peft_model(
+        base, LoHaConfig(r=r, alpha=scale * r, target_modules=["0"], init_weights=False)
+    ).base_model.model[0]
     a1, b1, a2, b2 = (getattr(loha, name)["default"] for name in ("hada_w1_b", "hada_w1_a", "hada_w2_b", "hada_w2_a"))
     ours = HadamardProduct("A1", "B1", "A2", "B2", {"A1": (r, n), "B1": (m, r), "A2": (r, n), "B2": (m, r)})
     with torch.no_grad():
@@ -62,7 +67,9 @@ def test_abbas_hand_written_backward_against_finite_differences_at_unequal_ranks
     g = torch.Generator().manual_seed(0)
     shapes = {"A1": (2, 7), "B1": (5, 2), "A2": (3, 7), "B2": (5, 3)}
     ours = HadamardProduct("A1", "B1", "A2", "B2", shapes).double()
-    factors = [torch.randn(shapes[n], generator=g, dtype=torch.float64, requires_grad=True) for n in ("B1", "A1", "B2", "A2")]
+    factors = [
+        torch.randn(shapes[n], generator=g, dtype=torch.float64, requires_grad=True) for n in ("B1", "A1", "B2", "A2")
+    ]
     x = torch.randn(2, 4, 7, generator=g, dtype=torch.float64, requires_grad=True)
 
     def forward(x, *given):
@@ -82,9 +89,14 @@ def test_abbas_scales_and_start():
     layer = Layer("l", 20, 30, 5, 1.0)
     started, drawn = paper.start(layer, W, 0), paper.draw(layer, 0)
     U, S, Vt = torch.linalg.svd(W)
-    torch.testing.assert_close(started["abba_B1"] @ started["abba_A1"], (U[:, :2] * S[:2]) @ Vt[:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        started["abba_B1"] @ started["abba_A1"], (U[:, :2] * S[:2]) @ Vt[:2], rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(started["abba_B1"].norm(dim=0), started["abba_A1"].norm(dim=1))  # S^1/2 on each side
-    assert not drawn["abba_B2"].any() and drawn["abba_A2"].abs().max() <= math.sqrt(6 / 30) < 1.05 * drawn["abba_A2"].abs().max()
+    assert (
+        not drawn["abba_B2"].any()
+        and drawn["abba_A2"].abs().max() <= math.sqrt(6 / 30) < 1.05 * drawn["abba_A2"].abs().max()
+    )
 
 
 def test_abba_keeps_no_khatri_rao_factor_for_the_backward_pass():
@@ -134,7 +146,9 @@ def test_factors_train_in_fp32_on_a_bf16_base(kind, tiny):
     assert {p.dtype for p in attach.factors(model).values()} == {torch.float32}
     logits = model(**INPUTS).logits
     logits.float().sum().backward()
-    assert logits.dtype == torch.bfloat16 and all(p.grad is not None and p.grad.dtype == torch.float32 for p in attach.factors(model).values())
+    assert logits.dtype == torch.bfloat16 and all(
+        p.grad is not None and p.grad.dtype == torch.float32 for p in attach.factors(model).values()
+    )
 
 
 # --- in PEFT ---------------------------------------------------------------------------------------------------------
@@ -182,7 +196,9 @@ def test_conv1d_layers_too(kind):
 
 @pytest.mark.parametrize("kind", ["lora-sb", "abba", "ravan"])
 def test_dropout_works_on_the_adapters_input(kind, tiny):
-    model = randomised(attach.attach(AutoModelForCausalLM.from_pretrained(tiny / "llama"), section(kind, dropout=0.5), "causal-lm"))
+    model = randomised(
+        attach.attach(AutoModelForCausalLM.from_pretrained(tiny / "llama"), section(kind, dropout=0.5), "causal-lm")
+    )
 
     def logits(seed):
         torch.manual_seed(seed)
@@ -201,7 +217,10 @@ def test_autocast_trains_as_it_does_with_lora(kind, tiny):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(**INPUTS, labels=INPUTS["input_ids"]).loss
     loss.backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for n, p in attach.factors(model).items())
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for n, p in attach.factors(model).items()
+    )
 
 
 def test_convolutions_are_refused():

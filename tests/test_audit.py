@@ -30,14 +30,24 @@ def trained(make_config, included, noise: float, rate: float, seed: int) -> torc
     model = nn.Linear(CANARIES + 20, 1, bias=False)
     nn.init.zeros_(model.weight)
     federation = make_config(federation__optimizer="sgd").federation
-    engine, hooks, key = Engine(model, dict(model.named_parameters()), federation), SampleHooks(model), Key(seed.to_bytes(32, "big"))
+    engine, hooks, key = (
+        Engine(model, dict(model.named_parameters()), federation),
+        SampleHooks(model),
+        Key(seed.to_bytes(32, "big")),
+    )
     score = torch.zeros(CANARIES)
     for step in range(STEPS):
         picked = key.stream("sample", step).sample(len(rows), rate)
         before = model.weight.detach().clone()
         private_step(
-            engine, hooks, [{"x": rows[picked]}], lambda forward, batch: forward(batch).squeeze(1), 1.0,
-            Mechanism(1.0, noise, 1.0), key.stream("noise", step), check=step == 0,
+            engine,
+            hooks,
+            [{"x": rows[picked]}],
+            lambda forward, batch: forward(batch).squeeze(1),
+            1.0,
+            Mechanism(1.0, noise, 1.0),
+            key.stream("noise", step),
+            check=step == 0,
         )
         score += (before - model.weight.detach())[0, :CANARIES]  # the loss pushes an included canary's weight down
     return score

@@ -36,7 +36,9 @@ def test_a_job_killed_during_round_3_resumes_to_the_same_bits(make_config, engin
     same_bits(whole, folder)
 
 
-def test_a_coordinator_that_dies_in_a_round_is_restarted_from_the_last_checkpoint(make_config, ray_session, monkeypatch):
+def test_a_coordinator_that_dies_in_a_round_is_restarted_from_the_last_checkpoint(
+    make_config, ray_session, monkeypatch
+):
     started, notes = [], []
 
     class Spy:

@@ -49,22 +49,54 @@ def runs(monkeypatch):
 
 
 def test_each_entry_is_tuned_on_the_validation_split_and_run_with_its_best_rate(flags, runs, tmp_path, capsys):
-    argv = [*flags, "--methods", "fedit,fed-sb@3", "--seeds", "0,5", "--lrs", "1e-9,3e-2,1e30", "--lrs.fed-sb@3", "0.3", "--set.fed-sb@3", "adapter.subspace=gradient"]
+    argv = [
+        *flags,
+        "--methods",
+        "fedit,fed-sb@3",
+        "--seeds",
+        "0,5",
+        "--lrs",
+        "1e-9,3e-2,1e30",
+        "--lrs.fed-sb@3",
+        "0.3",
+        "--set.fed-sb@3",
+        "adapter.subspace=gradient",
+    ]
     assert main(["compare", *argv]) == 0
     told = capsys.readouterr().out
     assert "fedit  lr 1e+30: failed: see its log" in told and "compare.png" in told
     rows = {row["method"]: row for row in json.loads((tmp_path / "out" / "compare.json").read_text())}
-    assert rows["fedit"]["lr"] == 0.03 and rows["fedit"]["tuning"]["1e+30"] is None and not rows["fedit"]["lr_at_edge_of_grid"]
+    assert (
+        rows["fedit"]["lr"] == 0.03
+        and rows["fedit"]["tuning"]["1e+30"] is None
+        and not rows["fedit"]["lr_at_edge_of_grid"]
+    )
     assert rows["fed-sb@3"]["lr"] == 0.3 and rows["fed-sb@3"]["tuning"] == {}
     assert len(runs) == 3 + 4
-    tuned, final = (yaml.safe_load((tmp_path / "out" / "fedit" / f / "config.yaml").read_text()) for f in ("tune-0.03", "lr-0.03-seed-5"))
-    assert (tuned["data"]["evaluate_on"], tuned["seed"]) == ("validation", 0) and (final["data"]["evaluate_on"], final["seed"]) == ("test", 5)
+    tuned, final = (
+        yaml.safe_load((tmp_path / "out" / "fedit" / f / "config.yaml").read_text())
+        for f in ("tune-0.03", "lr-0.03-seed-5")
+    )
+    assert (tuned["data"]["evaluate_on"], tuned["seed"]) == ("validation", 0) and (
+        final["data"]["evaluate_on"],
+        final["seed"],
+    ) == ("test", 5)
     assert tuned["federation"] == final["federation"]  # the same budget
-    assert yaml.safe_load((tmp_path / "out" / "fed-sb-rank-3" / "lr-0.3-seed-0" / "config.yaml").read_text())["adapter"]["subspace"] == "gradient"
+    assert (
+        yaml.safe_load((tmp_path / "out" / "fed-sb-rank-3" / "lr-0.3-seed-0" / "config.yaml").read_text())["adapter"][
+            "subspace"
+        ]
+        == "gradient"
+    )
     for row in rows.values():
-        summaries = [json.loads(p.read_text()) for p in sorted((tmp_path / "out").glob(f"{row['method'].replace('@', '-rank-')}/lr-*/summary.json"))]
+        summaries = [
+            json.loads(p.read_text())
+            for p in sorted((tmp_path / "out").glob(f"{row['method'].replace('@', '-rank-')}/lr-*/summary.json"))
+        ]
         assert row["finals"] == [s["final"] for s in summaries] and row["mean"] == pytest.approx(sum(row["finals"]) / 2)
-        assert row["bytes_up"] == summaries[0]["bytes_up"] and row["trainable_params"] == summaries[0]["trainable_params"]
+        assert (
+            row["bytes_up"] == summaries[0]["bytes_up"] and row["trainable_params"] == summaries[0]["trainable_params"]
+        )
     assert rows["fedit"]["tuning"]["0.03"] < rows["fedit"]["tuning"]["1e-09"]  # bits per byte: lower is better
     assert [r["method"] for r in csv.DictReader((tmp_path / "out" / "compare.csv").open())] == list(rows)
 
@@ -84,7 +116,10 @@ def test_each_entry_is_tuned_on_the_validation_split_and_run_with_its_best_rate(
         ("--methods fedit --lrs fast", "--seeds, --lrs and --jobs hold numbers"),
         ("--methods fedit --lrs.fedex 1", "--lrs.fedex names no entry of --methods fedit"),
         ("--methods fedit --set.fedit rank", "--set.fedit 'rank' is no setting"),
-        ("--methods fedit --set.fedit federation.rounds=9", "--set.fedit may set keys of adapter and method, and not 'federation.rounds'"),
+        (
+            "--methods fedit --set.fedit federation.rounds=9",
+            "--set.fedit may set keys of adapter and method, and not 'federation.rounds'",
+        ),
         ("--methods fedit --set.fedit method.name=fedex", "and not 'method.name'"),
         ("--methods fedit --lrs -1", "federation.lr: input should be greater than 0"),
         ("--methods fedit --lrs nan", "federation.lr: input should be a finite number"),
@@ -105,14 +140,25 @@ def test_bad_input_is_refused_before_anything_runs(extra, sentence, flags, runs,
 def test_a_final_run_that_fails_stops_the_comparison_and_names_its_log(flags, runs, tmp_path, capsys):
     assert main(["compare", *flags, "--methods", "fedit", "--seeds", "0", "--lrs", "1e30"]) == 1
     error = capsys.readouterr().err
-    assert "a run failed: client 'client-" in error and "sent a value that is not finite" in error and "lr-1e+30-seed-0.log" in error
+    assert (
+        "a run failed: client 'client-" in error
+        and "sent a value that is not finite" in error
+        and "lr-1e+30-seed-0.log" in error
+    )
     assert main(["compare", *flags, "--methods", "fedit", "--seeds", "0", "--lrs", "1e30,1e31"]) == 1
     assert "failed at every learning rate of the grid" in capsys.readouterr().err
 
 
 def test_labels_of_the_picture_do_not_overlap():
     rows = [
-        {"method": f"method-{i}", "metric": "accuracy", "mean": 0.8 + 0.001 * (i % 3), "finals": [0.79, 0.82], "bytes_up": 2**22 + i * 2**16, "bytes_down": 2**23}
+        {
+            "method": f"method-{i}",
+            "metric": "accuracy",
+            "mean": 0.8 + 0.001 * (i % 3),
+            "finals": [0.79, 0.82],
+            "bytes_up": 2**22 + i * 2**16,
+            "bytes_down": 2**23,
+        }
         for i in range(12)
     ]
     figure = compare.picture(rows)
@@ -130,10 +176,18 @@ def test_the_command_as_its_user_runs_it(flags, tmp_path):
 
 
 def test_an_entry_takes_the_configs_adapter_where_it_fits_and_ranks_of_its_own():
-    assert compare.Entry.parse("fedit", "abba").adapter == "abba" and compare.Entry.parse("fed-sb", "abba").adapter == "lora-sb"
+    assert (
+        compare.Entry.parse("fedit", "abba").adapter == "abba"
+        and compare.Entry.parse("fed-sb", "abba").adapter == "lora-sb"
+    )
     assert compare.Entry.parse("lora+fedit", "abba").adapter == "lora"
     entry = compare.Entry.parse("flexlora", None)
-    assert entry.flags({"set.flexlora": "adapter.rank=3,2,1,method.split=balanced"})[4:] == ["--adapter.rank", "3,2,1", "--method.split", "balanced"]
+    assert entry.flags({"set.flexlora": "adapter.rank=3,2,1,method.split=balanced"})[4:] == [
+        "--adapter.rank",
+        "3,2,1",
+        "--method.split",
+        "balanced",
+    ]
 
 
 @pytest.mark.parametrize("source", ["one file", "a folder with a validation file", "builtin"])
@@ -144,11 +198,16 @@ def test_what_is_tuned_on_shares_no_example_with_what_is_measured_on(source, tin
             place = tiny / "text.jsonl" if source == "one file" else tmp_path
             flags += ["--data.source", str(place)]
         data = load_data(read_config(flags))
-        return [{tuple(row.items()) for row in part if row["text"]} for part in ([r for c in data.train.values() for r in c], data.test)]
+        return [
+            {tuple(row.items()) for row in part if row["text"]}
+            for part in ([r for c in data.train.values() for r in c], data.test)
+        ]
 
     if source.startswith("a folder"):
         for split in ("train", "validation", "test"):
-            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"text": f"{split} number {i}"}) + "\n" for i in range(30)))
+            (tmp_path / f"{split}.jsonl").write_text(
+                "".join(json.dumps({"text": f"{split} number {i}"}) + "\n" for i in range(30))
+            )
     tuning_train, tuning = parts("validation", 0)
     for seed in (0, 1):
         train, final = parts("test", seed)

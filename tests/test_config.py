@@ -12,14 +12,29 @@ def test_flags_win_over_the_file_and_the_rest_keeps_its_default(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("federation:\n  lr: 1e-3\n  rounds: 4\nadapter:\n  targets: [q_proj, v_proj]\n")
     config = read_config(["--config", str(file), "--federation.rounds=9", "--output.resume", "--method.name", "fra"])
-    assert (config.federation.lr, config.federation.rounds, config.federation.batch_size) == (1e-3, 9, Config().federation.batch_size)
+    assert (config.federation.lr, config.federation.rounds, config.federation.batch_size) == (
+        1e-3,
+        9,
+        Config().federation.batch_size,
+    )
     assert config.adapter.targets == ("q_proj", "v_proj") and config.output.resume and config.method.name == "fra"
     assert read_config(["--adapter.targets", "q_proj,v_proj"]).adapter.targets == ("q_proj", "v_proj")
     assert read_config(["--federation.max_grad_norm", "null"]).federation.max_grad_norm is None
 
 
 def test_a_config_survives_yaml(tmp_path):
-    config = read_config(["--clients.ward.7.lr", "0.1", "--federation.cohort", "3", "--method.name", "fedex", "--method.assignment", "keep"])
+    config = read_config(
+        [
+            "--clients.ward.7.lr",
+            "0.1",
+            "--federation.cohort",
+            "3",
+            "--method.name",
+            "fedex",
+            "--method.assignment",
+            "keep",
+        ]
+    )
     file = tmp_path / "c.yaml"
     file.write_text(config.to_yaml())
     again = read_config(["--config", str(file)])
@@ -43,30 +58,69 @@ def test_every_key_has_a_line_of_help():
         ("--method.name fedx", "method.name 'fedx' is not known: did you mean fedex?"),
         ("--method.name fed-sb", "method 'fed-sb' does not fit adapter 'lora': it averages the r x r core R"),
         ("--adapter.kind dora", "adapter.kind 'dora' is not known"),
-        ("--adapter.kind lora-sb", "method 'fedex' does not fit adapter 'lora-sb': only its core trains, and the plain mean of that is exact: use fed-sb"),
+        (
+            "--adapter.kind lora-sb",
+            "method 'fedex' does not fit adapter 'lora-sb': only its core trains, and the plain mean of that is exact: use fed-sb",
+        ),
         ("--method.name ravan --adapter.kind lora-sb", "it needs adapter.kind ravan"),
         ("--adapter.kind abba --adapter.rank 1", "adapter.rank 1 cannot be split in two: abba needs at least 2"),
-        ("--adapter.kind abba --adapter.rslora", "adapter.rslora scales B A by alpha / sqrt(rank), and abba has a scale of its own"),
+        (
+            "--adapter.kind abba --adapter.rslora",
+            "adapter.rslora scales B A by alpha / sqrt(rank), and abba has a scale of its own",
+        ),
         ("--adapter.scale paper", "adapter.scale belongs to abba, not to lora: leave it out"),
         ("--adapter.cores 3", "adapter.cores belongs to ravan, not to lora: leave it out"),
         ("--adapter.subspace gradient", "adapter.subspace belongs to lora-sb, not to lora: leave it out"),
-        ("--adapter.kind lora-sb --method.name fed-sb --adapter.subspace public", "adapter.subspace public needs adapter.subspace_source"),
-        ("--adapter.kind lora-sb --method.name fed-sb --adapter.subspace_passes 1", "adapter.subspace_passes belongs to adapter.subspace public and gradient-raw"),
-        ("--adapter.kind lora-sb --method.name fed-sb --adapter.subspace svd", "adapter.subspace: input should be 'weights', 'gradient', 'gradient-raw', 'public' or 'private'"),
-        ("--adapter.kind ravan --method.name ravan --adapter.rank 80", "adapter.rank 80 (320 columns in all) is above the size of layer"),
+        (
+            "--adapter.kind lora-sb --method.name fed-sb --adapter.subspace public",
+            "adapter.subspace public needs adapter.subspace_source",
+        ),
+        (
+            "--adapter.kind lora-sb --method.name fed-sb --adapter.subspace_passes 1",
+            "adapter.subspace_passes belongs to adapter.subspace public and gradient-raw",
+        ),
+        (
+            "--adapter.kind lora-sb --method.name fed-sb --adapter.subspace svd",
+            "adapter.subspace: input should be 'weights', 'gradient', 'gradient-raw', 'public' or 'private'",
+        ),
+        (
+            "--adapter.kind ravan --method.name ravan --adapter.rank 80",
+            "adapter.rank 80 (320 columns in all) is above the size of layer",
+        ),
         ("--adapter.rank 0", "adapter.rank: input should be greater than or equal to 1"),
-        ("--adapter.rank 8,4", "adapter.rank differs between clients, and fedex needs one rank for all: use flora, flexlora, hetlora"),
+        (
+            "--adapter.rank 8,4",
+            "adapter.rank differs between clients, and fedex needs one rank for all: use flora, flexlora, hetlora",
+        ),
         ("--adapter.rank 8,4 --method.name flora", "adapter.rank lists 2 ranks for 5 clients"),
-        ("--adapter.rank asyncoi=4 --method.name flora", "adapter.rank names 'asyncoi', which is not a client of this run: did you mean asyncio?"),
+        (
+            "--adapter.rank asyncoi=4 --method.name flora",
+            "adapter.rank names 'asyncoi', which is not a client of this run: did you mean asyncio?",
+        ),
         ("--method.energy 0.5", "method.energy belongs to florist, not to fedex"),
         ("--method.name florist --method.energy 1.5", "method.energy: input should be less than or equal to 1"),
-        ("--method.server_optimizer adam", "method.server_optimizer steps along a mean, and fedex broadcasts none: use it with fedit, ffa"),
-        ("--method.name ffa --method.server_lr 0.1", "method.server_lr needs method.server_optimizer: avgm, adam or yogi"),
-        ("--method.name ffa --method.server_optimizer lamb", "method.server_optimizer: input should be 'avgm', 'adam' or 'yogi'"),
-        ("--method.name ffa --method.server_optimizer avgm --method.server_tau 0.1", "method.server_tau belongs to server_optimizer adam and yogi, not to avgm"),
+        (
+            "--method.server_optimizer adam",
+            "method.server_optimizer steps along a mean, and fedex broadcasts none: use it with fedit, ffa",
+        ),
+        (
+            "--method.name ffa --method.server_lr 0.1",
+            "method.server_lr needs method.server_optimizer: avgm, adam or yogi",
+        ),
+        (
+            "--method.name ffa --method.server_optimizer lamb",
+            "method.server_optimizer: input should be 'avgm', 'adam' or 'yogi'",
+        ),
+        (
+            "--method.name ffa --method.server_optimizer avgm --method.server_tau 0.1",
+            "method.server_tau belongs to server_optimizer adam and yogi, not to avgm",
+        ),
         ("--method.assignment keep --adapter.kind abba", "method.assignment keep needs adapter.kind lora, not abba"),
         ("--method.name rolora --federation.keep_optimizer", "federation.keep_optimizer does not fit rolora"),
-        ("--method.name fedit --method.residual_rank 3", "method.residual_rank belongs to fedex and flora, not to fedit"),
+        (
+            "--method.name fedit --method.residual_rank 3",
+            "method.residual_rank belongs to fedex and flora, not to fedit",
+        ),
         ("--method.assignment keep --method.residual_rank 3", "keep cannot be truncated"),
         ("--federation.batch_size 8 --federation.accumulate 3", "federation.accumulate 3 does not divide"),
         ("--clients.a.batch_size 3 --federation.accumulate 2", "federation.accumulate 2 does not divide"),
@@ -142,20 +196,46 @@ def test_method_values():
 @pytest.mark.parametrize(
     "train, test, flags, sentence",
     [
-        (['{"text": "ab", "label": 0}', '{"text": "cd", "label": 1}'], ['{"text": "ef", "label": -1}'], "c", "of the held-out data holds -1"),
-        (['{"text": "ab", "label": 0}', '{"text": null, "label": 1}'], ['{"text": "ef", "label": 1}'], "c", "data.text 'text' has rows without a value"),
-        (['{"text": "ab", "label": 0}', '{"text": "cd"}'], ['{"text": "ef", "label": 0}'], "c", "data.label 'label' has rows without a value"),
-        (['{"text": "ab", "label": 0}', '{"text": "cd", "label": 0}'], ['{"text": "ef", "label": 0}'], "c", "holds 1 class"),
+        (
+            ['{"text": "ab", "label": 0}', '{"text": "cd", "label": 1}'],
+            ['{"text": "ef", "label": -1}'],
+            "c",
+            "of the held-out data holds -1",
+        ),
+        (
+            ['{"text": "ab", "label": 0}', '{"text": null, "label": 1}'],
+            ['{"text": "ef", "label": 1}'],
+            "c",
+            "data.text 'text' has rows without a value",
+        ),
+        (
+            ['{"text": "ab", "label": 0}', '{"text": "cd"}'],
+            ['{"text": "ef", "label": 0}'],
+            "c",
+            "data.label 'label' has rows without a value",
+        ),
+        (
+            ['{"text": "ab", "label": 0}', '{"text": "cd", "label": 0}'],
+            ['{"text": "ef", "label": 0}'],
+            "c",
+            "holds 1 class",
+        ),
         (['{"text": "ab"}', '{"text": "cd"}'], ['{"body": "ef"}'], "l", "data.text 'text' is not a column"),
         (['{"text": "ab"}', '{"text": "cd"}'], ['{"text": ""}'], "l", "holds no text in the held-out data"),
-        (['{"text": "ab", "w": "x"}', '{"text": "cd", "w": null}'], ['{"text": "ef"}'], "w", "data.column 'w' has rows without a value"),
+        (
+            ['{"text": "ab", "w": "x"}', '{"text": "cd", "w": null}'],
+            ['{"text": "ef"}'],
+            "w",
+            "data.column 'w' has rows without a value",
+        ),
     ],
 )
 def test_bad_data_is_found_before_anything_is_touched(train, test, flags, sentence, tmp_path, tiny, capsys):
     (tmp_path / "train.jsonl").write_text("\n".join(train))
     (tmp_path / "test.jsonl").write_text("\n".join(test))
     extra = {
-        "c": f"--model.task classification --model.path {tiny}/bert --federation.clients 1", "l": "--federation.clients 1",
+        "c": f"--model.task classification --model.path {tiny}/bert --federation.clients 1",
+        "l": "--federation.clients 1",
         "w": "--data.partition column --data.column w",
     }[flags]
     command = f"run --data.source {tmp_path} --data.max_length 32 --output.dir {tmp_path}/out {extra}"

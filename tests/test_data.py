@@ -33,7 +33,9 @@ def test_the_builtin_corpus_is_split_by_package_and_holds_out_the_ends_of_files(
 def test_pretraining_never_saw_a_clients_file():
     text = builtin.pretraining_text()
     train, held_out = builtin.client_texts()
-    middles = [r["text"][len(r["text"]) // 2 :][:500] for r in train if len(r["text"]) > 2000]  # past the licence headers
+    middles = [
+        r["text"][len(r["text"]) // 2 :][:500] for r in train if len(r["text"]) > 2000
+    ]  # past the licence headers
     assert len(middles) > 50 and not any(middle in text for middle in middles)
     assert not any(r["text"][:400] in text for r in held_out if len(r["text"]) > 400)
 
@@ -47,7 +49,9 @@ def test_local_files_of_every_kind(tmp_path, suffix):
     if suffix == "csv":
         frame.to_csv(file, index=False)
     elif suffix == "tsv":
-        file.write_text("text\tlabel\n" + "".join(f"{t}\t{y}\n" for t, y in zip(frame["text"], frame["label"], strict=True)))
+        file.write_text(
+            "text\tlabel\n" + "".join(f"{t}\t{y}\n" for t, y in zip(frame["text"], frame["label"], strict=True))
+        )
     elif suffix == "jsonl":
         frame.to_json(file, orient="records", lines=True)
     else:
@@ -67,13 +71,22 @@ def test_a_folder_of_splits_uses_its_own_test_split(tmp_path):
 
 def classes_file(tmp_path, n=200):
     file = tmp_path / "c.jsonl"
-    file.write_text("".join(json.dumps({"text": f"t{i}", "label": ["yes", "no", "may"][i % 3], "ward": f"w{i % 4}"}) + "\n" for i in range(n)))
+    file.write_text(
+        "".join(
+            json.dumps({"text": f"t{i}", "label": ["yes", "no", "may"][i % 3], "ward": f"w{i % 4}"}) + "\n"
+            for i in range(n)
+        )
+    )
     return file
 
 
 def test_partitions_deal_every_example_once_and_repeat_with_the_seed(tmp_path):
     file = classes_file(tmp_path)
-    for flags in ("--data.partition iid", "--data.partition dirichlet --data.alpha 0.3", "--data.partition column --data.column ward"):
+    for flags in (
+        "--data.partition iid",
+        "--data.partition dirichlet --data.alpha 0.3",
+        "--data.partition column --data.column ward",
+    ):
         clients = "" if "column" in flags else "--federation.clients 5"
         command = f"--data.source {file} --model.task classification --model.path x {clients} {flags}"
         one, again, other = data(command), data(command), data(command + " --seed 1")
@@ -82,7 +95,9 @@ def test_partitions_deal_every_example_once_and_repeat_with_the_seed(tmp_path):
         # Another seed deals differently (by column there is nothing to deal), and is measured on the same examples.
         assert ({n: list(p["text"]) for n, p in other.train.items()} == texts) == ("column" in flags)
         assert set(other.test["text"]) == set(one.test["text"])
-        assert Counter(t for p in [*texts.values(), list(one.test["text"])] for t in p) == Counter(f"t{i}" for i in range(200))
+        assert Counter(t for p in [*texts.values(), list(one.test["text"])] for t in p) == Counter(
+            f"t{i}" for i in range(200)
+        )
         assert one.classes == ("may", "no", "yes")
         if "dirichlet" in flags:
             sizes = sorted(map(len, texts.values()))
@@ -115,7 +130,11 @@ def test_wrong_names_are_answered_with_the_right_ones(tmp_path, flags, sentence)
     file = classes_file(tmp_path)
     with pytest.raises(ConfigError) as caught:
         source = tmp_path if sentence is None else file
-        data(f"--data.source {source} --model.task classification --model.path x --federation.clients 2 {flags}".replace("--federation.clients 2", "" if "column" in flags else "--federation.clients 2"))
+        data(
+            f"--data.source {source} --model.task classification --model.path x --federation.clients 2 {flags}".replace(
+                "--federation.clients 2", "" if "column" in flags else "--federation.clients 2"
+            )
+        )
     assert (sentence or "has no split 'training': the folder holds no training") in str(caught.value)
 
 
@@ -128,19 +147,29 @@ def task(flags):
 def test_causal_lm_cuts_texts_and_counts_every_byte_but_the_first_of_a_sequence(tmp_path):
     texts = ["x" * 100, "häß", "y"]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts * 9))
-    lm, loaded = task(f"--data.source {tmp_path / 't.jsonl'} --data.max_length 48 --federation.clients 1 --data.held_out 0.2")
+    lm, loaded = task(
+        f"--data.source {tmp_path / 't.jsonl'} --data.max_length 48 --federation.clients 1 --data.held_out 0.2"
+    )
     encoded = lm.encode(loaded.train["client-0"].select(range(1)).map(lambda _: {"text": texts[0]}))
     assert [len(e.input_ids) for e in encoded] == [48, 48, 4] and sum(e.size for e in encoded) == pytest.approx(97)
-    assert [e.size for e in lm.encode(loaded.train["client-0"].select(range(1)).map(lambda _: {"text": "häß"}))] == pytest.approx([4.0])
+    assert [
+        e.size for e in lm.encode(loaded.train["client-0"].select(range(1)).map(lambda _: {"text": "häß"}))
+    ] == pytest.approx([4.0])
     assert lm.encode(loaded.train["client-0"].select(range(1)).map(lambda _: {"text": "y"})) == []
 
 
 def test_causal_lm_scores_only_the_completion_and_never_cuts_it_for_the_prompt(tmp_path):
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "question " * 9, "answer": "forty-two"}) + "\n" for _ in range(9)))
-    lm, loaded = task(f"--data.source {tmp_path / 't.jsonl'} --data.completion answer --data.max_length 32 --federation.clients 1")
+    (tmp_path / "t.jsonl").write_text(
+        "".join(json.dumps({"text": "question " * 9, "answer": "forty-two"}) + "\n" for _ in range(9))
+    )
+    lm, loaded = task(
+        f"--data.source {tmp_path / 't.jsonl'} --data.completion answer --data.max_length 32 --federation.clients 1"
+    )
     example = lm.encode(loaded.test)[0]
     scored = [i for i, y in zip(example.input_ids, example.labels, strict=True) if y != IGNORED]
-    assert len(example.input_ids) == 32 and bytes(i - 3 for i in scored[:-1]).decode() == "forty-two" and scored[-1] == 1
+    assert (
+        len(example.input_ids) == 32 and bytes(i - 3 for i in scored[:-1]).decode() == "forty-two" and scored[-1] == 1
+    )
     assert example.size == 9.0
 
 
@@ -163,11 +192,18 @@ def test_bits_per_byte_and_the_loss_against_hand_numbers(tmp_path):
 
 def test_classification_metrics_against_hand_numbers(tmp_path):
     file = classes_file(tmp_path, 30)
-    config = read_config(f"--data.source {file} --model.task classification --model.path x --federation.clients 2".split())
+    config = read_config(
+        f"--data.source {file} --model.task classification --model.path x --federation.clients 2".split()
+    )
     kind = TASKS["classification"](config, load_data(config), None)
     made = [{"group": None, "loss": 1.0, "guess": g, "label": y} for g, y in [(0, 0), (0, 1), (1, 1), (2, 2)]]
     metrics = kind.metrics(made)
-    assert metrics["accuracy"] == 0.75 and metrics["loss"] == 1.0 and 0.7 < metrics["f1"] < 0.8 and 0.6 < metrics["mcc"] < 0.8
+    assert (
+        metrics["accuracy"] == 0.75
+        and metrics["loss"] == 1.0
+        and 0.7 < metrics["f1"] < 0.8
+        and 0.6 < metrics["mcc"] < 0.8
+    )
 
 
 @pytest.mark.parametrize("task", ["classification", "causal-lm"])
@@ -182,8 +218,16 @@ def test_packed_examples_are_the_same_and_a_kept_file_is_made_once(task, make_co
     rows = data.train["client-1"]
     wanted, calls, real = tool.encode(rows), [], type(tool).encode
     monkeypatch.setattr(type(tool), "encode", lambda self, rows: calls.append(1) or real(self, rows))
-    for packed in (encode(tool, rows), encode(tool, rows, str(tmp_path / "c")), encode(tool, rows, str(tmp_path / "c"))):
-        assert list(packed) == wanted == [packed[i] for i in range(len(packed))] and packed[1:4] == wanted[1:4] and packed[-1] == wanted[-1]
+    for packed in (
+        encode(tool, rows),
+        encode(tool, rows, str(tmp_path / "c")),
+        encode(tool, rows, str(tmp_path / "c")),
+    ):
+        assert (
+            list(packed) == wanted == [packed[i] for i in range(len(packed))]
+            and packed[1:4] == wanted[1:4]
+            and packed[-1] == wanted[-1]
+        )
         assert list(packed.by_length()) == sorted(wanted, key=lambda e: len(e.input_ids))
         assert packed.digest() == Encoded.of(wanted).digest() != Encoded.of(wanted[1:]).digest()
     assert len(calls) == 2 and len(list((tmp_path / "c").iterdir())) == 1

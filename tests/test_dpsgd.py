@@ -28,7 +28,16 @@ def private(clip=1.0, noise=1.0, rate=0.2, expected=8.0, *purpose) -> Private:
 
 
 def build(make_config, options="plain", task="causal-lm", **more):
-    config = make_config(task=task, **{"federation__local_steps": 3, "federation__lr": 3e-4, "privacy": {"noise": 1.0}, **ADAPTERS[options], **more})
+    config = make_config(
+        task=task,
+        **{
+            "federation__local_steps": 3,
+            "federation__lr": 3e-4,
+            "privacy": {"noise": 1.0},
+            **ADAPTERS[options],
+            **more,
+        },
+    )
     config = config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})})
     return trainer_and_view(config)
 
@@ -62,7 +71,9 @@ def test_without_noise_and_clip_a_private_step_is_the_plain_one_in_every_engine(
     free, clipped, noisy = private(1e9, 0.0), private(1e-3, 0.0), private(1e-3, 1.0)
     reference = None
     for worker in ENGINES:
-        trainer, view = build(make_config, options, task, worker={"cpus": 1, **worker}, federation__batch_size=8, federation__accumulate=4)
+        trainer, view = build(
+            make_config, options, task, worker={"cpus": 1, **worker}, federation__batch_size=8, federation__accumulate=4
+        )
         start = moved(view)
         if reference is None:
             plain = plain_steps(trainer, start, "client-1", free)
@@ -88,8 +99,13 @@ def test_one_example_more_moves_the_sum_by_the_clip_at_most(make_config, options
     totals, real = [], ClippedSum.total
     monkeypatch.setattr(ClippedSum, "total", lambda self: totals.append(real(self)) or totals[-1])
     config = make_config(
-        task=task, worker={"backend": "torch"}, federation__local_steps=1, federation__batch_size=12, federation__accumulate=3,
-        privacy={"noise": 1.0}, **ADAPTERS[options],
+        task=task,
+        worker={"backend": "torch"},
+        federation__local_steps=1,
+        federation__batch_size=12,
+        federation__accumulate=3,
+        privacy={"noise": 1.0},
+        **ADAPTERS[options],
     )
     trainer, view = trainer_and_view(config)
     clip, every = 1e-3, list(trainer.examples("train", "client-0"))
@@ -157,17 +173,28 @@ def test_noise_on_the_mean_has_the_predicted_variance():
     z = noised(torch.zeros(1_000_000, dtype=torch.float64), Mechanism(0.3, 1.7, 32.0), KEY.stream("noise", "v"))
     scaled = (z / (0.3 * 1.7 / 32)).square().sum().item()
     assert 1e-6 < stats.chi2.cdf(scaled, len(z)) < 1 - 1e-6
-    assert torch.equal(noised(torch.ones(3, dtype=torch.float64), Mechanism(1.0, 0.0, 2.0), None), torch.full((3,), 0.5, dtype=torch.float64))
+    assert torch.equal(
+        noised(torch.ones(3, dtype=torch.float64), Mechanism(1.0, 0.0, 2.0), None),
+        torch.full((3,), 0.5, dtype=torch.float64),
+    )
 
 
 @pytest.mark.parametrize("pair", ["lora+ffa", "lora+fedit", "lora+rolora", "lora-sb+fed-sb", "ravan+fed-sb"])
 def test_noise_of_the_clients_adds_up_to_the_predicted_variance(make_config, pair):
     """Three clients of unequal weights take one SGD step on noise alone; a linear method's mean has variance sum p_i^2 (lr s C / B)^2."""
     kind, name = pair.split("+")
-    adapter = {"kind": kind, "rank": {"lora": 8, "lora-sb": 10, "ravan": 5}[kind]} | ({"alpha": 4} if kind == "lora" else {"cores": 3} if kind == "ravan" else {})
+    adapter = {"kind": kind, "rank": {"lora": 8, "lora-sb": 10, "ravan": 5}[kind]} | (
+        {"alpha": 4} if kind == "lora" else {"cores": 3} if kind == "ravan" else {}
+    )
     config = make_config(
-        adapter=adapter, method__name=name, privacy={"noise": 1.0}, federation__optimizer="sgd", federation__local_steps=1, federation__lr=0.5,
-        federation__schedule="constant", federation__warmup=0.0,
+        adapter=adapter,
+        method__name=name,
+        privacy={"noise": 1.0},
+        federation__optimizer="sgd",
+        federation__local_steps=1,
+        federation__lr=0.5,
+        federation__schedule="constant",
+        federation__warmup=0.0,
     )
     trainer, _ = trainer_and_view(config)
     method, spec = make_method(config), make_spec(config, trainer.layers, trainer.data.clients)
@@ -181,9 +208,14 @@ def test_noise_of_the_clients_adds_up_to_the_predicted_variance(make_config, pai
     assert torch.corrcoef(torch.stack(own)).fill_diagonal_(0.0).abs().max() < 0.1
     after = method.view(spec, method.aggregate(state, updates)[0], None)
     moves = torch.cat([(after.tensors[n] - view.tensors[n]).double().flatten() for n in sorted(updates[0].tensors)])
-    for values, share in [(move.double(), 1.0) for move in own] + [(moves, sum((w / 8.0) ** 2 for w in weights.values()))]:
+    for values, share in [(move.double(), 1.0) for move in own] + [
+        (moves, sum((w / 8.0) ** 2 for w in weights.values()))
+    ]:
         deviation = 0.5 * 1.3 * 0.7 / 4.0 * share**0.5
-        assert len(values) > 1000 and 1e-6 < stats.chi2.cdf((values / deviation).square().sum().item(), len(values)) < 1 - 1e-6
+        assert (
+            len(values) > 1000
+            and 1e-6 < stats.chi2.cdf((values / deviation).square().sum().item(), len(values)) < 1 - 1e-6
+        )
 
 
 def test_an_empty_poisson_batch_is_a_step_of_noise_in_every_engine(make_config):
@@ -290,7 +322,9 @@ def bare(make_config):
 
 def step_of(engine, hooks, x, **more):
     losses = more.pop("losses", lambda forward, batch: forward(batch).square().sum(1))
-    private_step(engine, hooks, [{"x": x}], losses, 0.1, Mechanism(1.0, more.pop("noise", 1.0), 4.0), KEY.stream("n"), True, True)
+    private_step(
+        engine, hooks, [{"x": x}], losses, 0.1, Mechanism(1.0, more.pop("noise", 1.0), 4.0), KEY.stream("n"), True, True
+    )
 
 
 def test_the_step_is_checked_against_what_was_meant(bare):
@@ -320,9 +354,17 @@ def test_models_without_per_sample_gradients_are_refused_with_the_reason(make_co
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def llama():
-        return LlamaForCausalLM(LlamaConfig(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=20, tie_word_embeddings=False,
-        ))
+        return LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                vocab_size=20,
+                tie_word_embeddings=False,
+            )
+        )
 
     with pytest.raises(PrivacyError, match="DoRA"):
         check_model(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], use_dora=True)))

@@ -53,7 +53,13 @@ def options(pair: str) -> dict:
     kind, name, extra = ALL[pair]
     extra = extra | ({"fra_rounds": 1} if name == "fra-ffa" else {})
     adapter = {"kind": kind, "rank": 4 if kind == "abba" else 2} | ({"alpha": 4} if kind in ("lora", "abba") else {})
-    federation = {"clients": 3, "rounds": 3, "local_steps": 2, "batch_size": 4, "lr": 0.2 if kind in ("lora-sb", "ravan") else 0.01}
+    federation = {
+        "clients": 3,
+        "rounds": 3,
+        "local_steps": 2,
+        "batch_size": 4,
+        "lr": 0.2 if kind in ("lora-sb", "ravan") else 0.01,
+    }
     return {"adapter": adapter, "method": {"name": name, **extra}, "federation": federation}
 
 
@@ -65,7 +71,17 @@ MOVES_BASE = {i for i, (_, name, extra) in ALL.items() if name in ("fedex", "flo
 # A whole run on Ray takes seconds to start: four pairs that differ most here, the others marked slow.
 OFTEN = ("lora+fra-ffa", "abba+fedex", "lora-sb+fed-sb", "lora+fedsa")
 # A real classifier, head and dropout included.
-CLASSIFIED = ("lora+fedit", "lora+fedex", "lora+fra-ffa", "lora+fedex-keep", "lora+fedask", "lora+rolora", "abba+fedex", "lora-sb+fed-sb", "ravan+ravan")
+CLASSIFIED = (
+    "lora+fedit",
+    "lora+fedex",
+    "lora+fra-ffa",
+    "lora+fedex-keep",
+    "lora+fedask",
+    "lora+rolora",
+    "abba+fedex",
+    "lora-sb+fed-sb",
+    "ravan+ravan",
+)
 RUNS = [(pair, "causal-lm") for pair in ALL] + [(pair, "classification") for pair in CLASSIFIED]
 
 
@@ -76,7 +92,9 @@ def played(make_config):
 
     def get(name: str, task: str = "causal-lm"):
         if (name, task) not in done:
-            config = make_config(task=task, data__partition="dirichlet" if task == "classification" else "iid", **options(name))
+            config = make_config(
+                task=task, data__partition="dirichlet" if task == "classification" else "iid", **options(name)
+            )
             done[name, task] = (config, run(config))
         return done[name, task]
 
@@ -99,7 +117,9 @@ def test_inline_and_ray_give_the_same_bytes_in_every_tensor(name, played, make_c
     same_bits(inline, run(make_config(engine="ray", **options(name))))
 
 
-@pytest.mark.parametrize("delays", [[0.4, 0.0, 0.2, 0.1], pytest.param([0.0, 0.3, 0.0, 0.5], marks=pytest.mark.slow)], ids=["one", "other"])
+@pytest.mark.parametrize(
+    "delays", [[0.4, 0.0, 0.2, 0.1], pytest.param([0.0, 0.3, 0.0, 0.5], marks=pytest.mark.slow)], ids=["one", "other"]
+)
 def test_the_order_in_which_clients_finish_does_not_matter(make_config, ray_session, monkeypatch, delays):
     """5 clients on 2 workers, each delayed by another time."""
     options = dict(federation__clients=5, federation__cohort=4, federation__keep_optimizer=True, adapter__dropout=0.1)
@@ -122,7 +142,10 @@ def test_clients_of_different_ranks_give_the_same_bits_on_ray(name, make_config,
 
 
 def test_a_client_does_not_depend_on_who_else_its_worker_serves(make_config, ray_session):
-    same_bits(run(make_config(federation__clients=5)), run(make_config(engine="ray", worker={"count": 2, "cpus": 1}, federation__clients=5)))
+    same_bits(
+        run(make_config(federation__clients=5)),
+        run(make_config(engine="ray", worker={"count": 2, "cpus": 1}, federation__clients=5)),
+    )
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "classification"])
@@ -145,20 +168,35 @@ LINEAR = {
     "abba+rolora": {"method": {"name": "rolora"}, "adapter": {"kind": "abba", "rank": 4, "alpha": 16}},
     "lora+fedsvd": {"method": {"name": "fedsvd"}, "adapter": {"rank": 2, "alpha": 4}},
     "lora-sb+fed-sb": {"method": {"name": "fed-sb"}, "adapter": {"kind": "lora-sb", "rank": 3}},
-    "ravan+fed-sb": {"method": {"name": "fed-sb"}, "adapter": {"kind": "ravan", "rank": 2}},  # RAVAN with its scales held
+    "ravan+fed-sb": {
+        "method": {"name": "fed-sb"},
+        "adapter": {"kind": "ravan", "rank": 2},
+    },  # RAVAN with its scales held
 }
 
 
 @pytest.mark.parametrize("pair", LINEAR)
 def test_one_full_batch_step_of_k_clients_is_one_centralised_step(pair, make_config):
     """Two rounds of one full-batch SGD step each, clients of unequal size, against one client that holds everything."""
+
     def config(clients, sizes):
         federation = {
-            "clients": clients, "rounds": 2, "local_steps": 1, "batch_size": max(sizes.values()), "lr": 0.5, "optimizer": "sgd", "warmup": 0.0,
-            "schedule": "constant", "max_grad_norm": None,
+            "clients": clients,
+            "rounds": 2,
+            "local_steps": 1,
+            "batch_size": max(sizes.values()),
+            "lr": 0.5,
+            "optimizer": "sgd",
+            "warmup": 0.0,
+            "schedule": "constant",
+            "max_grad_norm": None,
         }
         return make_config(
-            task="classification", **LINEAR[pair], data__partition="dirichlet" if clients > 1 else "iid", model__dropout=0.0, federation=federation,
+            task="classification",
+            **LINEAR[pair],
+            data__partition="dirichlet" if clients > 1 else "iid",
+            model__dropout=0.0,
+            federation=federation,
             clients={name: {"batch_size": size} for name, size in sizes.items()},
         )
 
@@ -229,13 +267,24 @@ def test_summary_and_run_directory(played):
     assert summary["final"] == records[-1]["metrics"]["bits_per_byte"] < summary["initial"]
     assert summary["trainable_params"] == sum(t.numel() for n, t in final_tensors(folder).items() if "lora_" in n)
     assert {"adapter", "method", "metric", "epsilon", "delta", "seed", "wall_seconds"} <= summary.keys()
-    assert {p.name for p in folder.iterdir()} == {"config.yaml", "rounds.jsonl", "summary.json", "checkpoint", "adapter"}
+    assert {p.name for p in folder.iterdir()} == {
+        "config.yaml",
+        "rounds.jsonl",
+        "summary.json",
+        "checkpoint",
+        "adapter",
+    }
     assert results.read_run_config(folder) == config
 
 
 def test_evaluation_by_group_and_on_clients(make_config):
     folder = run(
-        make_config(data__partition="column", data__column="author", data__client_held_out=0.2, federation={"rounds": 2, "local_steps": 2, "batch_size": 4})
+        make_config(
+            data__partition="column",
+            data__column="author",
+            data__client_held_out=0.2,
+            federation={"rounds": 2, "local_steps": 2, "batch_size": 4},
+        )
     )
     record = rounds(folder)[-1]
     assert list(record["groups"]) == list(record["client_metrics"]) == [f"author-{i}" for i in range(5)]
@@ -267,12 +316,22 @@ def test_each_fedsa_client_goes_on_with_its_own_B(name, played):
 def test_clients_named_like_paths_are_exported_below_the_run(make_config, tmp_path):
     source = tmp_path / "d.jsonl"
     names = ("../../evil", "a/b", "..", "ward 7")
-    source.write_text("".join(json.dumps({"text": f"text {i} of {names[i % 4]}", "ward": names[i % 4]}) + "\n" for i in range(40)))
+    source.write_text(
+        "".join(json.dumps({"text": f"text {i} of {names[i % 4]}", "ward": names[i % 4]}) + "\n" for i in range(40))
+    )
     federation = {"rounds": 1, "local_steps": 1, "batch_size": 2}
-    folder = run(make_config(data={"source": str(source), "partition": "column", "column": "ward", "max_length": 32}, federation=federation, method__name="fedsa"))
+    folder = run(
+        make_config(
+            data={"source": str(source), "partition": "column", "column": "ward", "max_length": 32},
+            federation=federation,
+            method__name="fedsa",
+        )
+    )
     assert sorted(p.name for p in (folder / "adapter").iterdir()) == sorted(map(results.folder_name, names))
     assert all((folder / "adapter" / results.folder_name(n) / "adapter_config.json").is_file() for n in names)
-    assert results.folder_name("ward 7") == "ward 7" and not any("/" in results.folder_name(n) or results.folder_name(n) == ".." for n in names)
+    assert results.folder_name("ward 7") == "ward 7" and not any(
+        "/" in results.folder_name(n) or results.folder_name(n) == ".." for n in names
+    )
 
 
 def test_evaluate_every_skips_rounds_but_never_the_last(make_config):
@@ -283,17 +342,26 @@ def test_evaluate_every_skips_rounds_but_never_the_last(make_config):
 # --- resume -----------------------------------------------------------------------------------------------------
 
 
-RESUMED = {pair: options(pair) for pair in PAIRS} | {"lora+fedex-keep": options("lora+fedex-keep")} | {
-    "fra-ffa, ZeRO 2, kept": {"method__name": "fra-ffa", "federation__keep_optimizer": True, "worker": {"cpus": 1, "zero_stage": 2}},
-    "flora, kept": {"federation__keep_optimizer": True, "method__name": "flora"},
-    "sgd, kept": {"federation__keep_optimizer": True, "federation__optimizer": "sgd"},
-    "ZeRO 3, kept": {"federation__keep_optimizer": True, "worker": {"cpus": 1, "zero_stage": 3}},
-    "fedsa, kept": {"federation__keep_optimizer": True, "method__name": "fedsa"},
-    "rolora, ZeRO 3": {"method__name": "rolora", "worker": {"cpus": 1, "zero_stage": 3}},
-    "fed-sb, yogi": options("lora-sb+fed-sb") | {"method": {"name": "fed-sb", "server_optimizer": "yogi", "server_lr": 0.1}},
-    "flexlora, ranks": {"method__name": "flexlora", "adapter__rank": [2, 1, 3, 1, 2]},
-    "proximal": {"federation__proximal": 0.5},
-}
+RESUMED = (
+    {pair: options(pair) for pair in PAIRS}
+    | {"lora+fedex-keep": options("lora+fedex-keep")}
+    | {
+        "fra-ffa, ZeRO 2, kept": {
+            "method__name": "fra-ffa",
+            "federation__keep_optimizer": True,
+            "worker": {"cpus": 1, "zero_stage": 2},
+        },
+        "flora, kept": {"federation__keep_optimizer": True, "method__name": "flora"},
+        "sgd, kept": {"federation__keep_optimizer": True, "federation__optimizer": "sgd"},
+        "ZeRO 3, kept": {"federation__keep_optimizer": True, "worker": {"cpus": 1, "zero_stage": 3}},
+        "fedsa, kept": {"federation__keep_optimizer": True, "method__name": "fedsa"},
+        "rolora, ZeRO 3": {"method__name": "rolora", "worker": {"cpus": 1, "zero_stage": 3}},
+        "fed-sb, yogi": options("lora-sb+fed-sb")
+        | {"method": {"name": "fed-sb", "server_optimizer": "yogi", "server_lr": 0.1}},
+        "flexlora, ranks": {"method__name": "flexlora", "adapter__rank": [2, 1, 3, 1, 2]},
+        "proximal": {"federation__proximal": 0.5},
+    }
+)
 
 
 @pytest.mark.parametrize("given", RESUMED.values(), ids=RESUMED)
@@ -315,7 +383,9 @@ def test_a_resumed_run_ends_in_the_same_bits(make_config, given, monkeypatch):
     assert len(rounds(Path(config.output.dir))) == 2
     resumed = run(config.model_copy(update={"output": config.output.model_copy(update={"resume": True})}))
     same_bits(whole, resumed)
-    assert run(config.model_copy(update={"output": config.output.model_copy(update={"resume": True})})) == resumed  # finished: a no-op
+    assert (
+        run(config.model_copy(update={"output": config.output.model_copy(update={"resume": True})})) == resumed
+    )  # finished: a no-op
     same_bits(whole, resumed)
 
 
@@ -358,7 +428,9 @@ def test_a_failing_client_is_named_with_its_cause(make_config, ray_session, monk
 
 
 def test_below_the_quorum_the_round_is_retried_then_fails(make_config, ray_session, monkeypatch):
-    with pytest.raises(RoundError, match=r"round 2: 2 of 3 clients reported and 3 are needed .*client 'client-1': KeyError"):
+    with pytest.raises(
+        RoundError, match=r"round 2: 2 of 3 clients reported and 3 are needed .*client 'client-1': KeyError"
+    ):
         run(sabotaged(make_config, monkeypatch, "raises", federation__quorum=0.9))
 
 
@@ -369,7 +441,9 @@ def test_with_a_quorum_a_failing_client_is_left_out_and_said(make_config, ray_se
 
 
 @pytest.mark.parametrize("kind", ["dies", pytest.param("dies evaluating", marks=pytest.mark.slow)])
-def test_a_worker_that_is_killed_is_restarted_and_its_work_repeated_to_the_same_bits(make_config, ray_session, monkeypatch, kind):
+def test_a_worker_that_is_killed_is_restarted_and_its_work_repeated_to_the_same_bits(
+    make_config, ray_session, monkeypatch, kind
+):
     """With kept optimizer states, under ZeRO 1: a fresh worker must take them up too."""
     options = dict(federation__keep_optimizer=True, worker={"cpus": 1, "zero_stage": 1})
     whole = run(make_config(**options))
@@ -388,8 +462,16 @@ def test_a_client_past_the_deadline_is_left_out(make_config, ray_session, monkey
 @pytest.mark.parametrize("engine", ["ray", "inline"])
 def test_a_real_error_on_a_client_reaches_the_person(make_config, ray_session, engine):
     """One client's own learning rate makes its loss overflow; its name, the cause and the fix come out."""
-    config = make_config(engine=engine, worker={"cpus": 1, "count": 1}, federation__max_grad_norm=None, clients={"client-2": {"lr": 1e30}})
-    with pytest.raises(ClientError, match=r"client 'client-2' failed: the loss became \w+ at local step 2 of round 1: lower federation.lr"):
+    config = make_config(
+        engine=engine,
+        worker={"cpus": 1, "count": 1},
+        federation__max_grad_norm=None,
+        clients={"client-2": {"lr": 1e30}},
+    )
+    with pytest.raises(
+        ClientError,
+        match=r"client 'client-2' failed: the loss became \w+ at local step 2 of round 1: lower federation.lr",
+    ):
         run(config)
 
 
@@ -406,7 +488,10 @@ def test_no_actor_or_placement_group_is_left_behind(ray_session):
 
 # --- exports ----------------------------------------------------------------------------------------------------
 
-INPUTS = {"input_ids": torch.randint(3, 200, (3, 11), generator=torch.Generator().manual_seed(5)), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
+INPUTS = {
+    "input_ids": torch.randint(3, 200, (3, 11), generator=torch.Generator().manual_seed(5)),
+    "attention_mask": torch.ones(3, 11, dtype=torch.long),
+}
 CLASSES = {"causal-lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 
 
@@ -437,7 +522,9 @@ def test_the_adapter_loads_in_plain_peft_and_gives_the_same_logits(name, task, p
 def test_export_lora_refuses_an_adapter_that_alone_is_wrong(name, played, tmp_path):
     config, folder = played(name)
     if name in MOVES_BASE:
-        with pytest.raises(ConfigError, match=f"moved the base, so its rank-{config.adapter.rank} adapter alone is wrong"):
+        with pytest.raises(
+            ConfigError, match=f"moved the base, so its rank-{config.adapter.rank} adapter alone is wrong"
+        ):
             results.export(folder, tmp_path / "lora", "lora")
         assert not (tmp_path / "lora").exists()
     else:
@@ -455,9 +542,13 @@ def test_evaluate_repeats_the_last_rounds_metrics(played):
 def test_a_run_by_column_can_be_read_back(make_config, tmp_path):
     """Its config is written with every key, and the number of clients is the column's."""
     source = tmp_path / "d.jsonl"
-    source.write_text("".join(json.dumps({"text": f"text {i} of ward {i % 4}", "ward": i % 4}) + "\n" for i in range(40)))
+    source.write_text(
+        "".join(json.dumps({"text": f"text {i} of ward {i % 4}", "ward": i % 4}) + "\n" for i in range(40))
+    )
     federation = {"rounds": 1, "local_steps": 1, "batch_size": 2}
-    config = make_config(data={"source": str(source), "partition": "column", "column": "ward", "max_length": 32}, federation=federation)
+    config = make_config(
+        data={"source": str(source), "partition": "column", "column": "ward", "max_length": 32}, federation=federation
+    )
     folder = run(config)
     again = results.read_run_config(folder)
     assert again == config and results.evaluate(folder)["groups"].keys() <= {"0", "1", "2", "3"}

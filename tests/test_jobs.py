@@ -36,7 +36,12 @@ def free_port() -> int:
 class Head:
     """A Ray head of its own, with token authentication; nothing of it is shared with the tests' embedded Ray."""
 
-    def __init__(self, folder: Path, options: tuple[str, ...] | list[str] = ("--num-cpus=3",), variables: dict[str, str] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        options: tuple[str, ...] | list[str] = ("--num-cpus=3",),
+        variables: dict[str, str] | None = None,
+    ):
         # Unix sockets need a short path.
         self.folder, self.temp = folder, Path(tempfile.mkdtemp(prefix="fr-", dir="/tmp"))
         self.token = self.temp / "token"
@@ -45,21 +50,43 @@ class Head:
         port, dashboard = free_port(), free_port()
         self.address, self.api = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "FEDRAY_"))}
-        self.env = kept | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token), "RAY_worker_niceness": "0", "PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
+        self.env = kept | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token),
+            "RAY_worker_niceness": "0",
+            "PATH": f"{SCRIPTS}:{os.environ['PATH']}",
+        }
         self.started = {"RAY_metrics_report_interval_ms": "1000", "FEDRAY_UNSAFE_TEST_KEY": "tests"} | (variables or {})
         self.log = (folder / "head.log").open("w")
         self.process = subprocess.Popen(
-            ["ray", "start", "--head", "--block", *options, f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
-             "--include-dashboard=true", f"--temp-dir={self.temp}", "--disable-usage-stats", f"--metrics-export-port={free_port()}",
-             f"--dashboard-agent-listen-port={free_port()}"],
-            env=self.env | self.started, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
+            [
+                "ray",
+                "start",
+                "--head",
+                "--block",
+                *options,
+                f"--port={port}",
+                f"--dashboard-port={dashboard}",
+                "--dashboard-host=127.0.0.1",
+                "--include-dashboard=true",
+                f"--temp-dir={self.temp}",
+                "--disable-usage-stats",
+                f"--metrics-export-port={free_port()}",
+                f"--dashboard-agent-listen-port={free_port()}",
+            ],
+            env=self.env | self.started,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         end = time.monotonic() + 90
         while self.get("/api/version") is None:
             assert self.process.poll() is None and time.monotonic() < end, (folder / "head.log").read_text()
             time.sleep(0.5)
         # The dashboard answers before its agent takes jobs.
-        while subprocess.run(self.command("true", options=("--no-wait",)), env=self.env, capture_output=True, timeout=60, check=False).returncode:
+        while subprocess.run(
+            self.command("true", options=("--no-wait",)), env=self.env, capture_output=True, timeout=60, check=False
+        ).returncode:
             assert time.monotonic() < end, (folder / "head.log").read_text()
             time.sleep(0.5)
 
@@ -77,8 +104,20 @@ class Head:
     def join(self, *options: str) -> subprocess.Popen:
         """Another node of this cluster. Two that start at once may take each other's ports."""
         node = subprocess.Popen(
-            ["ray", "start", "--block", f"--address={self.address}", *options, f"--temp-dir={self.temp}", "--disable-usage-stats", f"--dashboard-agent-listen-port={free_port()}"],
-            env=self.env | self.started, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
+            [
+                "ray",
+                "start",
+                "--block",
+                f"--address={self.address}",
+                *options,
+                f"--temp-dir={self.temp}",
+                "--disable-usage-stats",
+                f"--dashboard-agent-listen-port={free_port()}",
+            ],
+            env=self.env | self.started,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         there, end = self.nodes(), time.monotonic() + 60
         while self.nodes() == there:
@@ -90,7 +129,14 @@ class Head:
         return len(json.loads(self.get("/nodes?view=summary"))["data"]["summary"])
 
     def submit(self, *entrypoint: str, working_dir: Path | None = ROOT) -> subprocess.CompletedProcess:
-        return subprocess.run(self.command(*entrypoint, working_dir=working_dir), env=self.env, capture_output=True, text=True, timeout=580, check=False)
+        return subprocess.run(
+            self.command(*entrypoint, working_dir=working_dir),
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=580,
+            check=False,
+        )
 
     def command(self, *entrypoint: str, options: tuple[str, ...] = (), working_dir: Path | None = ROOT) -> list[str]:
         where = ("--working-dir", str(working_dir)) if working_dir else ()
@@ -120,7 +166,10 @@ def config_file(make_config, tmp_path):
 
     def write(**sections) -> tuple[str, Path]:
         out = tmp_path / "run"
-        values = make_config(**sections).model_dump(mode="json", exclude_unset=True) | {"engine": "ray", "output": {"dir": str(out)}}
+        values = make_config(**sections).model_dump(mode="json", exclude_unset=True) | {
+            "engine": "ray",
+            "output": {"dir": str(out)},
+        }
         values["worker"] = {"cpus": 1, "count": 1} | sections.get("worker", {})
         (tmp_path / "config.yaml").write_text(from_dict(values).to_yaml())
         return str(tmp_path / "config.yaml"), out
@@ -137,7 +186,13 @@ def test_the_upload_is_small_and_holds_what_jobs_need(tmp_path):
 
     names = zipfile.ZipFile(tmp_path / "p.zip").namelist()
     assert (tmp_path / "p.zip").stat().st_size < 5 * 2**20
-    assert {"fedray/cli.py", "jobs/federate.py", "jobs/sweep.py", "tune_spaces/smoke.py", "fedray/assets/builtin-base/config.json"} <= {n.split("/", 1)[1] if n.split("/")[0] == ROOT.name else n for n in names}
+    assert {
+        "fedray/cli.py",
+        "jobs/federate.py",
+        "jobs/sweep.py",
+        "tune_spaces/smoke.py",
+        "fedray/assets/builtin-base/config.json",
+    } <= {n.split("/", 1)[1] if n.split("/")[0] == ROOT.name else n for n in names}
     assert not [n for n in names if re.search(r"(^|/)(\.git|tests|k8s|runs|\.venv|\.hypothesis)/", n)]
 
 
@@ -151,11 +206,22 @@ def test_a_submitted_run_ends_with_its_results_and_without_a_token_nobody_gets_i
     assert done.returncode == 0, done.stdout + done.stderr
     assert "round   3" in done.stdout and "succeeded" in done.stdout
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["rounds"] == 3 and (out / "report.html").is_file() and (out / "adapter" / "adapter_model.safetensors").is_file()
+    assert (
+        summary["rounds"] == 3
+        and (out / "report.html").is_file()
+        and (out / "adapter" / "adapter_model.safetensors").is_file()
+    )
     # Actors' lines: run, round and client, in Ray's own log files.
-    lines = [json.loads(text) for file in (head.temp / "session_latest" / "logs").glob("worker-*.err") for text in file.read_text().splitlines() if text.startswith("{")]
+    lines = [
+        json.loads(text)
+        for file in (head.temp / "session_latest" / "logs").glob("worker-*.err")
+        for text in file.read_text().splitlines()
+        if text.startswith("{")
+    ]
     trained = [line for line in lines if line["event"] == "trained" and line["run"] == "run"]
-    assert sorted((line["round"], line["client"]) for line in trained) == [(r, f"client-{c}") for r in (1, 2, 3) for c in range(3)]
+    assert sorted((line["round"], line["client"]) for line in trained) == [
+        (r, f"client-{c}") for r in (1, 2, 3) for c in range(3)
+    ]
     assert all(len(line["node"]) == 56 and line["seconds"] > 0 for line in trained)
     done_rounds = [line["round"] for line in lines if line["event"] == "round done" and line["run"] == "run"]
     assert done_rounds == [1, 2, 3]
@@ -166,7 +232,11 @@ def test_a_submitted_run_ends_with_its_results_and_without_a_token_nobody_gets_i
 def test_exit_codes_tell_bad_input_from_a_run_that_failed(head, config_file):
     config, out = config_file()
     bad = head.submit("python", "jobs/federate.py", "--config", config, "--federation.cohort", "9")
-    assert bad.returncode == 1 and "failed with exit code 2" in (bad.stdout + bad.stderr) and "federation.cohort 9 is more than the 3 clients" in bad.stdout
+    assert (
+        bad.returncode == 1
+        and "failed with exit code 2" in (bad.stdout + bad.stderr)
+        and "federation.cohort 9 is more than the 3 clients" in bad.stdout
+    )
     assert not out.exists()
     failed = head.submit("python", "jobs/federate.py", "--config", config, "--federation.lr", "1e30")
     assert failed.returncode == 1 and "failed with exit code 1" in (failed.stdout + failed.stderr), failed.stdout
@@ -175,20 +245,33 @@ def test_exit_codes_tell_bad_input_from_a_run_that_failed(head, config_file):
 
 @pytest.mark.parametrize(
     "command",
-    [["run"], ["run", "--output.dir", "runs/mine"], ["sweep", "--space", str(ROOT / "tune_spaces/smoke.py")], ["compare", "--methods", "ffa", "--out", "runs/mine"]],
+    [
+        ["run"],
+        ["run", "--output.dir", "runs/mine"],
+        ["sweep", "--space", str(ROOT / "tune_spaces/smoke.py")],
+        ["compare", "--methods", "ffa", "--out", "runs/mine"],
+    ],
 )
 def test_a_submitted_job_does_not_write_into_its_package_that_ray_removes(command, monkeypatch, tmp_path, capsys):
     from fedray.cli import main
 
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     monkeypatch.chdir(tmp_path)
-    assert main(command) == 2 and "must be an absolute path on storage that stays" in capsys.readouterr().err and not any(tmp_path.iterdir())
+    assert (
+        main(command) == 2
+        and "must be an absolute path on storage that stays" in capsys.readouterr().err
+        and not any(tmp_path.iterdir())
+    )
 
 
 def sweep_flags(make_config, folder: Path, axis: str) -> tuple[str, ...]:
     """Flags of a tiny sweep over one axis, whose files are written into the folder; its results go to FOLDER/sweep."""
-    (folder / "base.yaml").write_text(json.dumps(make_config().model_dump(mode="json", exclude_unset=True, exclude={"output", "worker", "engine"})))
-    (folder / "space.py").write_text(f"from ray import tune\nfrom fedray.sweep import Sweep\nSWEEP = Sweep(space={{{axis}}}, base={{'federation.rounds': 1, 'worker.count': 1}})\n")
+    (folder / "base.yaml").write_text(
+        json.dumps(make_config().model_dump(mode="json", exclude_unset=True, exclude={"output", "worker", "engine"}))
+    )
+    (folder / "space.py").write_text(
+        f"from ray import tune\nfrom fedray.sweep import Sweep\nSWEEP = Sweep(space={{{axis}}}, base={{'federation.rounds': 1, 'worker.count': 1}})\n"
+    )
     return ("--space", str(folder / "space.py"), "--out", str(folder / "sweep"), "--config", str(folder / "base.yaml"))
 
 
@@ -203,7 +286,11 @@ def test_a_submitted_sweep_ends_with_its_tables(head, make_config, tmp_path):
 def scraped(head: Head) -> dict[str, list[str]]:
     """Samples of every metrics endpoint that the head's service discovery names, by metric."""
     found: dict[str, list[str]] = {}
-    discovery = json.loads((head.temp / "prom_metrics_service_discovery.json").read_text()) if (head.temp / "prom_metrics_service_discovery.json").is_file() else []
+    discovery = (
+        json.loads((head.temp / "prom_metrics_service_discovery.json").read_text())
+        if (head.temp / "prom_metrics_service_discovery.json").is_file()
+        else []
+    )
     for target in {t for group in discovery for t in group["targets"]}:
         try:
             with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
@@ -225,16 +312,31 @@ def dashboard_metrics() -> set[str]:
 
 def gone_on(before: list[dict], after: list[dict]) -> bool:
     """Whether the rounds `before` are the first ones of `after`. A run that starts over takes other times."""
-    return [(r["seconds"]["train"], r["metrics"]) for r in before] == [(r["seconds"]["train"], r["metrics"]) for r in after[: len(before)]]
+    return [(r["seconds"]["train"], r["metrics"]) for r in before] == [
+        (r["seconds"]["train"], r["metrics"]) for r in after[: len(before)]
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
-def test_a_stopped_job_leaves_a_checkpoint_that_a_second_one_goes_on_from_and_its_metrics_can_be_scraped(private, head, config_file):
+def test_a_stopped_job_leaves_a_checkpoint_that_a_second_one_goes_on_from_and_its_metrics_can_be_scraped(
+    private, head, config_file
+):
     name = f"to-be-stopped-{private}"
-    config, out = config_file(federation={"clients": 3, "rounds": 40, "local_steps": 4, "batch_size": 4, "lr": 0.01}, privacy={"noise": 0.5} if private else {}, method={"name": "ffa"})
-    started = subprocess.run(head.command("python", "jobs/federate.py", "--config", config, options=("--no-wait", "--submission-id", name)), env=head.env, capture_output=True, text=True, timeout=60, check=False)
+    config, out = config_file(
+        federation={"clients": 3, "rounds": 40, "local_steps": 4, "batch_size": 4, "lr": 0.01},
+        privacy={"noise": 0.5} if private else {},
+        method={"name": "ffa"},
+    )
+    started = subprocess.run(
+        head.command("python", "jobs/federate.py", "--config", config, options=("--no-wait", "--submission-id", name)),
+        env=head.env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert started.returncode == 0, started.stdout + started.stderr
     wanted = dashboard_metrics()
     made = {f"ray_{n}" for n in METRICS} | {f"ray_{n}_{what}" for n in METRICS for what in ("bucket", "sum", "count")}
@@ -248,16 +350,39 @@ def test_a_stopped_job_leaves_a_checkpoint_that_a_second_one_goes_on_from_and_it
     assert expected <= seen.keys(), sorted(expected - seen.keys())
     assert not (private and "ray_fedray_train_loss" in seen)
     assert 'run="run"' in seen["ray_fedray_round"][0] and 'method="ffa"' in seen["ray_fedray_round"][0]
-    stopped = subprocess.run(["ray", "job", "stop", "--address", head.api, name], env=head.env, capture_output=True, text=True, timeout=60, check=False)
+    stopped = subprocess.run(
+        ["ray", "job", "stop", "--address", head.api, name],
+        env=head.env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    log = subprocess.run(["ray", "job", "logs", "--address", head.api, name], env=head.env, capture_output=True, text=True, timeout=60, check=False).stdout
+    log = subprocess.run(
+        ["ray", "job", "logs", "--address", head.api, name],
+        env=head.env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    ).stdout
     assert "--output.resume" in log and "goes on from it" in log, log
     before = read_rounds(out)
     assert list((out / "checkpoint").glob("round-*")) and 1 <= len(before) < 40 and not (out / "summary.json").exists()
-    again = head.submit("python", "jobs/federate.py", "--config", config, "--output.resume", "--federation.rounds", "40")
+    again = head.submit(
+        "python", "jobs/federate.py", "--config", config, "--output.resume", "--federation.rounds", "40"
+    )
     assert again.returncode == 0, again.stdout + again.stderr
     assert len(read_rounds(out)) == 40 and gone_on(before, read_rounds(out))
-    alive = subprocess.run(["ray", "list", "actors", "--address", head.api, "--filter", "state=ALIVE"], env=head.env, capture_output=True, text=True, timeout=60, check=False)
+    alive = subprocess.run(
+        ["ray", "list", "actors", "--address", head.api, "--filter", "state=ALIVE"],
+        env=head.env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert "No resource in the cluster" in alive.stdout, alive.stdout
 
 
@@ -266,21 +391,42 @@ def test_a_stopped_job_leaves_a_checkpoint_that_a_second_one_goes_on_from_and_it
 def test_exit_codes_of_a_submitted_sweep(head, make_config, tmp_path):
     flags = sweep_flags(make_config, tmp_path, "'federation.lr': tune.grid_search([1e30])")
     bad = head.submit("python", "jobs/sweep.py", *flags, "--federation.cohort", "9")
-    assert bad.returncode == 1 and "failed with exit code 2" in (bad.stdout + bad.stderr) and "federation.cohort 9 is more than the 3 clients" in bad.stdout, bad.stdout
+    assert (
+        bad.returncode == 1
+        and "failed with exit code 2" in (bad.stdout + bad.stderr)
+        and "federation.cohort 9 is more than the 3 clients" in bad.stdout
+    ), bad.stdout
     assert not (tmp_path / "sweep").exists()
     failed = head.submit("python", "jobs/sweep.py", *flags)
-    assert failed.returncode == 1 and "failed with exit code 1" in (failed.stdout + failed.stderr) and "lower federation.lr" in failed.stdout, failed.stdout
+    assert (
+        failed.returncode == 1
+        and "failed with exit code 1" in (failed.stdout + failed.stderr)
+        and "lower federation.lr" in failed.stdout
+    ), failed.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_head_whose_pod_is_ended_leaves_a_run_that_goes_on_at_another_head(config_file, tmp_path):
     """What kubelet does: SIGTERM to the container's first process, and SIGKILL to all others when that has ended."""
-    config, out = config_file(federation={"clients": 3, "rounds": 30, "local_steps": 2, "batch_size": 4, "lr": 0.01}, privacy={"noise": 0.5}, method={"name": "ffa"})
+    config, out = config_file(
+        federation={"clients": 3, "rounds": 30, "local_steps": 2, "batch_size": 4, "lr": 0.01},
+        privacy={"noise": 0.5},
+        method={"name": "ffa"},
+    )
     first = Head(tmp_path)
     try:
         words = ("python", "jobs/federate.py", "--config", config, "--output.resume")
-        assert subprocess.run(first.command(*words, options=("--no-wait",)), env=first.env, capture_output=True, timeout=60, check=False).returncode == 0
+        assert (
+            subprocess.run(
+                first.command(*words, options=("--no-wait",)),
+                env=first.env,
+                capture_output=True,
+                timeout=60,
+                check=False,
+            ).returncode
+            == 0
+        )
         end = time.monotonic() + 120
         while len(read_rounds(out)) < 2:
             assert time.monotonic() < end
@@ -299,5 +445,7 @@ def test_a_head_whose_pod_is_ended_leaves_a_run_that_goes_on_at_another_head(con
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(read_rounds(out)) == 30 and gone_on(before, read_rounds(out))
     # What was done twice is charged once.
-    unbroken = execute(prepare(read_config(["--config", config, "--engine", "inline", "--output.dir", str(tmp_path / "unbroken")])))
+    unbroken = execute(
+        prepare(read_config(["--config", config, "--engine", "inline", "--output.dir", str(tmp_path / "unbroken")]))
+    )
     assert json.loads((out / "summary.json").read_text())["epsilon"] == unbroken["epsilon"] > 0

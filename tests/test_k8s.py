@@ -42,7 +42,13 @@ def things(path: Path) -> list[dict]:
 
 def rendered(overlay: str) -> list[dict]:
     """What kustomize makes of an overlay."""
-    command = ["kustomize", "build"] if shutil.which("kustomize") else ["kubectl", "kustomize"] if shutil.which("kubectl") else None
+    command = (
+        ["kustomize", "build"]
+        if shutil.which("kustomize")
+        else ["kubectl", "kustomize"]
+        if shutil.which("kubectl")
+        else None
+    )
     if command is None:
         pytest.skip("neither kustomize nor kubectl is here: the manifests are checked as files only")
     done = subprocess.run([*command, str(K8S / overlay)], capture_output=True, text=True, check=False)
@@ -56,6 +62,7 @@ def cluster_of(thing: dict) -> dict:
 
 def pods(thing: dict) -> Iterator[dict]:
     """Every pod's spec in an object, with its labels under `labels`."""
+
     def labelled(template: dict) -> dict:
         return {**template["spec"], "labels": template.get("metadata", {}).get("labels", {})}
 
@@ -84,7 +91,9 @@ def test_manifests_keep_the_operators_rules(path):
 def test_rendered_manifests_fit_the_crds(overlay):
     schemas = schemas_there()
     made = rendered(overlay)
-    assert {"Namespace", "ServiceAccount", "PersistentVolumeClaim", "ConfigMap", "NetworkPolicy"} < {t["kind"] for t in made}
+    assert {"Namespace", "ServiceAccount", "PersistentVolumeClaim", "ConfigMap", "NetworkPolicy"} < {
+        t["kind"] for t in made
+    }
     assert any(t["kind"] in schemas for t in made)
     assert [f for t in made for f in (*lint.validate(t, schemas), *lint.lint(t))] == []
     assert all(t["metadata"].get("namespace") == "fedray" for t in made if t["kind"] != "Namespace")
@@ -103,9 +112,13 @@ def test_tls_reaches_every_ray_container(tmp_path):
         folder.mkdir()
         try:
             images = "images: [{name: fedray, newName: registry.example/fedray, newTag: '7'}]\n"  # as components/image has it
-            (folder / "kustomization.yaml").write_text(f"resources: [../{kind}]\ncomponents: [../../components/tls, image]\n")
+            (folder / "kustomization.yaml").write_text(
+                f"resources: [../{kind}]\ncomponents: [../../components/tls, image]\n"
+            )
             (folder / "image").mkdir()
-            (folder / "image" / "kustomization.yaml").write_text(f"apiVersion: kustomize.config.k8s.io/v1alpha1\nkind: Component\n{images}")
+            (folder / "image" / "kustomization.yaml").write_text(
+                f"apiVersion: kustomize.config.k8s.io/v1alpha1\nkind: Component\n{images}"
+            )
             made = rendered(f"overlays/{folder.name}")
         finally:
             shutil.rmtree(folder)
@@ -118,35 +131,63 @@ def test_tls_reaches_every_ray_container(tmp_path):
             inside = group["template"]["spec"]
             (container,) = inside["containers"]
             env = {e["name"]: e.get("value") for e in container["env"]}
-            assert env["RAY_USE_TLS"] == "1" and env["RAY_TLS_CA_CERT"] == "/tls/ca.crt" and "tls" in {m["name"] for m in container["volumeMounts"]}
+            assert (
+                env["RAY_USE_TLS"] == "1"
+                and env["RAY_TLS_CA_CERT"] == "/tls/ca.crt"
+                and "tls" in {m["name"] for m in container["volumeMounts"]}
+            )
             assert [c["name"] for c in inside["initContainers"]] == ["certify"]
-            assert {c["image"] for c in (*inside["containers"], *inside["initContainers"])} == {"registry.example/fedray:7"}
+            assert {c["image"] for c in (*inside["containers"], *inside["initContainers"])} == {
+                "registry.example/fedray:7"
+            }
         beside = cluster["autoscalerOptions"]  # the operator's own container in the head
-        assert {e["name"]: e["value"] for e in beside["env"]}["RAY_USE_TLS"] == "1" and beside["volumeMounts"][0]["mountPath"] == "/tls"
+        assert {e["name"]: e["value"] for e in beside["env"]}["RAY_USE_TLS"] == "1" and beside["volumeMounts"][0][
+            "mountPath"
+        ] == "/tls"
 
 
 def core_kinds() -> list[Path]:
-    return sorted(p for p in K8S.rglob("*.yaml") if p.name not in ("kustomization.yaml", "podmonitor.yaml") and p not in MANIFESTS and "components" not in p.parts)
+    return sorted(
+        p
+        for p in K8S.rglob("*.yaml")
+        if p.name not in ("kustomization.yaml", "podmonitor.yaml")
+        and p not in MANIFESTS
+        and "components" not in p.parts
+    )
 
 
 @pytest.mark.parametrize("path", core_kinds(), ids=lambda p: str(p.relative_to(K8S)))
 def test_core_kinds_fit_kubernetes(path):
-    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed: pip install 'fedray[test]'")
+    kubernetes_validate = pytest.importorskip(
+        "kubernetes_validate", reason="kubernetes-validate is not installed: pip install 'fedray[test]'"
+    )
     for thing in things(path):
         kubernetes_validate.validate(thing, "1.33", strict=True)
 
 
-@pytest.mark.parametrize("path", [*MANIFESTS, K8S / "overlays/raycluster/redis.yaml", K8S / "loader/loader.yaml"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [*MANIFESTS, K8S / "overlays/raycluster/redis.yaml", K8S / "loader/loader.yaml"], ids=lambda p: p.name
+)
 def test_pods_have_no_more_power_than_they_need(path):
     for thing in things(path):
         for pod in pods(thing):
             security = pod["securityContext"]
-            assert security["runAsNonRoot"] and security["runAsUser"] > 0 and security["seccompProfile"] == {"type": "RuntimeDefault"}
-            assert pod["serviceAccountName"] == ("fedray-head" if pod["labels"]["app.kubernetes.io/component"] == "head" else "fedray-worker")
+            assert (
+                security["runAsNonRoot"]
+                and security["runAsUser"] > 0
+                and security["seccompProfile"] == {"type": "RuntimeDefault"}
+            )
+            assert pod["serviceAccountName"] == (
+                "fedray-head" if pod["labels"]["app.kubernetes.io/component"] == "head" else "fedray-worker"
+            )
             assert pod["labels"]["app.kubernetes.io/name"] == "fedray"  # what the network policy selects
             for container in (*pod["containers"], *pod.get("initContainers", [])):
                 own = container["securityContext"]
-                assert own["allowPrivilegeEscalation"] is False and own["readOnlyRootFilesystem"] is True and own["capabilities"] == {"drop": ["ALL"]}
+                assert (
+                    own["allowPrivilegeEscalation"] is False
+                    and own["readOnlyRootFilesystem"] is True
+                    and own["capabilities"] == {"drop": ["ALL"]}
+                )
                 assert container["resources"]["requests"] == container["resources"]["limits"]
                 assert re.fullmatch(r"\d+", str(container["resources"]["limits"]["cpu"]))  # Ray counts whole ones
         if thing["kind"] in ("RayJob", "RayCluster"):
@@ -165,7 +206,9 @@ def test_a_silos_data_and_keys_are_mounted_by_its_own_pods_only():
         for volume in group["template"]["spec"]["volumes"]:
             if claim := volume.get("persistentVolumeClaim", {}).get("claimName"):
                 seen.setdefault(claim, []).append((group.get("labels") or {}).get("silo"))
-    assert {c: s for c, s in seen.items() if c.startswith("silo-")} == {f"silo-{s}-{what}": [s] for s in ("a", "b") for what in ("data", "keys")}
+    assert {c: s for c, s in seen.items() if c.startswith("silo-")} == {
+        f"silo-{s}-{what}": [s] for s in ("a", "b") for what in ("data", "keys")
+    }
     assert None in seen["fedray-results"] and set(seen["fedray-results"]) == {None}  # the head's alone
     (config,) = things(K8S / "overlays/rayjob-silos/config.yaml")
     clients = yaml.safe_load(config["data"]["config.yaml"])["clients"]
@@ -174,12 +217,18 @@ def test_a_silos_data_and_keys_are_mounted_by_its_own_pods_only():
 
 def test_workers_reach_nothing_but_the_cluster_and_names():
     nodes, head = things(K8S / "base/network-policy.yaml")
-    assert nodes["spec"]["policyTypes"] == ["Ingress", "Egress"] and nodes["spec"]["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "fedray"}}
+    assert nodes["spec"]["policyTypes"] == ["Ingress", "Egress"] and nodes["spec"]["podSelector"] == {
+        "matchLabels": {"app.kubernetes.io/name": "fedray"}
+    }
     to = [peer for rule in nodes["spec"]["egress"] for peer in rule["to"]]
     assert {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "fedray"}}} in to and len(to) == 3
-    assert [peer for peer in to if "ipBlock" in peer] == [{"ipBlock": {"cidr": "169.254.20.10/32"}}]  # names, from the node itself
+    assert [peer for peer in to if "ipBlock" in peer] == [
+        {"ipBlock": {"cidr": "169.254.20.10/32"}}
+    ]  # names, from the node itself
     assert {p["port"] for r in nodes["spec"]["egress"] for p in r.get("ports", [])} == {53}
-    assert head["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "head" and head["spec"]["policyTypes"] == ["Egress"]
+    assert head["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "head" and head["spec"][
+        "policyTypes"
+    ] == ["Egress"]
 
 
 # --- the linter: every rule catches its violation ---------------------------------------------------------------------
@@ -198,11 +247,17 @@ def cluster() -> dict:
 
 
 def service() -> dict:
-    return {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": "s"}, "spec": {"rayClusterConfig": cluster_of(job())}}
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": "s"},
+        "spec": {"rayClusterConfig": cluster_of(job())},
+    }
 
 
 def put(path: str, value) -> Callable[[dict], None]:
     """A change: set the value at a dotted path (`-` removes it)."""
+
     def change(thing: dict) -> None:
         *way, last = path.split(".")
         for step in way:
@@ -227,59 +282,135 @@ R, C = "spec.rayClusterSpec", "spec"
 RULES = [
     (job, put("metadata.name", "a" * 48), "the name has 48 characters, and a RayJob's may have 47"),
     (cluster, put("metadata.name", "a" * 54), "the name has 54 characters, and a RayCluster's may have 53"),
-    (job, several(put("kind", "RayCronJob"), put("metadata.name", "a" * 37)), "the name has 37 characters, and a RayCronJob's may have 36"),
+    (
+        job,
+        several(put("kind", "RayCronJob"), put("metadata.name", "a" * 37)),
+        "the name has 37 characters, and a RayCronJob's may have 36",
+    ),
     (job, put("metadata.name", "7up"), "no DNS-1035 label"),
     (job, put("spec.clusterSelector", {"ray.io/cluster": "x"}), "exactly one of rayClusterSpec and clusterSelector"),
     (job, put(R, "-"), "exactly one of rayClusterSpec and clusterSelector"),
-    (job, several(put(R, "-"), put("spec.clusterSelector", {"a": "b"})), "clusterSelector does not go with suspend, backoffLimit"),
-    (job, several(put(R, "-"), put("spec.clusterSelector", {"a": "b"}), put("spec.backoffLimit", 0)), "DeleteCluster does not go with clusterSelector"),
+    (
+        job,
+        several(put(R, "-"), put("spec.clusterSelector", {"a": "b"})),
+        "clusterSelector does not go with suspend, backoffLimit",
+    ),
+    (
+        job,
+        several(put(R, "-"), put("spec.clusterSelector", {"a": "b"}), put("spec.backoffLimit", 0)),
+        "DeleteCluster does not go with clusterSelector",
+    ),
     (job, put("spec.submissionMode", "K8SJobMode"), "submissionMode 'K8SJobMode' is not known"),
     (job, put("spec.submissionMode", "SidecarMode"), "SidecarMode takes no submitterPodTemplate"),
-    (job, several(put("spec.submissionMode", "SidecarMode"), put(f"{R}.headGroupSpec.template.spec.restartPolicy", "Always")), "SidecarMode needs the head's restartPolicy Never"),
+    (
+        job,
+        several(
+            put("spec.submissionMode", "SidecarMode"), put(f"{R}.headGroupSpec.template.spec.restartPolicy", "Always")
+        ),
+        "SidecarMode needs the head's restartPolicy Never",
+    ),
     (job, put("spec.submissionMode", "InteractiveMode"), "InteractiveMode takes no backoffLimit"),
     (job, put("spec.ttlSecondsAfterFinished", 60), "ttlSecondsAfterFinished needs shutdownAfterJobFinishes"),
     (job, put("spec.suspend", True), "suspend needs shutdownAfterJobFinishes"),
     (job, put("spec.shutdownAfterJobFinishes", True), "deletionRules exclude shutdownAfterJobFinishes"),
     (job, put("spec.deletionStrategy.onSuccess", {"policy": "DeleteCluster"}), "deletionRules exclude onSuccess"),
-    (job, put("spec.deletionStrategy.deletionRules.0.condition", {}), "exactly one of jobStatus and jobDeploymentStatus"),
-    (job, put("spec.deletionStrategy.deletionRules.0.condition.jobDeploymentStatus", "Failed"), "exactly one of jobStatus and jobDeploymentStatus"),
-    (job, put("spec.deletionStrategy.deletionRules.0.condition", {"jobDeploymentStatus": "Complete"}), "may only be Failed"),
+    (
+        job,
+        put("spec.deletionStrategy.deletionRules.0.condition", {}),
+        "exactly one of jobStatus and jobDeploymentStatus",
+    ),
+    (
+        job,
+        put("spec.deletionStrategy.deletionRules.0.condition.jobDeploymentStatus", "Failed"),
+        "exactly one of jobStatus and jobDeploymentStatus",
+    ),
+    (
+        job,
+        put("spec.deletionStrategy.deletionRules.0.condition", {"jobDeploymentStatus": "Complete"}),
+        "may only be Failed",
+    ),
     (job, put("spec.deletionStrategy.deletionRules.1.condition.jobStatus", "SUCCEEDED"), "is there twice"),
-    (job, put("spec.deletionStrategy.deletionRules.0.policy", "DeleteWorkers"), "DeleteWorkers does not go with autoscaling"),
+    (
+        job,
+        put("spec.deletionStrategy.deletionRules.0.policy", "DeleteWorkers"),
+        "DeleteWorkers does not go with autoscaling",
+    ),
     (fixed_job, put("spec.shutdownAfterJobFinishes", False), "Kueue needs shutdownAfterJobFinishes"),
     (fixed_job, put(f"{R}.enableInTreeAutoscaling", True), "Kueue takes no autoscaling"),
     (fixed_job, put("spec.clusterSelector", {"a": "b"}), "Kueue takes no clusterSelector"),
     (fixed_job, put(f"{R}.workerGroupSpecs.0.groupName", "head"), "none of them named head"),
-    (fixed_job, put(f"{R}.workerGroupSpecs.0.maxReplicas", "-"), "without autoscaling minReplicas and maxReplicas must be given"),
+    (
+        fixed_job,
+        put(f"{R}.workerGroupSpecs.0.maxReplicas", "-"),
+        "without autoscaling minReplicas and maxReplicas must be given",
+    ),
     (fixed_job, put(f"{R}.workerGroupSpecs.0.idleTimeoutSeconds", 60), "idleTimeoutSeconds needs autoscaler v2"),
     (job, put(f"{R}.workerGroupSpecs.0.minReplicas", 9), "minReplicas is above maxReplicas"),
     (job, put(f"{R}.workerGroupSpecs.1.groupName", "gpu-1"), "two worker groups have one name"),
     (job, put(f"{R}.headGroupSpec.template.spec.restartPolicy", "Always"), "autoscaler v2 needs restartPolicy Never"),
     (job, put(f"{R}.workerGroupSpecs.0.suspend", True), "a suspended group does not go with autoscaling"),
-    (job, put(f"{R}.headGroupSpec.template.spec.containers.0.env", [{"name": "RAY_enable_autoscaler_v2", "value": "1"}]), "two ways to say one thing"),
+    (
+        job,
+        put(f"{R}.headGroupSpec.template.spec.containers.0.env", [{"name": "RAY_enable_autoscaler_v2", "value": "1"}]),
+        "two ways to say one thing",
+    ),
     (job, put(f"{R}.authOptions", "-"), "authOptions.mode is not token"),
     (job, put(f"{R}.authOptions", {"secretName": "x"}), "authOptions.mode is not token"),
     (job, put(f"{R}.rayVersion", "2.51.9"), "needs rayVersion 2.52.0"),
     (job, put(f"{R}.rayVersion", "-"), "needs rayVersion 2.52.0"),
     (job, put(f"{R}.authOptions.enableK8sTokenAuth", True), "enableK8sTokenAuth needs"),
-    (cluster, several(put("spec.authOptions.enableK8sTokenAuth", True), put("spec.rayVersion", "2.54.0")), "enableK8sTokenAuth needs"),
+    (
+        cluster,
+        several(put("spec.authOptions.enableK8sTokenAuth", True), put("spec.rayVersion", "2.54.0")),
+        "enableK8sTokenAuth needs",
+    ),
     (job, put(f"{R}.headGroupSpec.rayStartParams.num-cpus", 0), "rayStartParams num-cpus must be a string"),
     (job, put(f"{R}.headGroupSpec.resources", {"CPU": "0"}), "num-cpus is in rayStartParams and in resources"),
     (job, put(f"{R}.workerGroupSpecs.0.rayStartParams.labels", "silo=a"), "labels belong to the group's own labels"),
     (cluster, put("metadata.annotations", {"ray.io/ft-enabled": "true"}), "asked for by annotation and by options"),
-    (cluster, put(f"{C}.headGroupSpec.rayStartParams.redis-password", "x"), "redis-password does not go with gcsFaultToleranceOptions"),
-    (cluster, put(f"{C}.headGroupSpec.template.spec.containers.0.env", [{"name": "REDIS_PASSWORD", "value": "x"}]), "REDIS_PASSWORD does not go with"),
+    (
+        cluster,
+        put(f"{C}.headGroupSpec.rayStartParams.redis-password", "x"),
+        "redis-password does not go with gcsFaultToleranceOptions",
+    ),
+    (
+        cluster,
+        put(f"{C}.headGroupSpec.template.spec.containers.0.env", [{"name": "REDIS_PASSWORD", "value": "x"}]),
+        "REDIS_PASSWORD does not go with",
+    ),
     (cluster, put(f"{C}.gcsFaultToleranceOptions.backend", "rocksdb"), "the rocksdb backend takes no redis fields"),
     (cluster, put(f"{C}.gcsFaultToleranceOptions.redisAddress", "-"), "need a redisAddress"),
-    (cluster, put(f"{C}.upgradeStrategy", {"type": "NewCluster"}), "upgradeStrategy 'NewCluster' is none of a RayCluster's"),
+    (
+        cluster,
+        put(f"{C}.upgradeStrategy", {"type": "NewCluster"}),
+        "upgradeStrategy 'NewCluster' is none of a RayCluster's",
+    ),
     (cluster, put(f"{C}.gcsFaultToleranceOptions", {"backend": "rocksdb"}), "needs the operator's feature gate"),
     (cluster, put("metadata.labels", {"kueue.x-k8s.io/queue-name": "q"}), "Kueue takes no autoscaling"),
     (cluster, put("spec.managedBy", "me"), "managedBy 'me' is not known"),
     (job, put("spec.managedBy", "me"), "managedBy 'me' is not known"),
-    (job, put("spec.deletionStrategy", {"onSuccess": {"policy": "DeleteWorkers"}}), "DeleteWorkers does not go with autoscaling"),
-    (job, several(put(f"{R}.headGroupSpec.resources", {"CPU": "1"}), put(f"{R}.headGroupSpec.rayStartParams", {"resources": "{}"})), "resources are in rayStartParams and in the group's own"),
+    (
+        job,
+        put("spec.deletionStrategy", {"onSuccess": {"policy": "DeleteWorkers"}}),
+        "DeleteWorkers does not go with autoscaling",
+    ),
+    (
+        job,
+        several(
+            put(f"{R}.headGroupSpec.resources", {"CPU": "1"}),
+            put(f"{R}.headGroupSpec.rayStartParams", {"resources": "{}"}),
+        ),
+        "resources are in rayStartParams and in the group's own",
+    ),
     (service, put("spec.upgradeStrategy", {"type": "Recreate"}), "none of a RayService's"),
-    (service, several(put("spec.upgradeStrategy", {"type": "NewClusterWithIncrementalUpgrade"}), put("spec.rayClusterConfig.enableInTreeAutoscaling", False)), "needs the autoscaler"),
+    (
+        service,
+        several(
+            put("spec.upgradeStrategy", {"type": "NewClusterWithIncrementalUpgrade"}),
+            put("spec.rayClusterConfig.enableInTreeAutoscaling", False),
+        ),
+        "needs the autoscaler",
+    ),
 ]
 
 
@@ -295,10 +426,15 @@ def test_the_linter_catches(made, change, words):
 @pytest.mark.parametrize(
     "change",
     [
-        put("spec.entrypiont", "x"), put(f"{R}.workerGroupSpecs.0.replicas", "1"), put(f"{R}.headGroupSpec.rayStartParams.num-cpus", 0),
-        put(f"{R}.headGroupSpec.template.spec.containers.0.env", [{"name": "A", "value": 1}]), put(f"{R}.workerGroupSpecs.0.groupName", "-"),
-        put(f"{R}.headGroupSpec.template.spec.containers.0.resources.limits", {"memory": [8]}), put(f"{R}.autoscalerOptions.version", "v3"),
-        put(f"{R}.authOptions.mode", "none"), put("spec.deletionStrategy.deletionRules.0.policy", "Delete"),
+        put("spec.entrypiont", "x"),
+        put(f"{R}.workerGroupSpecs.0.replicas", "1"),
+        put(f"{R}.headGroupSpec.rayStartParams.num-cpus", 0),
+        put(f"{R}.headGroupSpec.template.spec.containers.0.env", [{"name": "A", "value": 1}]),
+        put(f"{R}.workerGroupSpecs.0.groupName", "-"),
+        put(f"{R}.headGroupSpec.template.spec.containers.0.resources.limits", {"memory": [8]}),
+        put(f"{R}.autoscalerOptions.version", "v3"),
+        put(f"{R}.authOptions.mode", "none"),
+        put("spec.deletionStrategy.deletionRules.0.policy", "Delete"),
     ],
 )
 def test_the_schemas_catch_what_is_misspelt_or_of_another_type(change):
@@ -310,7 +446,9 @@ def test_the_schemas_catch_what_is_misspelt_or_of_another_type(change):
 
 def test_the_command_line_of_the_linter(tmp_path):
     def run(*args: str, text: str | None = None):
-        return subprocess.run([sys.executable, str(K8S / "lint.py"), *args], input=text, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [sys.executable, str(K8S / "lint.py"), *args], input=text, capture_output=True, text=True, check=False
+        )
 
     assert run(*map(str, MANIFESTS)).returncode == 0
     bad = job()
@@ -326,16 +464,36 @@ def test_the_dashboard_asks_only_for_metrics_that_a_run_has():
     from fedray.report.metrics import METRICS
 
     text = (K8S / "monitoring/dashboard.json").read_text()
-    asked = set(re.findall(r"ray_(fedray_\w+)", " ".join(t["expr"] for p in json.loads(text)["panels"] for t in p["targets"])))
+    asked = set(
+        re.findall(r"ray_(fedray_\w+)", " ".join(t["expr"] for p in json.loads(text)["panels"] for t in p["targets"]))
+    )
     histograms = {f"{n}_{part}" for n in METRICS for part in ("bucket", "sum", "count")}
     assert asked <= METRICS.keys() | histograms
-    shown = {next(n for n in METRICS if a.startswith(n) and (a == n or a[len(n):] in ("_bucket", "_sum", "_count"))) for a in asked}
+    shown = {
+        next(n for n in METRICS if a.startswith(n) and (a == n or a[len(n) :] in ("_bucket", "_sum", "_count")))
+        for a in asked
+    }
     assert shown == METRICS.keys()  # and none is forgotten
     boxes = [p["gridPos"] for p in json.loads(text)["panels"]]
     assert all(b["x"] + b["w"] <= 24 for b in boxes)
-    assert not any(a is not b and a["x"] < b["x"] + b["w"] and b["x"] < a["x"] + a["w"] and a["y"] < b["y"] + b["h"] and b["y"] < a["y"] + a["h"] for a in boxes for b in boxes)
+    assert not any(
+        a is not b
+        and a["x"] < b["x"] + b["w"]
+        and b["x"] < a["x"] + a["w"]
+        and a["y"] < b["y"] + b["h"]
+        and b["y"] < a["y"] + a["h"]
+        for a in boxes
+        for b in boxes
+    )
     (monitor,) = things(K8S / "monitoring/podmonitor.yaml")
-    ports = {p["name"] for path in MANIFESTS for t in things(path) for pod in pods(t) for c in pod["containers"] for p in c.get("ports", [])}
+    ports = {
+        p["name"]
+        for path in MANIFESTS
+        for t in things(path)
+        for pod in pods(t)
+        for c in pod["containers"]
+        for p in c.get("ports", [])
+    }
     assert {e["port"] for e in monitor["spec"]["podMetricsEndpoints"]} <= ports
 
 
@@ -362,21 +520,45 @@ def test_rays_processes_talk_under_the_certificates_that_a_pod_makes(tmp_path):
     ca, out = tmp_path / "ca", tmp_path / "tls"
     ca.mkdir()
     out.mkdir()
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.timezone.utc)
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedray-ca")])
-    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1).not_valid_before(now - datetime.timedelta(days=1))
-    made = made.not_valid_after(now + datetime.timedelta(days=9)).add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True).sign(key, hashes.SHA256())
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+    )
+    made = (
+        made.not_valid_after(now + datetime.timedelta(days=9))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
     (ca / "tls.crt").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    (ca / "tls.key").write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    (ca / "tls.key").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
     import ray._private.services as services
 
     address = services.get_node_ip_address()
-    subprocess.run([sys.executable, str(K8S / "components/tls/certify.py"), str(ca), str(out)], env=os.environ | {"POD_IP": address}, check=True)
+    subprocess.run(
+        [sys.executable, str(K8S / "components/tls/certify.py"), str(ca), str(out)],
+        env=os.environ | {"POD_IP": address},
+        check=True,
+    )
     assert (out / "tls.key").stat().st_mode & 0o077 == 0
     leaf = x509.load_pem_x509_certificate((out / "tls.crt").read_bytes())
     leaf.verify_directly_issued_by(made)
-    env = os.environ | {"RAY_USE_TLS": "1", "RAY_TLS_SERVER_CERT": str(out / "tls.crt"), "RAY_TLS_SERVER_KEY": str(out / "tls.key"), "RAY_TLS_CA_CERT": str(out / "ca.crt")}
-    done = subprocess.run([sys.executable, "-c", TLS], env=env, capture_output=True, text=True, timeout=120, check=False)
+    env = os.environ | {
+        "RAY_USE_TLS": "1",
+        "RAY_TLS_SERVER_CERT": str(out / "tls.crt"),
+        "RAY_TLS_SERVER_KEY": str(out / "tls.key"),
+        "RAY_TLS_CA_CERT": str(out / "ca.crt"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", TLS], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
     assert "ANSWER 42" in done.stdout and "SPEAKS TLSv1.3 fedray-node" in done.stdout, done.stdout + done.stderr
 
 
@@ -414,12 +596,26 @@ def test_the_images_install_steps_work_in_a_new_environment(tmp_path):
 
     pinned = tmp_path / "constraints.txt"
     pinned.write_text(f"torch=={torch.__version__.split('+')[0]}\n")  # gigabytes of CUDA else
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | {"PATH": f"{venv / 'bin'}:{os.environ['PATH']}", "PIP_CONSTRAINT": str(pinned), "HOME": str(tmp_path)}
-    index = subprocess.run([sys.executable, "-m", "pip", "config", "get", "global.index-url"], capture_output=True, text=True, check=False).stdout.strip()
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | {
+        "PATH": f"{venv / 'bin'}:{os.environ['PATH']}",
+        "PIP_CONSTRAINT": str(pinned),
+        "HOME": str(tmp_path),
+    }
+    index = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "get", "global.index-url"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     env["TORCH_INDEX"] = index or "https://pypi.org/simple"
     for step in steps:
         step = step.replace("/tmp/torch.txt", str(tmp_path / "torch.txt"))
-        done = subprocess.run(["bash", "-o", "pipefail", "-c", step], cwd=work, env=env, capture_output=True, text=True, timeout=900, check=False)
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", step],
+            cwd=work,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
         assert done.returncode == 0, f"{step}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     for extra in ("optuna", "mlflow", "wandb"):
         assert list(venv.glob(f"lib/python3*/site-packages/{extra}")), extra
@@ -432,7 +628,9 @@ def test_the_images_install_steps_work_in_a_new_environment(tmp_path):
 def places(tiny) -> Iterator[dict[str, Path]]:
     """/etc/fedray, /results, /models, /data and /keys, as the pods have them, by links that are removed again."""
     root = Path(tempfile.mkdtemp(prefix="fr-pod-", dir="/tmp"))
-    made = {Path(p): root / p.strip("/").replace("/", "-") for p in ("/etc/fedray", "/results", "/models", "/data", "/keys")}
+    made = {
+        Path(p): root / p.strip("/").replace("/", "-") for p in ("/etc/fedray", "/results", "/models", "/data", "/keys")
+    }
     linked = []
     try:
         for place, target in made.items():
@@ -459,7 +657,11 @@ def places(tiny) -> Iterator[dict[str, Path]]:
 @pytest.fixture(scope="module")
 def gpu_head(tmp_path_factory) -> Iterator[Head]:
     """A head without CPUs, and a node for each silo, each with logical GPUs."""
-    made = Head(tmp_path_factory.mktemp("gpu-head"), ["--num-cpus=0"], {"DS_ACCELERATOR": "cpu", "RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES": ""})
+    made = Head(
+        tmp_path_factory.mktemp("gpu-head"),
+        ["--num-cpus=0"],
+        {"DS_ACCELERATOR": "cpu", "RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES": ""},
+    )
     nodes = [made.join("--num-cpus=4", "--num-gpus=3", f"--labels=silo={silo}") for silo in ("a", "b")]
     yield made
     for node in nodes:
@@ -479,7 +681,9 @@ def test_every_entrypoint_runs_as_it_stands(path, places, gpu_head):
     done = gpu_head.submit(*words, working_dir=None)
     assert done.returncode == 0, done.stdout + done.stderr
     config = yaml.safe_load(things(configs)[0]["data"]["config.yaml"])
-    out = places["/results"] / Path(words[words.index("--out") + 1] if "sweep" in words else config["output"]["dir"]).name
+    out = (
+        places["/results"] / Path(words[words.index("--out") + 1] if "sweep" in words else config["output"]["dir"]).name
+    )
     assert (out / "summary.json").is_file()
     again = gpu_head.submit(*words, working_dir=None)  # what backoffLimit does
     assert again.returncode == 0, again.stdout + again.stderr

@@ -17,7 +17,9 @@ def draw(m, n, k, seed, dtype=torch.float64):
 
 
 def close(a, b, tolerance=1e-10):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, b.abs().max().item() if b.numel() else 0))
+    torch.testing.assert_close(
+        a, b, rtol=tolerance, atol=tolerance * max(1.0, b.abs().max().item() if b.numel() else 0)
+    )
 
 
 @settings(deadline=None, derandomize=True)
@@ -47,7 +49,9 @@ def test_compress_is_the_best_approximation(m, n, k, rank, seed):
     best = (U[:, :rank] * S[:rank]) @ Vt[:rank]
     small = M.compress(rank)
     assert small.k <= rank
-    assert (small.dense() - M.dense()).norm().item() == pytest.approx((best - M.dense()).norm().item(), rel=1e-6, abs=1e-9)
+    assert (small.dense() - M.dense()).norm().item() == pytest.approx(
+        (best - M.dense()).norm().item(), rel=1e-6, abs=1e-9
+    )
     close(small.A @ small.A.T, torch.eye(small.k, dtype=torch.float64))
 
 

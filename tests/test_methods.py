@@ -34,7 +34,9 @@ def spec(kind="lora", layers=LAYERS, ranks=None):
 
 def method_of(pair):
     kind, name, options = ALL[pair]
-    return kind, make_method(from_dict({"adapter": {"kind": kind}, "method": {"name": name, **options}, "federation": {"rounds": 4}}))
+    return kind, make_method(
+        from_dict({"adapter": {"kind": kind}, "method": {"name": name, **options}, "federation": {"rounds": 4}})
+    )
 
 
 def started(s: Spec) -> dict[str, torch.Tensor]:
@@ -53,7 +55,9 @@ def begin(method, s: Spec) -> State:
 def dense(s: Spec, view, tensors) -> dict[str, torch.Tensor]:
     result = {}
     for layer in s.layers:
-        result[layer.name] = s.adapter.delta(layer, {n: t.double() for n, t in s.factors(layer, tensors).items()}).dense()
+        result[layer.name] = s.adapter.delta(
+            layer, {n: t.double() for n, t in s.factors(layer, tensors).items()}
+        ).dense()
         if layer.name in view.base:
             result[layer.name] = result[layer.name] + view.base[layer.name].to(torch.float64).dense()
     return result
@@ -78,14 +82,21 @@ def train(method, state, client, seed, dtype, weight, own=None):
         pad = [x for have, want in zip(step.shape[::-1], held[name].shape[::-1], strict=True) for x in (0, want - have)]
         after[name] = held[name].to(dtype) + torch.nn.functional.pad(step, pad)
     trained = {n: after[n] for n in moves}
-    return Update(client, weight, method.upload(state.spec, client, trained, state.round)), dense(state.spec, view, after), trained
+    return (
+        Update(client, weight, method.upload(state.spec, client, trained, state.round)),
+        dense(state.spec, view, after),
+        trained,
+    )
 
 
 def aggregate(method, state, updates, trained):
     """As the coordinator does it, second upload included."""
     if method.asks:
         asked = method.question(state, updates)
-        updates = [Update(u.client, u.weight, {**u.tensors, **method.answer(state.spec, asked, t)}) for u, t in zip(updates, trained, strict=True)]
+        updates = [
+            Update(u.client, u.weight, {**u.tensors, **method.answer(state.spec, asked, t)})
+            for u, t in zip(updates, trained, strict=True)
+        ]
         state = state.replace(memory=state.memory | asked)
     return method.aggregate(state, iter(updates))
 
@@ -106,9 +117,14 @@ def play(method, s, k, rounds, dtype, cohorts=None):
     for t in range(rounds):
         names = cohorts[t] if cohorts else [f"c{i}" for i in range(k)]
         weights = [1.0 + i * i for i in range(len(names))]
-        moved = [train(method, state, name, 100 * t + i, dtype, w) for i, (name, w) in enumerate(zip(names, weights, strict=True))]
+        moved = [
+            train(method, state, name, 100 * t + i, dtype, w)
+            for i, (name, w) in enumerate(zip(names, weights, strict=True))
+        ]
         p = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-        want = {layer.name: sum(pi * d[layer.name] for pi, (_, d, _) in zip(p, moved, strict=True)) for layer in s.layers}
+        want = {
+            layer.name: sum(pi * d[layer.name] for pi, (_, d, _) in zip(p, moved, strict=True)) for layer in s.layers
+        }
         before = state
         state, diagnostics = aggregate(method, state, [u for u, _, _ in moved], [x for _, _, x in moved])
         head = sum(pi * u.tensors["head.weight"].double() for pi, (u, _, _) in zip(p, moved, strict=True))
@@ -153,8 +169,13 @@ def test_fedask_bounds_its_loss_from_sketches_and_is_exact_where_the_sketch_hold
     for r in play(FedASK(oversample=2), spec(), k, 3, torch.float64):
         assert r.gap <= r.diagnostics.exactness * r.diagnostics.ideal_norm * (1 + 1e-9) + 1e-12  # rounding
         assert r.diagnostics.aggregation_error is None
-        assert k > 2 or r.diagnostics.exactness * r.diagnostics.ideal_norm < 2 * r.gap + 1e-9  # a bound, and a tight one for few clients
-    wide, fra = play(FedASK(oversample=40), spec(), k, 2, torch.float64), play(FRA(split="balanced"), spec(), k, 2, torch.float64)
+        assert (
+            k > 2 or r.diagnostics.exactness * r.diagnostics.ideal_norm < 2 * r.gap + 1e-9
+        )  # a bound, and a tight one for few clients
+    wide, fra = (
+        play(FedASK(oversample=40), spec(), k, 2, torch.float64),
+        play(FRA(split="balanced"), spec(), k, 2, torch.float64),
+    )
     for r, best in zip(wide, fra, strict=True):
         # The sketch holds everything: what is lost is the tail, and the factors are FRA's.
         assert r.gap == pytest.approx(r.diagnostics.exactness * r.diagnostics.ideal_norm, rel=1e-6, abs=1e-9)
@@ -170,14 +191,19 @@ def test_fedsa_shares_A_and_leaves_every_client_its_own_B(kind):
     state, own = begin(method, s), {}
     B, A = s.adapter.pair
     for t in range(3):
-        moved = {c: train(method, state, c, 10 * t + i, torch.float64, 1.0 + i, own.get(c)) for i, c in enumerate(("x", "y", "z"))}
+        moved = {
+            c: train(method, state, c, 10 * t + i, torch.float64, 1.0 + i, own.get(c))
+            for i, c in enumerate(("x", "y", "z"))
+        }
         assert not any(n.endswith(B) for u, _, _ in moved.values() for n in u.tensors)
         state, diagnostics = aggregate(method, state, [u for u, _, _ in moved.values()], None)
         own = {c: {n: v for n, v in trained.items() if n.endswith(B)} for c, (_, _, trained) in moved.items()}
         assert (diagnostics.exactness, diagnostics.aggregation_error) == (None, None)
         for layer in LAYERS:
             mean = sum((1 + i) / 6 * u.tensors[f"{layer.name}.{A}"] for i, (u, _, _) in enumerate(moved.values()))
-            torch.testing.assert_close(method.view(s, state, "x").tensors[f"{layer.name}.{A}"], mean, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                method.view(s, state, "x").tensors[f"{layer.name}.{A}"], mean, rtol=1e-12, atol=1e-12
+            )
 
 
 # --- which adapter fits which method --------------------------------------------------------------------------------
@@ -225,7 +251,10 @@ def test_truncated_fedex_loses_exactly_the_dense_tail():
     _, diagnostics = method.aggregate(state, [u for u, _ in pairs])
     tail = norm = 0.0
     for layer in LAYERS:
-        mean = {n: sum((1 + i) / 15 * u.tensors[f"{layer.name}.{n}"] for i, (u, _) in enumerate(pairs)) for n in ("lora_A", "lora_B")}
+        mean = {
+            n: sum((1 + i) / 15 * u.tensors[f"{layer.name}.{n}"] for i, (u, _) in enumerate(pairs))
+            for n in ("lora_A", "lora_B")
+        }
         ideal = sum((1.0 + i) / 15 * d[layer.name] for i, (_, d) in enumerate(pairs))
         S = torch.linalg.svdvals(ideal - layer.scale * mean["lora_B"] @ mean["lora_A"])
         tail, norm = tail + S[1:].square().sum(), norm + ideal.square().sum()
@@ -270,7 +299,10 @@ def test_lora_fair_solves_its_least_squares_problem():
             A = after.tensors[f"{layer.name}.lora_A"]
             B = sum((1 + i) / 6 * u.tensors[f"{layer.name}.lora_B"] for i, (u, _, _) in enumerate(moved))
             dB = (after.tensors[f"{layer.name}.lora_B"] - B).requires_grad_()
-            ideal = sum((1 + i) / 6 * u.tensors[f"{layer.name}.lora_B"] @ u.tensors[f"{layer.name}.lora_A"] for i, (u, _, _) in enumerate(moved))
+            ideal = sum(
+                (1 + i) / 6 * u.tensors[f"{layer.name}.lora_B"] @ u.tensors[f"{layer.name}.lora_A"]
+                for i, (u, _, _) in enumerate(moved)
+            )
             ridge = correction * (A @ A.T).diagonal().mean()
             ((ideal - (B + dB) @ A).square().sum() + ridge * dB.square().sum()).backward()
             assert dB.grad.norm() < 1e-9 * ideal.norm()
@@ -311,7 +343,9 @@ def test_fedrpca_counts_the_clients_own_part_by_its_scale():
         old = state.tensors[name].double()
         low, sparse = robust_pca(torch.stack([(u.tensors[name] - old).flatten() for u in moved], 1))
         assert sparse.norm() > 0.01 * low.norm()
-        torch.testing.assert_close(after.tensors[name], old + (low @ p + 3.0 * (sparse @ p)).reshape(old.shape), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            after.tensors[name], old + (low @ p + 3.0 * (sparse @ p)).reshape(old.shape), rtol=1e-9, atol=1e-9
+        )
 
 
 def test_fedrpca_with_scale_1_is_fedit():
@@ -346,7 +380,9 @@ def test_flora_is_exact_for_clients_of_different_ranks_and_sends_no_zeros():
     state = FLoRA().init(s)
     sizes = [sum(t.numel() for t in train(FLoRA(), state, c, 0, torch.float64, 1.0)[0].tensors.values()) for c in RANKS]
     assert sizes == [RANKS[c] * sum(layer.m + layer.n for layer in EVEN) for c in RANKS]
-    after, _ = FLoRA().aggregate(state, [train(FLoRA(), state, c, i, torch.float64, 1.0)[0] for i, c in enumerate(RANKS)])
+    after, _ = FLoRA().aggregate(
+        state, [train(FLoRA(), state, c, i, torch.float64, 1.0)[0] for i, c in enumerate(RANKS)]
+    )
     assert after.increments[-1].tensors["wide.base_A"].shape == (sum(RANKS.values()), 53)
 
 
@@ -359,7 +395,10 @@ def test_each_client_gets_the_first_components_of_its_rank(method):
             cut = s.cut(client, r.state.tensors)
             assert cut["wide.lora_A"].shape == (rank, 53) and cut["wide.lora_B"].shape == (37, rank)
             view = method.view(s, r.state, client).tensors
-            assert torch.equal(view["wide.lora_A"][:rank], r.state.tensors["wide.lora_A"][:rank]) and not view["wide.lora_A"][rank:].any()
+            assert (
+                torch.equal(view["wide.lora_A"][:rank], r.state.tensors["wide.lora_A"][:rank])
+                and not view["wide.lora_A"][rank:].any()
+            )
 
 
 def test_flexlora_is_the_svd_of_the_dense_mean_for_every_rank():
@@ -370,7 +409,9 @@ def test_flexlora_is_the_svd_of_the_dense_mean_for_every_rank():
     for layer in EVEN:
         U, S, Vt = torch.linalg.svd(sum((1.0 + i) / 15 * d[layer.name] for i, (_, d, _) in enumerate(moved)))
         for client, rank in RANKS.items():
-            torch.testing.assert_close(effective(method, after, client)[layer.name], (U[:, :rank] * S[:rank]) @ Vt[:rank], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                effective(method, after, client)[layer.name], (U[:, :rank] * S[:rank]) @ Vt[:rank], rtol=1e-9, atol=1e-9
+            )
 
 
 def test_hetlora_weighs_by_the_norm_of_each_clients_product():
@@ -379,8 +420,13 @@ def test_hetlora_weighs_by_the_norm_of_each_clients_product():
     updates = [train(method, state, c, i, torch.float64, 1.0)[0] for i, c in enumerate(RANKS)]
     after, _ = method.aggregate(state, updates)
     norms = torch.tensor([(u.tensors["tall.lora_B"] @ u.tensors["tall.lora_A"]).norm() for u in updates])
-    padded = [torch.nn.functional.pad(u.tensors["tall.lora_A"], (0, 0, 0, 4 - r)) for u, r in zip(updates, RANKS.values(), strict=True)]
-    torch.testing.assert_close(after.tensors["tall.lora_A"], sum(n / norms.sum() * a for n, a in zip(norms, padded, strict=True)))
+    padded = [
+        torch.nn.functional.pad(u.tensors["tall.lora_A"], (0, 0, 0, 4 - r))
+        for u, r in zip(updates, RANKS.values(), strict=True)
+    ]
+    torch.testing.assert_close(
+        after.tensors["tall.lora_A"], sum(n / norms.sum() * a for n, a in zip(norms, padded, strict=True))
+    )
 
 
 # --- changing cohorts, growth ---------------------------------------------------------------------------------------
@@ -421,7 +467,12 @@ def test_the_total_base_update_holds_no_more_numbers_than_its_thin_factors_at_fu
     for r in play(FLoRA(), spec(kind), 7, 20, torch.float64):
         assert r.miss < 1e-10
         for layer in LAYERS:
-            held = sum(t.numel() for i in r.state.increments for n, t in i.tensors.items() if n.startswith(f"{layer.name}.base_"))
+            held = sum(
+                t.numel()
+                for i in r.state.increments
+                for n, t in i.tensors.items()
+                if n.startswith(f"{layer.name}.base_")
+            )
             assert held <= 2 * min(layer.m, layer.n) * (layer.m + layer.n) + 12 * 7
     assert any(i.resets for i in r.state.increments)
 
@@ -460,7 +511,9 @@ def test_payload_is_what_travels_in_every_round(pair):
     for t in range(16 if moves else 4):  # long enough for base updates to be compressed and sent whole, more than once
         payload = method.payload(s, names, "c1", t)
         new = [i for i in state.increments if i.version not in seen]
-        down = sum(x.numel() for n, x in state.tensors.items() if n not in state.heads) + sum(x.numel() for i in new for x in i.tensors.values())
+        down = sum(x.numel() for n, x in state.tensors.items() if n not in state.heads) + sum(
+            x.numel() for i in new for x in i.tensors.values()
+        )
         seen |= {i.version for i in new}
         moved = [train(method, state, f"c{i}", 10 * t + i, torch.float32, 1.0) for i in range(k)]
         up = sum(x.numel() for n, x in moved[1][0].tensors.items() if n not in state.heads)
@@ -495,8 +548,20 @@ def test_bad_updates_are_refused_by_name():
     [
         # x starts at 0, the mean changes it by 1 and then by -0.5; lr 0.1, beta1 0.9, beta2 0.99, tau 1e-3 (by hand)
         ("avgm", [0.1, 0.1 + 0.1 * (0.9 * 1.0 - 0.5)]),
-        ("adam", [0.1 * 0.1 / (0.01000099**0.5 + 1e-3), 0.1 * 0.1 / (0.01000099**0.5 + 1e-3) + 0.1 * 0.04 / (0.0124009801**0.5 + 1e-3)]),
-        ("yogi", [0.1 * 0.1 / (0.010001**0.5 + 1e-3), 0.1 * 0.1 / (0.010001**0.5 + 1e-3) + 0.1 * 0.04 / (0.012501**0.5 + 1e-3)]),
+        (
+            "adam",
+            [
+                0.1 * 0.1 / (0.01000099**0.5 + 1e-3),
+                0.1 * 0.1 / (0.01000099**0.5 + 1e-3) + 0.1 * 0.04 / (0.0124009801**0.5 + 1e-3),
+            ],
+        ),
+        (
+            "yogi",
+            [
+                0.1 * 0.1 / (0.010001**0.5 + 1e-3),
+                0.1 * 0.1 / (0.010001**0.5 + 1e-3) + 0.1 * 0.04 / (0.012501**0.5 + 1e-3),
+            ],
+        ),
     ],
 )
 def test_server_optimizers_against_hand_numbers(kind, rounds):
@@ -511,7 +576,12 @@ def test_server_optimizers_against_hand_numbers(kind, rounds):
 def test_a_server_step_of_rate_1_without_momentum_is_the_mean_itself_and_momentum_is_not(pair):
     kind, method = method_of(pair)
     plain = [r.state for r in play(method, spec(kind), 3, 3, torch.float64)]
-    same = [r.state for r in play(dataclasses.replace(method, server=ServerOptimizer("avgm", beta1=0.0)), spec(kind), 3, 3, torch.float64)]
+    same = [
+        r.state
+        for r in play(
+            dataclasses.replace(method, server=ServerOptimizer("avgm", beta1=0.0)), spec(kind), 3, 3, torch.float64
+        )
+    ]
     other = dataclasses.replace(method, server=ServerOptimizer("adam", lr=0.1))
     state = begin(other, spec(kind))
     moved = [train(other, state, f"c{i}", i, torch.float64, 1.0 + i * i) for i in range(3)]
@@ -539,7 +609,11 @@ def test_no_method_forms_an_m_x_n_matrix(pair):
         view, g = method.view(s, state, None), torch.Generator().manual_seed(0)
         updates, trained = [], []
         for i in range(3):
-            moved = {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in view.tensors.items() if n in state.heads or n.rsplit(".", 1)[1] in view.trained}
+            moved = {
+                n: t + 0.1 * torch.randn(t.shape, generator=g)
+                for n, t in view.tensors.items()
+                if n in state.heads or n.rsplit(".", 1)[1] in view.trained
+            }
             trained.append(moved)
             updates.append(Update(f"c{i}", 1.0 + i, method.upload(s, f"c{i}", moved, 0)))
         after, _ = aggregate(method, state, updates, trained)

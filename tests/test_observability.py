@@ -31,7 +31,10 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_holds_every_rounds_numbers_once_after_a_resume_too(make_config, tmp_path):
-    config = make_config(output={"dir": str(tmp_path / "run")}, federation={"clients": 3, "rounds": 2, "local_steps": 1, "batch_size": 4, "lr": 0.01})
+    config = make_config(
+        output={"dir": str(tmp_path / "run")},
+        federation={"clients": 3, "rounds": 2, "local_steps": 1, "batch_size": 4, "lr": 0.01},
+    )
 
     def run(config):
         tracked = trackers(config)
@@ -51,14 +54,23 @@ def test_tensorboard_holds_every_rounds_numbers_once_after_a_resume_too(make_con
 
 
 def test_trackers_are_asked_for_by_name_and_one_that_is_missing_is_named(monkeypatch):
-    assert read_config(["--output.track", "null"]).output.track == () and trackers(read_config(["--output.track", "null"])) == []
+    assert (
+        read_config(["--output.track", "null"]).output.track == ()
+        and trackers(read_config(["--output.track", "null"])) == []
+    )
     assert read_config(["--output.track", "tensorboard,mlflow"]).output.track == ("tensorboard", "mlflow")
     with pytest.raises(ConfigError, match="output.track"):
         read_config(["--output.track", "paper"])
     import builtins
 
     real = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", lambda name, *more: real(name, *more) if name not in ("mlflow", "wandb") else (_ for _ in ()).throw(ImportError(name)))
+    monkeypatch.setattr(
+        builtins,
+        "__import__",
+        lambda name, *more: (
+            real(name, *more) if name not in ("mlflow", "wandb") else (_ for _ in ()).throw(ImportError(name))
+        ),
+    )
     for name in ("mlflow", "wandb"):
         with pytest.raises(ConfigError, match=r"pip install 'fedray\[track\]'"):
             trackers(read_config(["--output.track", name]))
@@ -93,17 +105,35 @@ def test_a_tracker_whose_server_is_gone_does_not_cost_the_run(make_config):
 
     (tracker,) = tracked = [Gone()]
     assert execute(prepare(make_config()), Several(tracked))["rounds"] == 3
-    assert "Gone was told nothing from round 2 on: ConnectionError: no route to host" == tracker.broken
+    assert tracker.broken == "Gone was told nothing from round 2 on: ConnectionError: no route to host"
     tracker.close(True)
 
 
 def test_numbers_are_plain_and_of_private_runs_hold_no_loss():
     record = {
-        "round": 3, "cohort": ["a"], "dropped": [{"client": "b", "reason": "late"}], "train_loss": None, "metrics": {"accuracy": 0.5}, "bytes_up": 8, "bytes_down": 4,
-        "aggregation_error": 0.1, "exactness": 1e-8, "seconds": {"train": 2.0}, "epsilon": {"a": 1.5, "b": 1.25},
+        "round": 3,
+        "cohort": ["a"],
+        "dropped": [{"client": "b", "reason": "late"}],
+        "train_loss": None,
+        "metrics": {"accuracy": 0.5},
+        "bytes_up": 8,
+        "bytes_down": 4,
+        "aggregation_error": 0.1,
+        "exactness": 1e-8,
+        "seconds": {"train": 2.0},
+        "epsilon": {"a": 1.5, "b": 1.25},
     }
     told = numbers(record)
-    assert told == {"metrics/accuracy": 0.5, "exactness": 1e-8, "aggregation_error": 0.1, "bytes_up": 8.0, "bytes_down": 4.0, "seconds/train": 2.0, "epsilon": 1.5, "dropped": 1.0}
+    assert told == {
+        "metrics/accuracy": 0.5,
+        "exactness": 1e-8,
+        "aggregation_error": 0.1,
+        "bytes_up": 8.0,
+        "bytes_down": 4.0,
+        "seconds/train": 2.0,
+        "epsilon": 1.5,
+        "dropped": 1.0,
+    }
     assert flat({"a": {"b": 1, "c": None}, "d": "x"}) == {"a.b": 1, "d": "x"}
 
 
@@ -145,14 +175,27 @@ def test_metrics_take_every_record_of_a_run(make_config, monkeypatch):
     assert kept["fedray_metric"] and kept["fedray_phase_seconds"]
 
 
-def test_who_took_part_in_a_round_of_client_level_privacy_is_told_to_nobody(make_config, monkeypatch, ray_session, tmp_path):
+def test_who_took_part_in_a_round_of_client_level_privacy_is_told_to_nobody(
+    make_config, monkeypatch, ray_session, tmp_path
+):
     """On Ray, where actors log: a sample that is a secret stays one."""
     told = {}
     monkeypatch.setattr(RayMetrics, "_set", lambda self, metric, value, /, **tags: told.setdefault(metric, value))
-    config = make_config(engine="ray", worker={"cpus": 1, "count": 1}, privacy={"noise": 2.0, "unit": "client"}, method={"name": "ffa"}, output={"dir": str(tmp_path / "secret")})
+    config = make_config(
+        engine="ray",
+        worker={"cpus": 1, "count": 1},
+        privacy={"noise": 2.0, "unit": "client"},
+        method={"name": "ffa"},
+        output={"dir": str(tmp_path / "secret")},
+    )
     assert execute(prepare(config), RayMetrics())["rounds"] == 3
     assert "fedray_round" in told and not {"fedray_clients", "fedray_dropped_clients"} & told.keys()
     logs = Path(ray_session._private.worker._global_node.get_session_dir_path()) / "logs"
-    lines = [json.loads(text) for file in logs.glob("worker-*.err") for text in file.read_text(errors="replace").splitlines() if text.startswith("{") and '"run": "secret"' in text]
+    lines = [
+        json.loads(text)
+        for file in logs.glob("worker-*.err")
+        for text in file.read_text(errors="replace").splitlines()
+        if text.startswith("{") and '"run": "secret"' in text
+    ]
     assert [line["round"] for line in lines if line["event"] == "round done"] == [1, 2, 3]
     assert not any({"client", "clients", "dropped"} & line.keys() for line in lines)

@@ -37,7 +37,14 @@ def test_the_published_counts_come_out(shape):
 
 
 @pytest.mark.parametrize(
-    "shape, billions", [("llama-3.2-1b", 1.236), ("llama-3.2-3b", 3.213), ("llama-3.1-8b", 8.030), ("mistral-7b", 7.242), ("gemma-2-9b", 9.242)]
+    "shape, billions",
+    [
+        ("llama-3.2-1b", 1.236),
+        ("llama-3.2-3b", 3.213),
+        ("llama-3.1-8b", 8.030),
+        ("mistral-7b", 7.242),
+        ("gemma-2-9b", 9.242),
+    ],
 )
 def test_shapes_have_the_models_sizes_and_no_weights_are_made(shape, billions):
     assert plan(read_config(["--model.path", shape])).base_parameters / 1e9 == pytest.approx(billions, abs=1e-3)
@@ -46,31 +53,44 @@ def test_shapes_have_the_models_sizes_and_no_weights_are_made(shape, billions):
 
 @pytest.mark.parametrize(
     "shape, rank, millions, basis",
-    [("mistral-7b", 96, 2.06, 251.7), ("mistral-7b", 200, 8.96, 524.3), ("gemma-2-9b", 200, 11.76, 675.2), ("llama-3.2-3b", 200, 7.84, 303.9)],
+    [
+        ("mistral-7b", 96, 2.06, 251.7),
+        ("mistral-7b", 200, 8.96, 524.3),
+        ("gemma-2-9b", 200, 11.76, 675.2),
+        ("llama-3.2-3b", 200, 7.84, 303.9),
+    ],
 )
 def test_fed_sbs_published_counts_and_the_basis_they_left_out(shape, rank, millions, basis):
     c = costs(f"--model.path {shape} --adapter.kind lora-sb --adapter.rank {rank} --method.name fed-sb", 25)["fed-sb"]
     assert c.trainable / 1e6 == c.up / 4e6 == c.down / 4e6 == pytest.approx(millions, abs=5e-3)
-    assert c.once / 4e6 == pytest.approx(basis, abs=0.06) and c.run_down == c.rounds * c.down + c.once  # r sum(m + n), once
+    assert (
+        c.once / 4e6 == pytest.approx(basis, abs=0.06) and c.run_down == c.rounds * c.down + c.once
+    )  # r sum(m + n), once
     assert (c.start_up, c.start_down) == (0, 0)
 
 
 def test_fed_sb_sends_229_times_fewer_numbers_down_than_fedex():
     fedex = costs("--model.path gemma-2-9b --adapter.rank 32", 25)["fedex"].down
-    fed_sb = costs("--model.path gemma-2-9b --adapter.kind lora-sb --adapter.rank 200 --method.name fed-sb", 25)["fed-sb"].down
+    fed_sb = costs("--model.path gemma-2-9b --adapter.kind lora-sb --adapter.rank 200 --method.name fed-sb", 25)[
+        "fed-sb"
+    ].down
     assert fedex / fed_sb == pytest.approx(229.7, abs=0.05)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_plan_equals_what_a_run_then_moves(make_config, pair):
     kind, name, _ = PAIRS[pair]
-    adapter = {"kind": kind, "rank": 4 if kind == "abba" else 2} | ({"subspace": "gradient-raw"} if kind == "lora-sb" else {})
+    adapter = {"kind": kind, "rank": 4 if kind == "abba" else 2} | (
+        {"subspace": "gradient-raw"} if kind == "lora-sb" else {}
+    )
     config = make_config(task="classification", method__name=name, adapter=adapter, federation__rounds=2)
     prepared = prepare(config)
     cost = plan(config, prepared.cohort).costs[0]
     summary = execute(prepared)
     moved = (summary["bytes_down"], summary["bytes_up"])
-    assert moved == (3 * cost.run_down, 3 * cost.run_up) or (name == "florist" and moved <= (3 * cost.run_down, 3 * cost.run_up))
+    assert moved == (3 * cost.run_down, 3 * cost.run_up) or (
+        name == "florist" and moved <= (3 * cost.run_down, 3 * cost.run_up)
+    )
     assert summary["trainable_params"] == cost.trainable
 
 
@@ -84,17 +104,28 @@ def test_plan_of_clients_with_different_ranks(make_config):
 
 
 def test_memory_counts_base_by_dtype_and_the_copy_only_where_the_base_moves():
-    fp32, bf16 = (plan(read_config(f"--model.path llama-3.2-1b --model.dtype {d} --method.name fedit".split())).memory for d in ("float32", "bfloat16"))
+    fp32, bf16 = (
+        plan(read_config(f"--model.path llama-3.2-1b --model.dtype {d} --method.name fedit".split())).memory
+        for d in ("float32", "bfloat16")
+    )
     assert fp32.base == 2 * bf16.base and fp32.host_copy_of_moved_layers == 0
     moved = plan(read_config("--model.path llama-3.2-1b".split())).memory
-    assert moved.host_copy_of_moved_layers > 0 and moved.adapter_and_optimizer == 16 * plan(read_config("--model.path llama-3.2-1b".split())).costs[0].trainable
+    assert (
+        moved.host_copy_of_moved_layers > 0
+        and moved.adapter_and_optimizer
+        == 16 * plan(read_config("--model.path llama-3.2-1b".split())).costs[0].trainable
+    )
 
 
 def test_plan_command(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main("plan --model.path mistral-7b --adapter.rank 32 --federation.clients 25 --json".split()) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["costs"][0]["method"] == "fedex" and len(told["costs"]) == sum("lora" in m.adapters for m in METHODS.values()) and told["memory"]["total"] > 7e9
+    assert (
+        told["costs"][0]["method"] == "fedex"
+        and len(told["costs"]) == sum("lora" in m.adapters for m in METHODS.values())
+        and told["memory"]["total"] > 7e9
+    )
     assert main(["plan"]) == 0
     assert "workers" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
@@ -109,13 +140,19 @@ def test_other_commands(make_config, capsys, tmp_path):
     assert main(["evaluate", folder, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["round"] == 3
     assert main(["evaluate", folder]) == 0 and "bits_per_byte" in capsys.readouterr().out
-    assert main(["export", folder, str(tmp_path / "m"), "--format", "merged"]) == 0 and (tmp_path / "m" / "model.safetensors").is_file()
+    assert (
+        main(["export", folder, str(tmp_path / "m"), "--format", "merged"]) == 0
+        and (tmp_path / "m" / "model.safetensors").is_file()
+    )
     capsys.readouterr()
     assert main(["export", folder]) == 2 and "takes a run directory and a place" in capsys.readouterr().err
     assert main(["methods"]) == 0
     told = capsys.readouterr().out
     assert all(name in told for name in METHODS) and "fedex with lora-sb: only its core trains" in told
-    assert main(["methods", "--markdown"]) == 0 and capsys.readouterr().out.strip() in (Path(__file__).parent.parent / "README.md").read_text()
+    assert (
+        main(["methods", "--markdown"]) == 0
+        and capsys.readouterr().out.strip() in (Path(__file__).parent.parent / "README.md").read_text()
+    )
     assert main(["rnu"]) == 2 and "unknown command 'rnu'" in capsys.readouterr().err
     assert main(["run", "--help"]) == 0 and "--federation.local_steps" in capsys.readouterr().out
     assert main([]) == 0 and main(["--version"]) == 0

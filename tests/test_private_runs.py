@@ -64,17 +64,30 @@ PRIVATE = {
     "fedit": {"method__name": "fedit", "privacy": {"epsilon": 3.0}},
     "fedex, ZeRO 2": {"method__name": "fedex", "privacy": {"epsilon": 3.0}, "worker": {"cpus": 1, "zero_stage": 2}},
     "fed-sb, private subspace": {
-        "method__name": "fed-sb", "adapter": {"kind": "lora-sb", "rank": 2, "subspace": "private"}, "privacy": {"epsilon": 8.0}, "federation__lr": 0.1,
+        "method__name": "fed-sb",
+        "adapter": {"kind": "lora-sb", "rank": 2, "subspace": "private"},
+        "privacy": {"epsilon": 8.0},
+        "federation__lr": 0.1,
     },
-    "abba, kept": {"adapter": {"kind": "abba", "rank": 4, "alpha": 4}, "privacy": {"noise": 0.8}, "federation__keep_optimizer": True},
+    "abba, kept": {
+        "adapter": {"kind": "abba", "rank": 4, "alpha": 4},
+        "privacy": {"noise": 0.8},
+        "federation__keep_optimizer": True,
+    },
     "fedsa": {"method__name": "fedsa", "privacy": {"epsilon": 3.0}},
     "fedask": {"method__name": "fedask", "privacy": {"epsilon": 3.0}},
     "clients": {"method__name": "ffa", "privacy": {"epsilon": 8.0, "unit": "client", "adaptive_clip": 0.5}},
     "clients, sampled": {
-        "method__name": "ravan", "adapter": {"kind": "ravan", "rank": 2}, "privacy": {"noise": 1.0, "unit": "client"}, "federation__cohort": 2,
+        "method__name": "ravan",
+        "adapter": {"kind": "ravan", "rank": 2},
+        "privacy": {"noise": 1.0, "unit": "client"},
+        "federation__cohort": 2,
     },
     "secure": {"method__name": "rolora", "privacy": {"epsilon": 3.0, "secure_aggregation": True}},
-    "secure, clients": {"method__name": "fedit", "privacy": {"epsilon": 8.0, "unit": "client", "secure_aggregation": True}},
+    "secure, clients": {
+        "method__name": "fedit",
+        "privacy": {"epsilon": 8.0, "unit": "client", "secure_aggregation": True},
+    },
 }
 
 
@@ -83,7 +96,9 @@ OFTEN = ("fedit", "fed-sb, private subspace", "abba, kept", "clients", "secure, 
 
 
 @pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in PRIVATE])
-def test_a_private_run_keeps_its_budget_and_a_resumed_one_ends_in_the_same_bits_and_epsilons(make_config, name, monkeypatch):
+def test_a_private_run_keeps_its_budget_and_a_resumed_one_ends_in_the_same_bits_and_epsilons(
+    make_config, name, monkeypatch
+):
     given = {"federation__clients": 3, "federation__rounds": 4, **PRIVATE[name]}
     config = make_config(**given)
     whole = run(config)
@@ -128,7 +143,16 @@ def test_killed_at_any_moment_of_a_round_the_ledger_says_the_same(make_config, m
         return dies
 
     # The last round takes the whole budget: it must be affordable again.
-    for method, which in (("_ask_to_train", 2), ("_updates", 2), ("_publish", 3), ("_evaluate", 3), ("_save", 2), ("_ask_to_train", 3), ("_updates", 3), ("_save", 3)):
+    for method, which in (
+        ("_ask_to_train", 2),
+        ("_updates", 2),
+        ("_publish", 3),
+        ("_evaluate", 3),
+        ("_save", 2),
+        ("_ask_to_train", 3),
+        ("_updates", 3),
+        ("_save", 3),
+    ):
         config = make_config(**given)
         with monkeypatch.context() as patch:
             patch.setattr(Coordinator, method, dying(method, which))
@@ -136,7 +160,9 @@ def test_killed_at_any_moment_of_a_round_the_ledger_says_the_same(make_config, m
                 run(config)
         folder = run(resumed(config))
         same_bits(whole, folder)
-        assert {c: [e.round for e in es] for c, es in ledger(folder).entries.items()} == {c: [0, 1, 2, 3] for c in CLIENTS}
+        assert {c: [e.round for e in es] for c, es in ledger(folder).entries.items()} == {
+            c: [0, 1, 2, 3] for c in CLIENTS
+        }
 
 
 def test_killed_in_the_last_round_with_unit_client_it_is_done_again(make_config, monkeypatch):
@@ -175,7 +201,13 @@ def test_a_key_that_is_lost_in_a_round_is_charged_for_another_draw(make_config, 
     monkeypatch.setattr(pool_inline.InlinePool, "train", loses)
     folder = run(config)
     entries = ledger(folder).entries
-    assert [e.round for e in entries["client-0"]] == [0, 1, 2, 3] and [e.round for e in entries["client-1"]] == [0, 1, 2, 2, 3]
+    assert [e.round for e in entries["client-0"]] == [0, 1, 2, 3] and [e.round for e in entries["client-1"]] == [
+        0,
+        1,
+        2,
+        2,
+        3,
+    ]
     assert len({e.draw for e in entries["client-1"]}) == 5
     last = rounds(folder)[-1]
     once = epsilon([e.release for e in entries["client-1"][:3] + entries["client-1"][4:]], ledger(folder).delta)
@@ -195,7 +227,9 @@ def test_a_client_that_cannot_pay_for_another_draw_is_left_out(make_config, monk
 
     monkeypatch.setattr(pool_inline.InlinePool, "train", loses)
     folder = run(config)
-    assert [d["client"] for d in rounds(folder)[2]["dropped"]] == ["client-1"] and "budget" in rounds(folder)[2]["dropped"][0]["reason"]
+    assert [d["client"] for d in rounds(folder)[2]["dropped"]] == ["client-1"] and "budget" in rounds(folder)[2][
+        "dropped"
+    ][0]["reason"]
     assert max(rounds(folder)[-1]["epsilon"].values()) <= 3.0
 
 
@@ -218,11 +252,20 @@ def test_two_runs_have_different_noise_and_real_keys_survive_a_kill(make_config,
 
 
 def test_a_run_with_more_rounds_than_its_epsilon_allows_stops_every_client_in_time(make_config, capsys):
-    config = make_config(method__name="ffa", privacy={"epsilon": 2.2, "noise": 0.9, "count_noise": 5.0}, federation__rounds=40, federation__evaluate_every=50)
+    config = make_config(
+        method__name="ffa",
+        privacy={"epsilon": 2.2, "noise": 0.9, "count_noise": 5.0},
+        federation__rounds=40,
+        federation__evaluate_every=50,
+    )
     folder = run(config)
     done = rounds(folder)
     assert 2 < len(done) < 40
-    assert max(done[-1]["epsilon"].values()) <= 2.2 and "budget of epsilon 2.2" in done[-1]["stopped"] and done[-1]["metrics"]
+    assert (
+        max(done[-1]["epsilon"].values()) <= 2.2
+        and "budget of epsilon 2.2" in done[-1]["stopped"]
+        and done[-1]["metrics"]
+    )
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["rounds"] == len(done) and summary["epsilon"] <= 2.2 and (folder / "adapter").is_dir()
     books = ledger(folder)
@@ -231,16 +274,33 @@ def test_a_run_with_more_rounds_than_its_epsilon_allows_stops_every_client_in_ti
     assert run(resumed(config)) == folder and known(rounds(folder)) == known(done)
 
 
-def test_a_client_whose_budget_is_spent_first_is_left_out_before_it_trains_and_the_others_go_on(make_config, monkeypatch):
+def test_a_client_whose_budget_is_spent_first_is_left_out_before_it_trains_and_the_others_go_on(
+    make_config, monkeypatch
+):
     trained = []
     real = LocalTrainer.train
-    monkeypatch.setattr(LocalTrainer, "train", lambda self, view, client, *args: trained.append(client) or real(self, view, client, *args))
+    monkeypatch.setattr(
+        LocalTrainer,
+        "train",
+        lambda self, view, client, *args: trained.append(client) or real(self, view, client, *args),
+    )
     clients = {"client-1": {"batch_size": 16}, "client-0": {}, "client-2": {}}
-    folder = run(make_config(method__name="ffa", privacy={"epsilon": 4.0, "noise": 0.95, "count_noise": 5.0}, clients=clients, federation__rounds=8))
+    folder = run(
+        make_config(
+            method__name="ffa",
+            privacy={"epsilon": 4.0, "noise": 0.95, "count_noise": 5.0},
+            clients=clients,
+            federation__rounds=8,
+        )
+    )
     done = rounds(folder)
     out = [r["round"] for r in done if "client-1" not in r["cohort"]]
     assert out and out == list(range(out[0], done[-1]["round"] + 1)) and out[0] > 1
-    assert all(r["dropped"][0]["client"] == "client-1" and "budget of epsilon 4" in r["dropped"][0]["reason"] for r in done if r["round"] in out)
+    assert all(
+        r["dropped"][0]["client"] == "client-1" and "budget of epsilon 4" in r["dropped"][0]["reason"]
+        for r in done
+        if r["round"] in out
+    )
     assert trained.count("client-1") == out[0] - 1 < trained.count("client-0")
     assert all(e <= 4.0 for r in done for e in r["epsilon"].values())
 
@@ -249,26 +309,76 @@ def test_what_would_not_be_private_is_refused(make_config):
     for wrong, words in (
         ({"privacy": {"delta": 1e-5}}, "privacy.delta without privacy.epsilon"),
         ({"privacy": {"unit": "client"}}, "privacy.unit without privacy.epsilon"),
-        ({"privacy": {"epsilon": 1.0}, "method": {"name": "fed-sb"}, "adapter": {"kind": "lora-sb", "subspace": "gradient"}}, "reads the clients' data without noise"),
-        ({"privacy": {"epsilon": 1.0}, "method": {"name": "fed-sb"}, "adapter": {"kind": "lora-sb", "subspace": "gradient-raw"}}, "reads the clients' data without noise"),
-        ({"method": {"name": "fed-sb"}, "adapter": {"kind": "lora-sb", "subspace": "private"}}, "needs privacy.epsilon"),
+        (
+            {
+                "privacy": {"epsilon": 1.0},
+                "method": {"name": "fed-sb"},
+                "adapter": {"kind": "lora-sb", "subspace": "gradient"},
+            },
+            "reads the clients' data without noise",
+        ),
+        (
+            {
+                "privacy": {"epsilon": 1.0},
+                "method": {"name": "fed-sb"},
+                "adapter": {"kind": "lora-sb", "subspace": "gradient-raw"},
+            },
+            "reads the clients' data without noise",
+        ),
+        (
+            {"method": {"name": "fed-sb"}, "adapter": {"kind": "lora-sb", "subspace": "private"}},
+            "needs privacy.epsilon",
+        ),
         ({"privacy": {"epsilon": 1.0}, "data": {"client_held_out": 0.2}}, "client_held_out"),
         ({"privacy": {"epsilon": 1.0}, "method": {"name": "flora"}, "adapter": {"rank": [2, 1]}}, "one rank"),
         ({"privacy": {"epsilon": 1.0, "unit": "client"}, "method": {"name": "fedex"}}, "noise to the mean"),
         ({"privacy": {"epsilon": 1.0}, "model": {"dropout": 0.1}}, "model.dropout 0.1 would let one example change"),
         ({"privacy": {"noise": 1.0}, "adapter": {"dropout": 0.2}}, "adapter.dropout 0.2 would let one example change"),
         ({"privacy": {"epsilon": 1.0, "unit": "client"}, "method": {"name": "fedsa"}}, "keep factors of their own"),
-        ({"privacy": {"epsilon": 1.0, "unit": "client"}, "method": {"name": "ffa", "weights": "examples"}}, "use equal"),
-        ({"privacy": {"epsilon": 1.0, "unit": "client", "count_noise": 3.0}, "method": {"name": "ffa"}}, "belongs to privacy.unit example"),
+        (
+            {"privacy": {"epsilon": 1.0, "unit": "client"}, "method": {"name": "ffa", "weights": "examples"}},
+            "use equal",
+        ),
+        (
+            {"privacy": {"epsilon": 1.0, "unit": "client", "count_noise": 3.0}, "method": {"name": "ffa"}},
+            "belongs to privacy.unit example",
+        ),
         ({"privacy": {"epsilon": 1.0, "adaptive_clip": 0.5}}, "belongs to privacy.unit client"),
         ({"privacy": {"epsilon": 1.0, "subspace_fraction": 0.5}}, "belongs to adapter.subspace private"),
-        ({"privacy": {"secure_aggregation": True}, "method": {"name": "fedex"}}, "opens only the sum of the updates, and fedex needs each one"),
+        (
+            {"privacy": {"secure_aggregation": True}, "method": {"name": "fedex"}},
+            "opens only the sum of the updates, and fedex needs each one",
+        ),
         ({"privacy": {"secure_aggregation": True}, "method": {"name": "flora"}}, "flora needs each one"),
-        ({"privacy": {"secure_aggregation": True}, "method": {"name": "fedsa"}}, "with method fedsa the coordinator's checkpoint would hold"),
-        ({"privacy": {"secure_aggregation": True}, "method": {"name": "fedit"}, "federation": {"keep_optimizer": True}}, "with federation.keep_optimizer the coordinator's"),
-        ({"privacy": {"secure_aggregation": True, "epsilon": 1.0, "unit": "client"}, "method": {"name": "fedit"}, "federation": {"keep_optimizer": True}}, "from which its update can be read"),
+        (
+            {"privacy": {"secure_aggregation": True}, "method": {"name": "fedsa"}},
+            "with method fedsa the coordinator's checkpoint would hold",
+        ),
+        (
+            {
+                "privacy": {"secure_aggregation": True},
+                "method": {"name": "fedit"},
+                "federation": {"keep_optimizer": True},
+            },
+            "with federation.keep_optimizer the coordinator's",
+        ),
+        (
+            {
+                "privacy": {"secure_aggregation": True, "epsilon": 1.0, "unit": "client"},
+                "method": {"name": "fedit"},
+                "federation": {"keep_optimizer": True},
+            },
+            "from which its update can be read",
+        ),
         ({"privacy": {"secure_threshold": 0.5}}, "belongs to privacy.secure_aggregation"),
-        ({"privacy": {"epsilon": 1.0, "unit": "client", "secure_aggregation": True}, "method": {"name": "ffa"}, "federation": {"cohort": 3}}, "every client in every round"),
+        (
+            {
+                "privacy": {"epsilon": 1.0, "unit": "client", "secure_aggregation": True},
+                "method": {"name": "ffa"},
+                "federation": {"cohort": 3},
+            },
+            "every client in every round",
+        ),
     ):
         with pytest.raises(ConfigError, match=words):
             from_dict(wrong)
@@ -285,7 +395,11 @@ def test_what_would_not_be_private_is_refused(make_config):
 ENGINES = {
     "fed-sb, private subspace": PRIVATE["fed-sb, private subspace"],
     "clients": PRIVATE["clients"],
-    "secure": {"method__name": "fed-sb", "adapter": {"kind": "lora-sb", "rank": 2, "subspace": "private"}, "privacy": {"epsilon": 8.0, "secure_aggregation": True}},
+    "secure": {
+        "method__name": "fed-sb",
+        "adapter": {"kind": "lora-sb", "rank": 2, "subspace": "private"},
+        "privacy": {"epsilon": 8.0, "secure_aggregation": True},
+    },
 }
 
 
@@ -309,7 +423,9 @@ def test_a_worker_that_dies_repeats_its_draw_and_is_charged_once(make_config, ra
 
 @pytest.mark.parametrize("pair", ["lora+fedit", "lora+ffa", "lora+rolora", "lora-sb+fed-sb", "ravan+ravan"])
 def test_a_secure_run_equals_the_plain_one_within_the_fixed_point_step(make_config, pair):
-    given = options(pair) | ({"adapter": {"kind": "lora-sb", "rank": 2, "subspace": "gradient-raw"}} if pair == "lora-sb+fed-sb" else {})
+    given = options(pair) | (
+        {"adapter": {"kind": "lora-sb", "rank": 2, "subspace": "gradient-raw"}} if pair == "lora-sb+fed-sb" else {}
+    )
     plain, config = run(make_config(**given)), make_config(**given, privacy={"secure_aggregation": True})
     prepared = prepare(config)
     execute(prepared)
@@ -332,13 +448,17 @@ def test_the_coordinator_of_a_secure_run_never_holds_an_update(make_config, monk
         clear.append(torch.cat([t.double().reshape(-1) for _, t in sorted(tensors.items())]))
         return real_pack(self, client, tensors, orders)
 
-    monkeypatch.setattr(pool_inline.InlinePool, "fetch", lambda self, update: seen.append(real_fetch(self, update)) or seen[-1])
+    monkeypatch.setattr(
+        pool_inline.InlinePool, "fetch", lambda self, update: seen.append(real_fetch(self, update)) or seen[-1]
+    )
     monkeypatch.setattr(worker.Worker, "_packed", packed)
     folder = run(make_config(method__name="ffa", privacy={"secure_aggregation": True}, federation__rounds=2))
     assert len(seen) == len(clear) == 6
     everything = np.concatenate([np.frombuffer(packet.vector.tobytes(), dtype=np.uint8) for packet in seen])
     assert len(everything) > 10_000 and stats.chisquare(np.bincount(everything, minlength=256)).pvalue > 1e-6
-    assert not list((folder / "checkpoint").glob("*/kept*")) and all(not json.loads(p.read_text())["kept"] for p in folder.glob("checkpoint/round-*/state.json"))
+    assert not list((folder / "checkpoint").glob("*/kept*")) and all(
+        not json.loads(p.read_text())["kept"] for p in folder.glob("checkpoint/round-*/state.json")
+    )
     for packet, values in zip(seen, clear, strict=True):
         assert packet.vector.dtype == "uint64"
         read = torch.from_numpy(secure_sum.decode(packet.vector))
@@ -376,7 +496,9 @@ def test_clients_that_fail_leave_the_sum_right_and_below_the_threshold_the_run_f
 
 def test_a_loss_that_is_not_finite_reaches_nobody(make_config):
     config = make_config(privacy={"noise": 1.0}, clients={"client-2": {"lr": 1e30, "local_steps": 5, "batch_size": 12}})
-    with pytest.raises(ClientError, match="client 'client-2' failed: a (loss|gradient) is not finite: lower federation.lr") as caught:
+    with pytest.raises(
+        ClientError, match="client 'client-2' failed: a (loss|gradient) is not finite: lower federation.lr"
+    ) as caught:
         run(config)
     assert not caught.value.details
     assert not rounds(Path(config.output.dir)) if (Path(config.output.dir) / "rounds.jsonl").exists() else True
@@ -385,7 +507,9 @@ def test_a_loss_that_is_not_finite_reaches_nobody(make_config):
 def test_the_run_directory_says_what_left_and_what_is_not_guaranteed(make_config, monkeypatch):
     monkeypatch.delenv(TEST_KEY)
     config = make_config(
-        task="classification", method__name="fed-sb", adapter={"kind": "lora-sb", "rank": 2, "subspace": "private"},
+        task="classification",
+        method__name="fed-sb",
+        adapter={"kind": "lora-sb", "rank": 2, "subspace": "private"},
         privacy={"epsilon": 4.0, "secure_aggregation": True},
     )
     (Path(config.output.dir).parent / "c.yaml").write_text(config.to_yaml())
@@ -393,10 +517,16 @@ def test_the_run_directory_says_what_left_and_what_is_not_guaranteed(make_config
     folder = Path(config.output.dir)
     told = json.loads((folder / "privacy.json").read_text())
     assert told["guarantee"]["epsilon"] == json.loads((folder / "summary.json").read_text())["epsilon"] <= 4.0
-    assert told["guarantee"]["void"] is None and told["guarantee"]["relation"] == "add-or-remove-one" and told["rounds"] == 3
+    assert (
+        told["guarantee"]["void"] is None
+        and told["guarantee"]["relation"] == "add-or-remove-one"
+        and told["rounds"] == 3
+    )
     assert {r["what"] for r in told["releases"]["client-0"]} == {"count", "subspace", "training"}
     words = json.dumps(told["left_each_client"])
-    assert all(w in words for w in ("number of examples", "sketches", "trained factors", "secure sum", "identity of its key"))
+    assert all(
+        w in words for w in ("number of examples", "sketches", "trained factors", "secure sum", "identity of its key")
+    )
     here = Path(__file__).parent.parent / "fedray"
     for entry in [*told["left_each_client"], *told["not_guaranteed"]]:
         place, _, name = entry["place"].partition(", ")
@@ -404,15 +534,26 @@ def test_the_run_directory_says_what_left_and_what_is_not_guaranteed(make_config
         assert all(part in source for part in name.split(".") if part), entry
     assert {e["severity"] for e in told["not_guaranteed"]} == {"high", "medium", "low"}
     page = (folder / "report.html").read_text()
-    assert "What left each client" in page and "What is not guaranteed" in page and "<svg" in page and "epsilon spent" in page
+    assert (
+        "What left each client" in page
+        and "What is not guaranteed" in page
+        and "<svg" in page
+        and "epsilon spent" in page
+    )
     # No count of anybody's examples stands anywhere: rates are of noised ones.
-    counts = {c: len(d) for c, d in prepare(config.model_copy(update={"output": config.output.model_copy(update={"dir": None})})).data.train.items()}
+    counts = {
+        c: len(d)
+        for c, d in prepare(
+            config.model_copy(update={"output": config.output.model_copy(update={"dir": None})})
+        ).data.train.items()
+    }
     noised = json.loads((folder / "checkpoint" / "ledger.json").read_text())["counts"]
     assert set(noised) == set(counts) and any(noised[c] != counts[c] for c in counts)
 
 
 def test_a_client_does_not_follow_orders_that_its_own_config_does_not_allow(make_config, monkeypatch):
     for change in ({"noise": 0.3}, {"clip": 50.0}, {"rate": 1.0}):
+
         def generous(self, round, message, clients, real=Guard.orders, change=change):
             orders, refused = real(self, round, message, clients)
             return {c: dataclasses.replace(o, **change) for c, o in orders.items()}, refused
@@ -422,7 +563,13 @@ def test_a_client_does_not_follow_orders_that_its_own_config_does_not_allow(make
             with pytest.raises(RoundError, match="the coordinator ordered .* it sends nothing"):
                 run(make_config(method__name="ffa", privacy={"epsilon": 3.0, "count_noise": 2.0}))
     subspace = {"method__name": "fed-sb", "adapter": {"kind": "lora-sb", "rank": 2, "subspace": "private"}}
-    for privacy, change in (({"epsilon": 3.0}, {"noise": 0.5}), ({"noise": 1.0}, {"noise": 0.5}), ({"epsilon": 3.0}, {"clip": 2.0}), ({"epsilon": 3.0}, {"rate": 1.1})):
+    for privacy, change in (
+        ({"epsilon": 3.0}, {"noise": 0.5}),
+        ({"noise": 1.0}, {"noise": 0.5}),
+        ({"epsilon": 3.0}, {"clip": 2.0}),
+        ({"epsilon": 3.0}, {"rate": 1.1}),
+    ):
+
         def generous_start(self, *question, real=Guard.subspace_orders, change=change):
             return {c: dataclasses.replace(o, **change) for c, o in real(self, *question).items()}
 
@@ -441,7 +588,10 @@ def test_a_client_does_not_follow_orders_that_its_own_config_does_not_allow(make
 
     with monkeypatch.context() as patch:
         patch.setattr(Guard, "orders", as_if_free)
-        with pytest.raises(RoundError, match="the coordinator ordered noise with which the run would spend epsilon .* of 3: it sends nothing"):
+        with pytest.raises(
+            RoundError,
+            match="the coordinator ordered noise with which the run would spend epsilon .* of 3: it sends nothing",
+        ):
             run(make_config(**subspace, privacy={"epsilon": 3.0, "count_noise": 2.0, "subspace_fraction": 0.5}))
 
 
@@ -449,10 +599,15 @@ def test_a_client_answers_no_question_that_a_private_run_does_not_have(make_conf
     from fedray.federation.messages import Question
     from fedray.federation.worker import Worker
 
-    for private, adapter in (({"noise": 1.0}, {"kind": "lora-sb", "rank": 2}), ({"noise": 1.0, "unit": "client", "delta": 0.1}, {"kind": "lora-sb", "rank": 2})):
+    for private, adapter in (
+        ({"noise": 1.0}, {"kind": "lora-sb", "rank": 2}),
+        ({"noise": 1.0, "unit": "client", "delta": 0.1}, {"kind": "lora-sb", "rank": 2}),
+    ):
         worker = Worker(make_config(method__name="fed-sb", adapter=adapter, privacy=private), "cpu", 1)
         for ask in (Ask.DENSE, Ask.RANGE, Ask.ROWS):
-            packet, _, failure = worker.ask("client-0", Question(ask, layers=tuple(x.name for x in worker.trainer.layers)), None)
+            packet, _, failure = worker.ask(
+                "client-0", Question(ask, layers=tuple(x.name for x in worker.trainer.layers)), None
+            )
             assert packet is None and "which this run keeps private: it sends nothing" in failure.cause
         for part in ("train", "held-out"):
             with pytest.raises(PrivacyError, match=f"metrics of {part} examples"):
@@ -476,7 +631,9 @@ def test_a_key_lost_during_the_start_is_charged_anew_when_the_run_goes_on(make_c
     subspaces = {c: [e.draw for e in es if e.release.what == "subspace"] for c, es in ledger(folder).entries.items()}
     # Other columns of client-1 gave another Q, so all answered about rows twice: two releases of theirs, and none is free.
     assert [len(set(subspaces[c])) for c in CLIENTS] == [len(subspaces[c]) for c in CLIENTS] == [3, 4, 3]
-    assert all(e.release.steps == 1 for es in ledger(folder).entries.values() for e in es if e.release.what == "subspace")
+    assert all(
+        e.release.steps == 1 for es in ledger(folder).entries.values() for e in es if e.release.what == "subspace"
+    )
 
 
 def test_data_that_changed_before_a_run_goes_on_never_meet_the_same_noise(make_config, tiny, tmp_path, monkeypatch):
@@ -485,7 +642,12 @@ def test_data_that_changed_before_a_run_goes_on_never_meet_the_same_noise(make_c
     source = tmp_path / "d.csv"
     rows = (tiny / "classes.csv").read_text().splitlines()
     source.write_text("\n".join(rows))
-    config = make_config(task="classification", data={"source": str(source), "max_length": 48}, method__name="ffa", privacy={"noise": 1.0})
+    config = make_config(
+        task="classification",
+        data={"source": str(source), "max_length": 48},
+        method__name="ffa",
+        privacy={"noise": 1.0},
+    )
 
     def dies(self, round, message, clients, real=Guard.orders):  # after the round is charged, before its answer is kept
         told = real(self, round, message, clients)
@@ -501,7 +663,9 @@ def test_data_that_changed_before_a_run_goes_on_never_meet_the_same_noise(make_c
     source.write_text("\n".join([*rows[:5], "nothing like it," + rows[5].rsplit(",", 1)[1], *rows[6:]]))
     (changed,) = (c for c, d in prepare(resumed(config)).data.train.items() if list(d) != list(before[c]))
     books = ledger(run(resumed(config))).entries
-    assert {c: sum(e.round == 2 for e in es) for c, es in books.items()} == {c: 2 if c == changed else 1 for c in CLIENTS}
+    assert {c: sum(e.round == 2 for e in es) for c, es in books.items()} == {
+        c: 2 if c == changed else 1 for c in CLIENTS
+    }
     assert all(sum(e.round == 3 for e in es) == 1 for es in books.values())
 
 
@@ -510,7 +674,12 @@ def test_a_kill_while_counts_are_asked_for_charges_each_count_once(make_config, 
     source = tmp_path / "d.csv"
     rows = (tiny / "classes.csv").read_text().splitlines()
     source.write_text("\n".join(rows))
-    config = make_config(task="classification", data={"source": str(source), "max_length": 48}, method__name="ffa", privacy={"noise": 1.0})
+    config = make_config(
+        task="classification",
+        data={"source": str(source), "max_length": 48},
+        method__name="ffa",
+        privacy={"noise": 1.0},
+    )
     real, counts = worker.Worker._answer, []
 
     def dies(self, client, question, *rest):
@@ -528,7 +697,12 @@ def test_a_kill_while_counts_are_asked_for_charges_each_count_once(make_config, 
     assert dict(counts[2:])["client-0"] == counts[0][1] and dict(counts[2:])["client-1"] == counts[1][1]
     assert all(sum(e.release.what == "count" for e in es) == 1 for es in ledger(again).entries.values())
 
-    config = make_config(task="classification", data={"source": str(source), "max_length": 48}, method__name="ffa", privacy={"noise": 1.0})
+    config = make_config(
+        task="classification",
+        data={"source": str(source), "max_length": 48},
+        method__name="ffa",
+        privacy={"noise": 1.0},
+    )
     counts.clear()
     with pytest.raises(KeyboardInterrupt):
         run(config)
@@ -543,11 +717,26 @@ def test_what_clients_say_of_the_clip_moves_by_a_half_for_one_client(make_config
 
     told, sent = [], []
     real, clipped = guard.client_level.next_clip, worker.Worker._clipped
-    monkeypatch.setattr(guard.client_level, "next_clip", lambda clip, q, within, *rest: told.append(within) or real(clip, q, within, *rest))
+    monkeypatch.setattr(
+        guard.client_level,
+        "next_clip",
+        lambda clip, q, within, *rest: told.append(within) or real(clip, q, within, *rest),
+    )
     monkeypatch.setattr(worker.Worker, "_clipped", lambda self, *args: sent.append(clipped(self, *args)) or sent[-1])
     for secure in (False, True):
         told.clear(), sent.clear()
-        folder = run(make_config(method__name="ffa", privacy={"noise": 0.5, "unit": "client", "clip": 0.05, "adaptive_clip": 0.5, "secure_aggregation": secure}))
+        folder = run(
+            make_config(
+                method__name="ffa",
+                privacy={
+                    "noise": 0.5,
+                    "unit": "client",
+                    "clip": 0.05,
+                    "adaptive_clip": 0.5,
+                    "secure_aggregation": secure,
+                },
+            )
+        )
         bits = [s[guard.client_level.WITHIN].item() for s in sent]
         assert len(bits) == 9 and set(bits) <= {0.5, -0.5}
         assert told == pytest.approx([sum(bits[i : i + 3]) for i in (0, 3, 6)], abs=1e-6) and len(rounds(folder)) == 3
@@ -582,7 +771,9 @@ def test_forgetting_a_run_that_will_not_go_on_removes_its_keys(make_config, monk
         assert not [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size == 32]
         assert main(["forget", str(folder)]) == 0 and f"{count} noise key" in capsys.readouterr().out
         assert not list((tmp_path / "keys").iterdir())
-    assert main(["forget", str(run(make_config(method__name="ffa")))]) == 2 and "no private run" in capsys.readouterr().err
+    assert (
+        main(["forget", str(run(make_config(method__name="ffa")))]) == 2 and "no private run" in capsys.readouterr().err
+    )
 
 
 def test_an_error_does_not_say_who_was_drawn(make_config, monkeypatch):
@@ -591,8 +782,17 @@ def test_an_error_does_not_say_who_was_drawn(make_config, monkeypatch):
 
     monkeypatch.setattr(LocalTrainer, "train", fails)
     with pytest.raises(RoundError) as caught:
-        run(make_config(method__name="ffa", privacy={"noise": 1.0, "unit": "client"}, federation__cohort=2, federation__clients=6))
-    assert "client-" not in str(caught.value) + getattr(caught.value, "details", "") and "a client: RuntimeError" in str(caught.value)
+        run(
+            make_config(
+                method__name="ffa",
+                privacy={"noise": 1.0, "unit": "client"},
+                federation__cohort=2,
+                federation__clients=6,
+            )
+        )
+    assert "client-" not in str(caught.value) + getattr(
+        caught.value, "details", ""
+    ) and "a client: RuntimeError" in str(caught.value)
 
 
 def test_what_is_called_private_is(make_config, capsys):
@@ -618,7 +818,9 @@ def test_a_run_whose_ledger_is_gone_is_not_resumed(make_config, monkeypatch):
 
 def test_a_secure_sum_is_not_opened_again_of_others_parts(make_config, monkeypatch):
     """Clients send the same again after a kill: two sums that differ by one client would show its update."""
-    config = make_config(method__name="ffa", privacy={"secure_aggregation": True}, federation__quorum=0.5, federation__clients=4)
+    config = make_config(
+        method__name="ffa", privacy={"secure_aggregation": True}, federation__quorum=0.5, federation__clients=4
+    )
     real, calls = Coordinator._publish, []
 
     def dies(self):  # opened and aggregated, not saved
@@ -640,7 +842,10 @@ def test_a_secure_sum_is_not_opened_again_of_others_parts(make_config, monkeypat
             return train(self, view, client, *args)
 
         patch.setattr(LocalTrainer, "train", fails)
-        with pytest.raises(PrivacyError, match="round 2 was opened of client-0, client-1, client-2, client-3 before, and of client-0, client-1, client-3 it would show"):
+        with pytest.raises(
+            PrivacyError,
+            match="round 2 was opened of client-0, client-1, client-2, client-3 before, and of client-0, client-1, client-3 it would show",
+        ):
             run(resumed(config))
     assert len(rounds(run(resumed(config)))) == 3
 
@@ -648,7 +853,9 @@ def test_a_secure_sum_is_not_opened_again_of_others_parts(make_config, monkeypat
 def test_exactness_of_a_noised_sum_says_nothing_of_the_sum(make_config):
     told = []
     for lr in (1e-2, 1e-7):
-        config = make_config(method__name="ffa", privacy={"noise": 1.0, "unit": "client", "secure_aggregation": True}, federation__lr=lr)
+        config = make_config(
+            method__name="ffa", privacy={"noise": 1.0, "unit": "client", "secure_aggregation": True}, federation__lr=lr
+        )
         told += [[r["exactness"] for r in rounds(run(config))]]
     assert all(0 < e < 1e-5 for each in told for e in each) and max(told[1]) < 10 * max(told[0])
 
@@ -673,7 +880,11 @@ def test_a_fixed_key_voids_the_guarantee(make_config):
 
 
 def test_plan_shows_noise_steps_epsilon_and_signal_before_anything_runs(make_config, tmp_path, capsys):
-    config = make_config(method__name="ffa", privacy={"epsilon": 2.0}, clients={"client-1": {"local_steps": 5}, "client-0": {}, "client-2": {}})
+    config = make_config(
+        method__name="ffa",
+        privacy={"epsilon": 2.0},
+        clients={"client-1": {"local_steps": 5}, "client-0": {}, "client-2": {}},
+    )
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     assert main(["plan", "--config", str(tmp_path / "c.yaml"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["privacy"]

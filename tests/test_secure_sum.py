@@ -24,10 +24,18 @@ def play(count, size, drops=(), threshold=None, values=None, name="session"):
     adverts = {c: secure.advertise(KEYS[c], session) for c in members}
     sealed = {c: secure.share(KEYS[c], c, session, adverts) for c in members if c not in before_share}
     adverts_2 = {c: adverts[c] for c in sealed}
-    values = values if values is not None else {c: np.random.default_rng(i).normal(size=size) for i, c in enumerate(members)}
-    masked = {c: secure.mask(KEYS[c], c, session, adverts_2, secure.encode(values[c], count)) for c in sealed if c not in before_send}
+    values = (
+        values if values is not None else {c: np.random.default_rng(i).normal(size=size) for i, c in enumerate(members)}
+    )
+    masked = {
+        c: secure.mask(KEYS[c], c, session, adverts_2, secure.encode(values[c], count))
+        for c in sealed
+        if c not in before_send
+    }
     revealed = {
-        c: secure.reveal(KEYS[c], c, session, adverts_2, {o: sealed[o][c] for o in sealed}, list(masked)) for c in masked if c not in before_reveal
+        c: secure.reveal(KEYS[c], c, session, adverts_2, {o: sealed[o][c] for o in sealed}, list(masked))
+        for c in masked
+        if c not in before_reveal
     }
     total = secure.decode(secure.unmask(session, members, adverts_2, masked, revealed))
     return total, sum(values[c] for c in masked), masked, values
@@ -122,11 +130,28 @@ def test_a_client_reveals_one_or_the_other_secret_of_each_and_never_both():
     mine = {o: sealed[o][members[0]] for o in members}
     told = secure.reveal(KEYS[members[0]], members[0], session, adverts, mine, members[:3])
     assert set(told) == set(members)
-    seeds = secure.split(secure._seed(KEYS[members[1]], session), 4, 3, KEYS[members[1]].stream("secure sum", "polynomial", "own mask", "s", *members))
-    keys = secure.split(secure._private(KEYS[members[3]], session, "mask").private_bytes_raw(), 4, 3, KEYS[members[3]].stream("secure sum", "polynomial", "mask", "s", *members))
+    seeds = secure.split(
+        secure._seed(KEYS[members[1]], session),
+        4,
+        3,
+        KEYS[members[1]].stream("secure sum", "polynomial", "own mask", "s", *members),
+    )
+    keys = secure.split(
+        secure._private(KEYS[members[3]], session, "mask").private_bytes_raw(),
+        4,
+        3,
+        KEYS[members[3]].stream("secure sum", "polynomial", "mask", "s", *members),
+    )
     assert told[members[1]] == seeds[0] and told[members[3]] == keys[0]
     with pytest.raises(PrivacyError, match="did not arrive as it was sent"):
-        secure.reveal(KEYS[members[0]], members[0], session, adverts, mine | {members[1]: mine[members[1]][:-1] + b"\0"}, members[:3])
+        secure.reveal(
+            KEYS[members[0]],
+            members[0],
+            session,
+            adverts,
+            mine | {members[1]: mine[members[1]][:-1] + b"\0"},
+            members[:3],
+        )
     with pytest.raises(PrivacyError, match="lost in between"):
         secure.mask(KEYS[members[1]], members[0], session, adverts, np.zeros(3, dtype=np.uint64))
 

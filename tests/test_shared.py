@@ -38,9 +38,13 @@ def test_a_short_federated_run_on_the_real_encoder(tmp_path):
     assert max(r["exactness"] for r in records) < 1e-6 < 1e-3 < max(r["aggregation_error"] for r in records)
     assert summary["trainable_params"] == factors + head
 
-    inputs = AutoTokenizer.from_pretrained(f"{SHARED}/models/minilm-l6")(["a fine film", "dull and long"], padding=True, return_tensors="pt")
+    inputs = AutoTokenizer.from_pretrained(f"{SHARED}/models/minilm-l6")(
+        ["a fine film", "dull and long"], padding=True, return_tensors="pt"
+    )
     trainer = LocalTrainer(config, "cpu", 1, prepared.data)
-    expected = trainer.logits(results.global_view(config, results.load_state(tmp_path / "run", config, 2)), dict(inputs))
+    expected = trainer.logits(
+        results.global_view(config, results.load_state(tmp_path / "run", config, 2)), dict(inputs)
+    )
     base = AutoModelForSequenceClassification.from_pretrained(f"{SHARED}/models/minilm-l6", num_labels=2)
     with torch.no_grad():
         got = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()(**inputs).logits
@@ -62,7 +66,8 @@ def test_fedex_reaches_82_percent_on_sst2_as_the_mean_of_three_seeds(tmp_path):
 
 @pytest.mark.shared
 @pytest.mark.parametrize(
-    "source, text, completion", [("gsm8k", "question", "answer"), ("e2e/devset.csv", "mr", "ref"), ("commonsense/boolq", "instruction", "output")]
+    "source, text, completion",
+    [("gsm8k", "question", "answer"), ("e2e/devset.csv", "mr", "ref"), ("commonsense/boolq", "instruction", "output")],
 )
 def test_real_generation_data_is_read_and_encoded(source, text, completion):
     config = read_config(

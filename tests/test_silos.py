@@ -23,8 +23,14 @@ ROOT = Path(__file__).parent.parent
 
 def siloed(silos: dict[str, str], **sections) -> dict:
     """Values of a config: clients by name with the silo they belong to."""
-    clients = {name: {"source": f"/data/{name}/train.csv", "node_labels": {"silo": silo}} for name, silo in silos.items()}
-    return {"clients": clients, "data": {"source": "/data/test", "label": "label"}, "model": {"path": "m", "task": "classification"}} | sections
+    clients = {
+        name: {"source": f"/data/{name}/train.csv", "node_labels": {"silo": silo}} for name, silo in silos.items()
+    }
+    return {
+        "clients": clients,
+        "data": {"source": "/data/test", "label": "label"},
+        "model": {"path": "m", "task": "classification"},
+    } | sections
 
 
 def node(silo: str | None = None, cpus: float = 4.0, gpus: float = 0.0) -> Node:
@@ -38,7 +44,10 @@ def node(silo: str | None = None, cpus: float = 4.0, gpus: float = 0.0) -> Node:
     ("change", "words"),
     [
         (lambda c: c["clients"]["b"].pop("node_labels"), "clients.b has no node_labels, while others have"),
-        (lambda c: [client.pop("source") for client in c["clients"].values()], "clients.a.node_labels without clients.a.source"),
+        (
+            lambda c: [client.pop("source") for client in c["clients"].values()],
+            "clients.a.node_labels without clients.a.source",
+        ),
         (lambda c: c["clients"]["a"].update(source="data/a.csv"), "give its absolute path there"),
         (lambda c: c.update(engine="inline"), "need engine ray"),
         (lambda c: c["clients"]["a"].update(node_labels={}), "node_labels"),
@@ -64,8 +73,16 @@ def test_labels_on_the_command_line():
 
 def test_labels_match_as_ray_matches_them():
     there = {"silo": "a", "zone": "x"}
-    assert matches({"silo": "a"}, there) and matches({"silo": "in(a,b)", "zone": "!y"}, there) and matches({"rack": "!7"}, there)
-    assert not matches({"silo": "b"}, there) and not matches({"silo": "!in(a, b)"}, there) and not matches({"rack": "7"}, there)
+    assert (
+        matches({"silo": "a"}, there)
+        and matches({"silo": "in(a,b)", "zone": "!y"}, there)
+        and matches({"rack": "!7"}, there)
+    )
+    assert (
+        not matches({"silo": "b"}, there)
+        and not matches({"silo": "!in(a, b)"}, there)
+        and not matches({"rack": "7"}, there)
+    )
 
 
 def test_every_place_gets_workers_of_its_own():
@@ -82,14 +99,21 @@ def test_every_place_gets_workers_of_its_own():
     assert gpus.gpus == 1.0 and gpus.workers == 3
     # Two labels, one node: its room is not given away twice.
     both = from_dict(siloed({"a": "in(x,y)", "b": "x"}, worker={"cpus": 3}))
-    with pytest.raises(ConfigError, match="1 worker of 3 CPUs for b do not fit on the nodes with silo=x, where 1 CPUs are left"):
+    with pytest.raises(
+        ConfigError, match="1 worker of 3 CPUs for b do not fit on the nodes with silo=x, where 1 CPUs are left"
+    ):
         place_silos(both, [node("x")])
-    assert [h.clients for h in place_silos(both, [node("x"), node("y")]).homes] == [("a",), ("b",)]  # b, which has no choice, is placed first
+    assert [h.clients for h in place_silos(both, [node("x"), node("y")]).homes] == [
+        ("a",),
+        ("b",),
+    ]  # b, which has no choice, is placed first
 
 
 def test_labels_that_no_node_has_are_refused_before_anything_starts():
     config = from_dict(siloed({"a": "a", "b": "b"}))
-    with pytest.raises(ConfigError, match=r"no node has the labels silo=b that clients.b.node_labels asks for \(there are silo=a\)"):
+    with pytest.raises(
+        ConfigError, match=r"no node has the labels silo=b that clients.b.node_labels asks for \(there are silo=a\)"
+    ):
         place_silos(config, [node(), node("a")])
     with pytest.raises(ConfigError, match="1 node without labels"):
         place_silos(config, [node()])
@@ -103,7 +127,9 @@ def test_a_worker_gets_no_client_of_another_place():
     config = from_dict(siloed({"a1": "a", "b1": "b", "a2": "a"}))
     own = RayPool(["w0", "w1", "w2"], ["a1", "b1", "a2"], homes=place_silos(config, [node("a"), node("b")]).homes)
     assert own._owner == {"a1": 0, "a2": 1, "b1": 2}
-    shared = RayPool(["w0", "w1"], ["a1", "b1", "a2"], homes=place_silos(config, [node("a", 1.0), node("b", 1.0)]).homes)
+    shared = RayPool(
+        ["w0", "w1"], ["a1", "b1", "a2"], homes=place_silos(config, [node("a", 1.0), node("b", 1.0)]).homes
+    )
     assert shared._owner == {} and shared._serves == [("a1", "a2"), ("b1",)]
 
 
@@ -139,7 +165,12 @@ def test_only_what_may_be_read_is_read(tmp_path, monkeypatch):
     (tmp_path / "b" / "train.csv").unlink()  # whoever reads it fails
     config = from_dict(values)
     nothing, one = load_data(config), load_data(config, ["a"])
-    assert nothing.clients == one.clients == ["a", "b"] and nothing.train == {} and list(one.train) == ["a"] and len(one.train["a"]) == 24
+    assert (
+        nothing.clients == one.clients == ["a", "b"]
+        and nothing.train == {}
+        and list(one.train) == ["a"]
+        and len(one.train["a"]) == 24
+    )
     assert nothing.classes == one.classes == (0, 1) and nothing.text == one.text == "sentence"
     with pytest.raises(ConfigError, match="holds no train"):
         load_data(config, ["b"])
@@ -220,13 +251,41 @@ def cluster_run(tiny, tmp_path_factory):
         ["run", "--config", plain],
         ["run", "--config", private],
         ["run", "--config", plain, "--output.dir", str(root / "nowhere"), "--clients.b1.node_labels", "silo=z"],
-        ["run", "--config", plain, "--output.dir", str(root / "waited"), "--clients.b1.node_labels", "silo=late", "--federation.rounds", "1", "--worker.wait", "100", "--worker.gpus", "0"],
-        ["sweep", "--space", str(space), "--out", str(root / "sweep"), "--config", str(root / "swept.yaml"), "--federation.rounds", "1"],
+        [
+            "run",
+            "--config",
+            plain,
+            "--output.dir",
+            str(root / "waited"),
+            "--clients.b1.node_labels",
+            "silo=late",
+            "--federation.rounds",
+            "1",
+            "--worker.wait",
+            "100",
+            "--worker.gpus",
+            "0",
+        ],
+        [
+            "sweep",
+            "--space",
+            str(space),
+            "--out",
+            str(root / "sweep"),
+            "--config",
+            str(root / "swept.yaml"),
+            "--federation.rounds",
+            "1",
+        ],
     ]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CLUSTER, str(root / "opened.jsonl"), json.dumps(commands)],
-        env=env, capture_output=True, text=True, timeout=290, check=False,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=290,
+        check=False,
     )
     assert "CODES" in done.stdout, done.stdout + done.stderr
     opened = [json.loads(line) for line in (root / "opened.jsonl").read_text().splitlines()]
@@ -249,7 +308,10 @@ def test_runs_and_sweeps_over_silos_end_well_and_an_unknown_label_is_refused(clu
     codes, _, states = done.stdout.rsplit("CODES ", 1)[1].partition(" STATES ")
     assert json.loads(codes) == [0, 0, 2, 0, 0], done.stdout + done.stderr
     assert json.loads(states) == ["DEAD"]
-    assert "no node has the labels silo=z that clients.b1.node_labels asks for (there are silo=x, silo=y)" in done.stderr and not (root / "nowhere").exists()
+    assert (
+        "no node has the labels silo=z that clients.b1.node_labels asks for (there are silo=x, silo=y)" in done.stderr
+        and not (root / "nowhere").exists()
+    )
     for name in ("plain", "private"):
         rounds = [json.loads(line) for line in (root / name / "rounds.jsonl").read_text().splitlines()]
         assert len(rounds) == 2 and rounds[-1]["cohort"] == ["a1", "b1", "a2"] and not rounds[-1]["dropped"]

@@ -18,8 +18,20 @@ from fedray.training import subspace
 
 
 def fed_sb(make_config, subspace=None, **options):
-    adapter = {"kind": "lora-sb", "rank": 3, **({"subspace": subspace} if subspace else {}), **options.pop("adapter", {})}
-    federation = {"clients": 3, "rounds": 2, "local_steps": 2, "batch_size": 4, "lr": 0.2, **options.pop("federation", {})}
+    adapter = {
+        "kind": "lora-sb",
+        "rank": 3,
+        **({"subspace": subspace} if subspace else {}),
+        **options.pop("adapter", {}),
+    }
+    federation = {
+        "clients": 3,
+        "rounds": 2,
+        "local_steps": 2,
+        "batch_size": 4,
+        "lr": 0.2,
+        **options.pop("federation", {}),
+    }
     return make_config(adapter=adapter, method={"name": "fed-sb"}, federation=federation, **options)
 
 
@@ -32,7 +44,10 @@ def centralised(trainer, examples) -> dict[str, torch.Tensor]:
         module.weight.grad = None
     for example in examples:
         batch = trainer.task.collate([example])
-        (trainer.task.loss(lambda i: trainer.model(**{k: v for k, v in i.items() if k != "labels"}).logits, batch) / len(examples)).backward()
+        (
+            trainer.task.loss(lambda i: trainer.model(**{k: v for k, v in i.items() if k != "labels"}).logits, batch)
+            / len(examples)
+        ).backward()
     found = {name: module.weight.grad.clone() for name, module in bases.items()}
     for module in bases.values():
         module.weight.requires_grad_(False)
@@ -42,6 +57,7 @@ def centralised(trainer, examples) -> dict[str, torch.Tensor]:
 
 def collector(worker, clients):
     """What the coordinator's `_answers` does, with no coordinator."""
+
     def answers(question, asked):
         told = [worker.ask(c, question, None) for c in asked]
         return [(report, lambda packet=packet: unpack(packet), report.nbytes) for packet, _, report in told]
@@ -53,7 +69,10 @@ def collector(worker, clients):
 def test_the_federated_gradient_equals_the_centralised_one(make_config, task):
     """Every example of three clients of unequal size: sum p_i G_i with p_i by examples is the mean over all."""
     config = make_config(
-        task=task, adapter={"kind": "lora-sb", "rank": 3}, method={"name": "fed-sb"}, data__partition="dirichlet" if task == "classification" else "iid",
+        task=task,
+        adapter={"kind": "lora-sb", "rank": 3},
+        method={"name": "fed-sb"},
+        data__partition="dirichlet" if task == "classification" else "iid",
         federation={"clients": 3, "rounds": 1, "local_steps": 1, "batch_size": 4},
     )
     worker = Worker(config, "cpu", 1)
@@ -77,7 +96,10 @@ def test_sketches_are_those_of_the_dense_gradient(make_config):
     g = torch.Generator().manual_seed(0)
     right = {layer.name: torch.randn(layer.n, 5, generator=g) for layer in worker.spec.layers}
     left = {layer.name: torch.randn(layer.m, 5, generator=g) for layer in worker.spec.layers}
-    columns, rows = subspace.range_sketch(worker.trainer, examples, right), subspace.row_sketch(worker.trainer, examples, left)
+    columns, rows = (
+        subspace.range_sketch(worker.trainer, examples, right),
+        subspace.row_sketch(worker.trainer, examples, left),
+    )
     for name, G in dense.items():
         torch.testing.assert_close(columns[name], G @ right[name], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(rows[name], left[name].T @ G, rtol=1e-4, atol=1e-6)
@@ -91,7 +113,11 @@ def test_the_gradient_is_taken_without_dropout_and_leaves_nothing_behind(make_co
     one, two = subspace.dense(worker.trainer, examples, names), subspace.dense(worker.trainer, examples, names)
     assert all(torch.equal(one[n], two[n]) for n in names)
     assert all(p.grad is None for p in worker.trainer.model.parameters())
-    assert not any(p.requires_grad for n, p in worker.trainer.model.named_parameters() if "lora" not in n and "modules_to_save" not in n)
+    assert not any(
+        p.requires_grad
+        for n, p in worker.trainer.model.named_parameters()
+        if "lora" not in n and "modules_to_save" not in n
+    )
 
 
 @pytest.mark.parametrize("source", ["gradient", "gradient-raw", "weights", "public"])
@@ -139,7 +165,9 @@ def test_dense_gradients_go_a_group_of_layers_at_a_time(make_config, monkeypatch
     config = fed_sb(make_config, "gradient")
     small = results.load_state(run(config), config, 0)
     assert len(set(asked)) > 5
-    assert all(sum(layer.m * layer.n for layer in small.spec.layers if layer.name in group) <= 32 * 48 for group in asked)
+    assert all(
+        sum(layer.m * layer.n for layer in small.spec.layers if layer.name in group) <= 32 * 48 for group in asked
+    )
     assert all(torch.equal(small.increments[0].tensors[n], t) for n, t in whole.increments[0].tensors.items())
 
 
@@ -192,7 +220,9 @@ def test_the_range_finder_on_a_real_encoder_captures_what_the_dense_svd_does(tmp
         mine, top = (B.T @ G @ A.T).norm() ** 2, torch.linalg.svdvals(G)[:8].square().sum()
         assert mine >= 0.99 * top, layer.name
         captured, best, whole = captured + mine, best + top, whole + G.norm() ** 2
-    assert found.energy == pytest.approx((captured / whole).item(), rel=0.1)  # the report's norm is estimated from the sketch
+    assert found.energy == pytest.approx(
+        (captured / whole).item(), rel=0.1
+    )  # the report's norm is estimated from the sketch
     assert len(names) > 30 and captured >= 0.999 * best
 
 

@@ -23,7 +23,9 @@ def trainer_and_view(config):
 
 def moved(view: View, seed=0) -> View:
     g = torch.Generator().manual_seed(seed)
-    return View({n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in view.tensors.items()}, view.base, view.trained)
+    return View(
+        {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in view.tensors.items()}, view.base, view.trained
+    )
 
 
 def distance(one, other):
@@ -66,7 +68,9 @@ def test_deepspeed_gives_the_adapters_of_plain_pytorch(make_config, stage, optio
         assert distance(plain.tensors, deep.tensors) < 1e-6
         assert plain.loss == pytest.approx(deep.loss, abs=1e-6)
         assert plain.examples == deep.examples
-    assert distance(results[0][0].tensors, {n: moved(view).tensors[n] for n in results[0][0].tensors}) > 1e-4  # it did train
+    assert (
+        distance(results[0][0].tensors, {n: moved(view).tensors[n] for n in results[0][0].tensors}) > 1e-4
+    )  # it did train
 
 
 @pytest.mark.parametrize("worker", [{"backend": "torch"}, *({"zero_stage": s} for s in range(4))], ids=str)
@@ -85,8 +89,11 @@ def test_a_warm_engine_equals_a_fresh_one_to_the_last_bit(make_config, worker):
 def test_a_kept_optimizer_state_goes_on_where_it_stopped(make_config, worker, optimizer):
     """Two rounds of 2 steps with the state handed over are one round of 4 steps."""
     options = {
-        "worker": {"cpus": 1, **worker}, "federation__optimizer": optimizer, "federation__schedule": "constant",
-        "federation__warmup": 0.0, "federation__keep_optimizer": True,
+        "worker": {"cpus": 1, **worker},
+        "federation__optimizer": optimizer,
+        "federation__schedule": "constant",
+        "federation__warmup": 0.0,
+        "federation__keep_optimizer": True,
     }
     trainer, view = trainer_and_view(make_config(**options, federation__local_steps=2))
     first = trainer.train(view, "client-0", 0)
@@ -108,7 +115,11 @@ def test_the_base_update_is_written_from_the_original_weights_and_its_loss_is_me
     trainer, view = trainer_and_view(make_config(model__dtype=dtype, worker__zero_stage=stage))
     g = torch.Generator().manual_seed(1)
     updates = [
-        {la.name: LowRank(1e-2 * torch.randn(la.m, 2, generator=g), torch.randn(2, la.n, generator=g)) for la in trainer.layers} for _ in range(3)
+        {
+            la.name: LowRank(1e-2 * torch.randn(la.m, 2, generator=g), torch.randn(2, la.n, generator=g))
+            for la in trainer.layers
+        }
+        for _ in range(3)
     ]
     plain = trainer.train(view, "client-0", 0)
     for update in updates:
@@ -150,15 +161,21 @@ def test_schedules(make_config):
     assert rates(**common, schedule="constant", warmup=0.0) == [1.0] * 10
     assert rates(**common, schedule="constant", warmup=0.2) == [0.5, 1.0] + [1.0] * 8
     assert rates(**common, schedule="linear", warmup=0.0) == pytest.approx([1 - i / 10 for i in range(10)])
-    assert rates(**common, schedule="linear", warmup=0.2, schedule_over="round") == pytest.approx([1.0, 1.0, 0.75, 0.5, 0.25] * 2)
+    assert rates(**common, schedule="linear", warmup=0.2, schedule_over="round") == pytest.approx(
+        [1.0, 1.0, 0.75, 0.5, 0.25] * 2
+    )
     cosine = rates(**common, schedule="cosine", warmup=0.1)
-    assert cosine[:2] == [1.0, 1.0] and cosine[-1] == pytest.approx((1 - torch.cos(torch.tensor(torch.pi / 9)).item()) / 2)
+    assert cosine[:2] == [1.0, 1.0] and cosine[-1] == pytest.approx(
+        (1 - torch.cos(torch.tensor(torch.pi / 9)).item()) / 2
+    )
     assert all(a >= b for a, b in zip(cosine[1:], cosine[2:], strict=False))
 
 
 def test_sampling_visits_every_example_once_an_epoch_and_needs_no_state():
     drawn = [i for step in range(7) for i in sample(14, 4, step, 0, "data", "a")]
-    assert sorted(drawn[:14]) == list(range(14)) and sorted(drawn[14:28]) == list(range(14)) and drawn[:14] != drawn[14:28]
+    assert (
+        sorted(drawn[:14]) == list(range(14)) and sorted(drawn[14:28]) == list(range(14)) and drawn[:14] != drawn[14:28]
+    )
     assert sample(14, 4, 5, 0, "data", "a") == drawn[20:24]
     assert sample(14, 4, 5, 0, "data", "b") != drawn[20:24]
     assert len(sample(3, 8, 0, 1)) == 8  # fewer examples than a batch: they repeat
@@ -170,7 +187,9 @@ def test_batches_of_similar_length_hold_the_same_examples(make_config, monkeypat
         trainer, view = trainer_and_view(make_config(federation__accumulate=accumulate, federation__local_steps=1))
         batches = []
         real = trainer.task.collate
-        monkeypatch.setattr(local.LocalTrainer, "_batch", lambda self, rows, b=batches, real=real: (b.extend(rows), real(rows))[1])
+        monkeypatch.setattr(
+            local.LocalTrainer, "_batch", lambda self, rows, b=batches, real=real: (b.extend(rows), real(rows))[1]
+        )
         trainer.train(view, "client-0", 0)
         seen[accumulate] = sorted(tuple(e.input_ids) for e in batches)
         monkeypatch.undo()
@@ -221,7 +240,9 @@ def test_heads_train_in_fp32_on_a_bf16_base(make_config):
 
 def test_a_decoders_head_reads_the_same_token_however_much_is_padded(make_config, tiny):
     config = make_config(task="classification")
-    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tiny / "llama-other-pad")})})
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"path": str(tiny / "llama-other-pad")})}
+    )
     trainer, view = trainer_and_view(config)
     alone = trainer.task.tokenizer(["good bad"], return_tensors="pt")
     padded = trainer.task.tokenizer(["good bad", "good " * 5], padding=True, return_tensors="pt")
@@ -231,24 +252,47 @@ def test_a_decoders_head_reads_the_same_token_however_much_is_padded(make_config
 
 
 def test_heads_have_no_adapters_inside():
-    from transformers import DistilBertConfig, DistilBertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+    from transformers import (
+        DistilBertConfig,
+        DistilBertForSequenceClassification,
+        RobertaConfig,
+        RobertaForSequenceClassification,
+    )
 
     from fedray.config import AdapterSection
 
     small = dict(vocab_size=99, num_labels=3)
-    distil = DistilBertForSequenceClassification(DistilBertConfig(**small, dim=32, n_layers=1, n_heads=2, hidden_dim=48))
-    roberta = RobertaForSequenceClassification(RobertaConfig(**small, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48))
-    for model, heads in ((distil, {"pre_classifier", "classifier"}), (roberta, {"classifier.dense", "classifier.out_proj"})):
+    distil = DistilBertForSequenceClassification(
+        DistilBertConfig(**small, dim=32, n_layers=1, n_heads=2, hidden_dim=48)
+    )
+    roberta = RobertaForSequenceClassification(
+        RobertaConfig(**small, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    )
+    for model, heads in (
+        (distil, {"pre_classifier", "classifier"}),
+        (roberta, {"classifier.dense", "classifier.out_proj"}),
+    ):
         wrapped = attach.attach(model, AdapterSection(rank=2), "classification")
         assert {n.rsplit(".", 1)[0] for n in attach.heads(wrapped)} == heads
-        assert len(attach.layers(wrapped)) >= 6 and not any("classifier" in layer.name for layer in attach.layers(wrapped))
+        assert len(attach.layers(wrapped)) >= 6 and not any(
+            "classifier" in layer.name for layer in attach.layers(wrapped)
+        )
 
 
 def test_fedprox_adds_the_pull_towards_the_broadcast_to_every_gradient(make_config):
     """Against the loss with mu/2 ||w - w0||^2 in it, by plain SGD steps of our own; heads are pulled too."""
     mu, lr = 0.7, 0.3
-    common = {"task": "classification", "federation__optimizer": "sgd", "federation__lr": lr, "federation__local_steps": 5, "model__dropout": 0.0,
-              "federation__max_grad_norm": None, "federation__schedule": "constant", "federation__warmup": 0.0, "worker__backend": "torch"}
+    common = {
+        "task": "classification",
+        "federation__optimizer": "sgd",
+        "federation__lr": lr,
+        "federation__local_steps": 5,
+        "model__dropout": 0.0,
+        "federation__max_grad_norm": None,
+        "federation__schedule": "constant",
+        "federation__warmup": 0.0,
+        "worker__backend": "torch",
+    }
     trainer, view = trainer_and_view(make_config(**common, federation__proximal=mu))
     pulled = trainer.train(view, "client-1", 0).tensors
     free, view = trainer_and_view(make_config(**common))
@@ -261,7 +305,9 @@ def test_fedprox_adds_the_pull_towards_the_broadcast_to_every_gradient(make_conf
     examples = free.examples("train", "client-1")
     for step in range(5):
         batch = free._batch([examples[i] for i in sample(len(examples), 4, step, 0, "data", "client-1")])
-        loss = free.task.loss(free._engine.forward, batch) + mu / 2 * sum((p - start[n]).square().sum() for n, p in parameters.items())
+        loss = free.task.loss(free._engine.forward, batch) + mu / 2 * sum(
+            (p - start[n]).square().sum() for n, p in parameters.items()
+        )
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         with torch.no_grad():
             for parameter, gradient in zip(parameters.values(), gradients, strict=True):

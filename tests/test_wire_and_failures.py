@@ -23,7 +23,10 @@ def played(method, rounds=2):
         view = method.view(SPEC, method.broadcast(state), "a")
         names = [n for n in view.tensors if n in state.heads or n.rsplit(".", 1)[1] in view.trained]
         g = torch.Generator().manual_seed(t)
-        updates = [Update(c, w, {n: view.tensors[n] + torch.randn(view.tensors[n].shape, generator=g) for n in names}) for c, w in (("a", 1), ("b", 3))]
+        updates = [
+            Update(c, w, {n: view.tensors[n] + torch.randn(view.tensors[n].shape, generator=g) for n in names})
+            for c, w in (("a", 1), ("b", 3))
+        ]
         state, _ = method.aggregate(state, updates)
     return state
 
@@ -57,11 +60,17 @@ def test_a_broadcast_survives_the_wire_and_packs_an_increment_once(method):
 @pytest.mark.parametrize("method", [FedEx(), FRAFFA(fra_rounds=1)], ids=lambda m: m.name)
 def test_a_checkpoint_gives_back_the_state_and_only_whole_ones_count(method, tmp_path):
     state = played(method)
-    saved = checkpoint.Checkpoint(state, {"a": 1}, {"a//b": {"x/exp_avg": torch.ones(2), "step": torch.tensor([3.0])}}, ({"round": 2},))
+    saved = checkpoint.Checkpoint(
+        state, {"a": 1}, {"a//b": {"x/exp_avg": torch.ones(2), "step": torch.tensor([3.0])}}, ({"round": 2},)
+    )
     checkpoint.save(tmp_path, saved)
     (tmp_path / ".writing-99").mkdir()  # what a kill in the middle of the next one leaves
     found = checkpoint.latest(tmp_path, SPEC)
-    assert found.seen == {"a": 1} and found.records == ({"round": 2},) and torch.equal(found.kept["a//b"]["x/exp_avg"], torch.ones(2))
+    assert (
+        found.seen == {"a": 1}
+        and found.records == ({"round": 2},)
+        and torch.equal(found.kept["a//b"]["x/exp_avg"], torch.ones(2))
+    )
     assert found.state.round == state.round and found.state.trained == state.trained and found.state.draw == state.draw
     assert all(torch.equal(found.state.tensors[n], t) for n, t in state.tensors.items())
     assert [i.version for i in found.state.increments] == [i.version for i in state.increments]
@@ -91,12 +100,21 @@ def test_failure_policy():
     assert after_round(5, 4, 0.8, 1, []).action is Action.AGGREGATE
     assert after_round(5, 3, 0.8, 1, ["x"]).action is Action.RETRY_ROUND
     failed = after_round(5, 3, 0.8, 2, ["client 'a': late"])
-    assert failed.action is Action.FAIL and "3 of 5 clients reported and 4 are needed" in failed.reason and "client 'a': late" in failed.reason
+    assert (
+        failed.action is Action.FAIL
+        and "3 of 5 clients reported and 4 are needed" in failed.reason
+        and "client 'a': late" in failed.reason
+    )
 
 
 def test_placement():
     def ask(clients, have_cpus, have_gpus, engine="ray", cohort=None, **worker):
-        return place(from_dict({"worker": worker, "engine": engine, "federation": {"cohort": cohort}}), clients, have_cpus, have_gpus)
+        return place(
+            from_dict({"worker": worker, "engine": engine, "federation": {"cohort": cohort}}),
+            clients,
+            have_cpus,
+            have_gpus,
+        )
 
     assert (ask(3, 2, 0).workers, ask(3, 2, 0).cpus, ask(3, 2, 0).device) == (2, 1, "cpu")
     assert (ask(3, 16, 4).workers, ask(3, 16, 4).gpus, ask(3, 16, 4).cpus, ask(3, 16, 4).device) == (3, 1.0, 5, "cuda")

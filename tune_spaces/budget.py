@@ -17,8 +17,14 @@ SWEEP = Sweep(
         "federation.local_steps": tune.choice([8, 16]),
     },
     base={
-        "federation.rounds": 20, "federation.batch_size": 32, "federation.schedule": "constant", "federation.max_bytes": 2e7,
-        "privacy.epsilon": 8.0, "privacy.delta": 1e-6, "privacy.sweep_epsilon": 40.0,
+        "federation.rounds": 20,
+        "federation.batch_size": 32,
+        "federation.schedule": "constant",
+        "federation.max_bytes": 2e7,
+        "privacy.epsilon": 8.0,
+        "privacy.delta": 1e-6,
+        "privacy.sweep_epsilon": 40.0,
     },
-    search="optuna", samples=12,
+    search="optuna",
+    samples=12,
 )

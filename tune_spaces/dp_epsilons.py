@@ -14,9 +14,13 @@ EPSILONS = (None, 8.0, 1.0)
 
 SWEEP = Sweep(
     space={
-        "method": tune.grid_search([
-            {"entry": entry, "privacy.epsilon": epsilon, "federation.lr": rates[epsilon is not None]} for entry, rates in RATES.items() for epsilon in EPSILONS
-        ]),
+        "method": tune.grid_search(
+            [
+                {"entry": entry, "privacy.epsilon": epsilon, "federation.lr": rates[epsilon is not None]}
+                for entry, rates in RATES.items()
+                for epsilon in EPSILONS
+            ]
+        ),
         "adapter.rank": tune.grid_search([4, 16]),
     },
     base={"federation.rounds": 7, "federation.local_steps": 14, "federation.batch_size": 48},

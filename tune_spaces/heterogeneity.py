@@ -1,6 +1,6 @@
 """How uneven the clients are: Dirichlet alpha x clients x method. Needs labels: classification data of one source.
 
-    fedray sweep --space tune_spaces/heterogeneity.py --model.path ... --data.source ... --model.task classification
+fedray sweep --space tune_spaces/heterogeneity.py --model.path ... --data.source ... --model.task classification
 """
 
 from ray import tune

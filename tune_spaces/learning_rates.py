@@ -9,12 +9,21 @@ from ray import tune
 from fedray.sweep import Sweep
 
 RATES = {
-    "fedit": (3e-4, 1e-3, 3e-3, 1e-2), "ffa": (1e-3, 3e-3, 1e-2, 3e-2), "fedex": (3e-4, 1e-3, 3e-3, 1e-2),
-    "fra": (3e-4, 1e-3, 3e-3, 1e-2), "flora": (3e-4, 1e-3, 3e-3, 1e-2), "lora-sb+fed-sb": (3e-3, 1e-2, 3e-2, 1e-1),
+    "fedit": (3e-4, 1e-3, 3e-3, 1e-2),
+    "ffa": (1e-3, 3e-3, 1e-2, 3e-2),
+    "fedex": (3e-4, 1e-3, 3e-3, 1e-2),
+    "fra": (3e-4, 1e-3, 3e-3, 1e-2),
+    "flora": (3e-4, 1e-3, 3e-3, 1e-2),
+    "lora-sb+fed-sb": (3e-3, 1e-2, 3e-2, 1e-1),
 }
 
 SWEEP = Sweep(
-    space={"tuned": tune.grid_search([{"entry": entry, "federation.lr": lr} for entry, rates in RATES.items() for lr in rates])},
+    space={
+        "tuned": tune.grid_search(
+            [{"entry": entry, "federation.lr": lr} for entry, rates in RATES.items() for lr in rates]
+        )
+    },
     base={"federation.rounds": 8, "data.evaluate_on": "validation"},
-    stop="asha", grace=2,
+    stop="asha",
+    grace=2,
 )

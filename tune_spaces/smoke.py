@@ -11,8 +11,15 @@ SWEEP = Sweep(
         "privacy.epsilon": tune.grid_search([None, 8.0]),
     },
     base={
-        "federation.rounds": 3, "federation.local_steps": 2, "federation.batch_size": 8,
-        "data.max_length": 96, "data.test_limit": 24, "worker.count": 1, "worker.cpus": 1,
+        "federation.rounds": 3,
+        "federation.local_steps": 2,
+        "federation.batch_size": 8,
+        "data.max_length": 96,
+        "data.test_limit": 24,
+        "worker.count": 1,
+        "worker.cpus": 1,
     },
-    stop="asha", grace=1, reduction=2,
+    stop="asha",
+    grace=1,
+    reduction=2,
 )

@@ -72,7 +72,9 @@ class Abba(Adapter):
     def lift(self, layer: Layer, factors: Factors, inner: LowRank) -> LowRank:
         return LowRank(layer.scale * khatri_rao_rows(factors[B1], inner.B), khatri_rao_columns(factors[A1], inner.A))
 
-    def averaging_error(self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors) -> LowRank:
+    def averaging_error(
+        self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors
+    ) -> LowRank:
         """The covariance of the pair where all clients share (B1, A1); the plain difference otherwise."""
         first = clients[0]
         if all(torch.equal(c[B1], first[B1]) and torch.equal(c[A1], first[A1]) for c in clients[1:]):

@@ -62,17 +62,24 @@ def lora_config(section: AdapterSection, task: str) -> LoraConfig:
 def attach(model: nn.Module, section: AdapterSection, task: str) -> PeftModel:
     """The model with frozen base and fp32 adapters. Raises ConfigError for targets or ranks that do not fit it."""
     config, adapter = lora_config(section, task), make_adapter(section)
-    linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    linear = sorted(
+        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    )
     try:
         wrapped = get_peft_model(model, config)
     except ValueError as error:
         if "target modules" in str(error).lower():
-            raise ConfigError(f"adapter.targets {section.targets} match no layer that can be adapted: this model has {', '.join(linear)}") from None
+            raise ConfigError(
+                f"adapter.targets {section.targets} match no layer that can be adapted: this model has {', '.join(linear)}"
+            ) from None
         raise
     except TypeError as error:
         raise ConfigError(f"adapter.targets and adapter.heads overlap: {error}") from None
     for name in section.heads:
-        if not any(isinstance(m, ModulesToSaveWrapper) and n.split(".")[-1] == name.split(".")[-1] for n, m in wrapped.named_modules()):
+        if not any(
+            isinstance(m, ModulesToSaveWrapper) and n.split(".")[-1] == name.split(".")[-1]
+            for n, m in wrapped.named_modules()
+        ):
             raise ConfigError(f"adapter.heads '{name}' is no module of this model")
     for layer in layers(wrapped):
         width, room = adapter.width(layer.rank), min(layer.m, layer.n)
@@ -95,7 +102,9 @@ def _refuse_tied(model: PeftModel) -> None:
     for name, module in model.named_modules():
         inner = "base_layer.weight" if isinstance(module, LoraLayer) else "original_module.weight"
         if isinstance(module, (LoraLayer, ModulesToSaveWrapper)) and f"{name}.{inner}" in tied:
-            raise ConfigError(f"{name.removeprefix(PREFIX)} shares its weight with another layer (tied embeddings): leave it out of targets and heads")
+            raise ConfigError(
+                f"{name.removeprefix(PREFIX)} shares its weight with another layer (tied embeddings): leave it out of targets and heads"
+            )
 
 
 def _heads_in_fp32(model: PeftModel) -> None:
@@ -105,7 +114,9 @@ def _heads_in_fp32(model: PeftModel) -> None:
             head = module.modules_to_save[ADAPTER]
             if any(p.dtype != torch.float32 for p in head.parameters()):
                 head.float()
-                head.register_forward_pre_hook(lambda _, inputs: tuple(x.float() if torch.is_floating_point(x) else x for x in inputs))
+                head.register_forward_pre_hook(
+                    lambda _, inputs: tuple(x.float() if torch.is_floating_point(x) else x for x in inputs)
+                )
 
 
 def _lora_layers(model: PeftModel) -> list[tuple[str, LoraLayer]]:
@@ -118,7 +129,9 @@ def layers(model: PeftModel) -> tuple[Layer, ...]:
     result = []
     for name, module in _lora_layers(model):
         if ADAPTER not in module.lora_A or not isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
-            raise ConfigError(f"adapter.targets match {name}, which is no linear layer: leave embeddings and convolutions out")
+            raise ConfigError(
+                f"adapter.targets match {name}, which is no linear layer: leave embeddings and convolutions out"
+            )
         result.append(Layer(name, module.out_features, module.in_features, module.r[ADAPTER], module.scaling[ADAPTER]))
     return tuple(result)
 

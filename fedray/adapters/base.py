@@ -89,7 +89,9 @@ class Adapter(ABC):
         """The delta if the product of the `pair` were `inner`; linear in it. `factors`: those at rest."""
         raise NotImplementedError(f"{self.kind} has no pair")
 
-    def averaging_error(self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors) -> LowRank:
+    def averaging_error(
+        self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors
+    ) -> LowRank:
         """sum_i p_i delta(client_i) - delta(means)."""
         terms = [self.delta(layer, c) for c in clients]
         return LowRank.sum([*terms, self.delta(layer, means)], [*weights, -1.0])
@@ -115,4 +117,6 @@ def pad_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """Zeros after the last row and column up to a shape; the tensor itself when it has that shape."""
     if tuple(tensor.shape) == tuple(shape):
         return tensor
-    return torch.nn.functional.pad(tensor, [x for have, want in zip(tensor.shape[::-1], shape[::-1], strict=True) for x in (0, want - have)])
+    return torch.nn.functional.pad(
+        tensor, [x for have, want in zip(tensor.shape[::-1], shape[::-1], strict=True) for x in (0, want - have)]
+    )

@@ -74,7 +74,11 @@ def write_peft(folder: Path, learned: Learned, peft_config: LoraConfig) -> None:
     peft_config.target_modules = sorted(layer.name for layer in learned.layers)
     peft_config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.float().contiguous() for n, t in tensors.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {n: t.float().contiguous() for n, t in tensors.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     peft_config.save_pretrained(folder)
 
 

@@ -37,5 +37,7 @@ class Lora(Adapter):
     def lift(self, layer: Layer, factors: Factors, inner: LowRank) -> LowRank:
         return inner * layer.scale
 
-    def averaging_error(self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors) -> LowRank:
+    def averaging_error(
+        self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors
+    ) -> LowRank:
         return covariance(clients, weights, means, B, A) * layer.scale

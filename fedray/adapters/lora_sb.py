@@ -46,7 +46,9 @@ class LoraSB(Adapter):
     def delta(self, layer: Layer, factors: Factors) -> LowRank:
         return LowRank(layer.scale * factors[B] @ factors[R], factors[A])
 
-    def averaging_error(self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors) -> LowRank:
+    def averaging_error(
+        self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors
+    ) -> LowRank:
         """Zero: the delta is linear in R and the bases are shared."""
         return LowRank.zeros(layer.m, layer.n, means[R].dtype)
 

@@ -41,7 +41,9 @@ class Product(nn.Module, ABC):
         return {p: g for p, g, asked in zip(parameters, found, wanted, strict=True) if asked}
 
     @abstractmethod
-    def _sample_gradients(self, x: Tensor, grad: Tensor, factors: list[Tensor], wanted: list[bool]) -> tuple[Tensor | None, ...]:
+    def _sample_gradients(
+        self, x: Tensor, grad: Tensor, factors: list[Tensor], wanted: list[bool]
+    ) -> tuple[Tensor | None, ...]:
         """As many as factors, in their order; None is allowed where none is wanted."""
 
 
@@ -72,9 +74,14 @@ class CoreProduct(Product):
     def dense(self) -> Tensor:
         return getattr(self, self._names[1]) @ self._core() @ getattr(self, self._names[0])
 
-    def _sample_gradients(self, x: Tensor, grad: Tensor, factors: list[Tensor], wanted: list[bool]) -> tuple[Tensor | None, ...]:
+    def _sample_gradients(
+        self, x: Tensor, grad: Tensor, factors: list[Tensor], wanted: list[bool]
+    ) -> tuple[Tensor | None, ...]:
         A, B, core, scales = factors
-        x_btn, g_btm = x.reshape(len(x), -1, x.shape[-1]).to(A.dtype), grad.reshape(len(grad), -1, grad.shape[-1]).to(B.dtype)
+        x_btn, g_btm = (
+            x.reshape(len(x), -1, x.shape[-1]).to(A.dtype),
+            grad.reshape(len(grad), -1, grad.shape[-1]).to(B.dtype),
+        )
         heads = (1, *core.shape) if core.ndim == 2 else core.shape
         whole = core if core.ndim == 2 else torch.block_diag(*(core * scales[:, None, None]))
         u_btk, v_btk = x_btn @ A.T, g_btm @ B
@@ -99,16 +106,23 @@ class HadamardProduct(Product):
 
     def forward(self, x: Tensor) -> Tensor:
         self._remember()
-        with torch.autocast(x.device.type, enabled=False):  # fp32 inside, as the factors are; so is the gradient that comes back
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # fp32 inside, as the factors are; so is the gradient that comes back
             return _KhatriRao.apply(x, *(getattr(self, name) for name in self._names))
 
     def dense(self) -> Tensor:
         B1, A1, B2, A2 = (getattr(self, name) for name in self._names)
         return (B1 @ A1) * (B2 @ A2)
 
-    def _sample_gradients(self, x: Tensor, grad: Tensor, factors: list[Tensor], wanted: list[bool]) -> tuple[Tensor | None, ...]:
+    def _sample_gradients(
+        self, x: Tensor, grad: Tensor, factors: list[Tensor], wanted: list[bool]
+    ) -> tuple[Tensor | None, ...]:
         B1, A1, B2, A2 = factors
-        x_btn, g_btm = x.reshape(len(x), -1, x.shape[-1]).to(A1.dtype), grad.reshape(len(grad), -1, grad.shape[-1]).to(B1.dtype)
+        x_btn, g_btm = (
+            x.reshape(len(x), -1, x.shape[-1]).to(A1.dtype),
+            grad.reshape(len(grad), -1, grad.shape[-1]).to(B1.dtype),
+        )
         split, dB1, dA1, dB2, dA2 = (B1.shape[1], B2.shape[1]), None, None, None, None
         if wanted[0] or wanted[2]:
             d_bmpq = (g_btm.mT @ (x_btn @ khatri_rao_columns(A1, A2).T)).unflatten(2, split)

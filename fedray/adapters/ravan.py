@@ -47,15 +47,24 @@ class Ravan(Adapter):
         shapes = self.shapes(layer)
 
         def orthonormal(rows: int, name: str) -> Tensor:
-            return torch.linalg.qr(torch.randn(rows, shapes[A][0], generator=seeding.generator(seed, layer.name, name))).Q.contiguous()
+            return torch.linalg.qr(
+                torch.randn(rows, shapes[A][0], generator=seeding.generator(seed, layer.name, name))
+            ).Q.contiguous()
 
-        return {A: orthonormal(layer.n, A).T.contiguous(), B: orthonormal(layer.m, B), H: torch.zeros(shapes[H]), S: torch.ones(shapes[S])}
+        return {
+            A: orthonormal(layer.n, A).T.contiguous(),
+            B: orthonormal(layer.m, B),
+            H: torch.zeros(shapes[H]),
+            S: torch.ones(shapes[S]),
+        }
 
     def delta(self, layer: Layer, factors: Factors) -> LowRank:
         core = torch.block_diag(*(factors[H] * factors[S][:, None, None]))
         return LowRank(layer.scale * factors[B] @ core, factors[A])
 
-    def averaging_error(self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors) -> LowRank:
+    def averaging_error(
+        self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors
+    ) -> LowRank:
         """Zero: what is averaged are the products s_h H_h, and the delta is linear in them."""
         return LowRank.zeros(layer.m, layer.n, means[H].dtype)
 

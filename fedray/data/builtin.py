@@ -13,7 +13,9 @@ from pathlib import Path
 #: Packages that hold the demo's private data: one client each. Never part of the pretraining text.
 CLIENT_PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")
 #: Machine-made tables, vendored wheels and tests: no text worth modelling.
-_SKIPPED_PARTS = frozenset({"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "ensurepip", "__pycache__"})
+_SKIPPED_PARTS = frozenset(
+    {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "ensurepip", "__pycache__"}
+)
 HELD_OUT_BYTES = 8_000
 BASE_MODEL = Path(__file__).parent.parent / "assets" / "builtin-base"
 

@@ -68,7 +68,9 @@ class Encoded(Sequence[Example]):
 
         group = int(self._arrays["groups"][i])
         return Example(
-            row("ids", self._arrays["id_ends"]), row("labels", self._arrays["label_ends"]), float(self._arrays["sizes"][i]),
+            row("ids", self._arrays["id_ends"]),
+            row("labels", self._arrays["label_ends"]),
+            float(self._arrays["sizes"][i]),
             self._names[group] if group >= 0 else None,
         )
 
@@ -81,7 +83,9 @@ class Encoded(Sequence[Example]):
         """32 bytes that other sequences or labels do not have."""
         digest = hashlib.sha256()
         for name in ("ids", "id_ends", "labels", "label_ends"):
-            digest.update(len(self._arrays[name]).to_bytes(8, "big") + np.ascontiguousarray(self._arrays[name]).tobytes())
+            digest.update(
+                len(self._arrays[name]).to_bytes(8, "big") + np.ascontiguousarray(self._arrays[name]).tobytes()
+            )
         digest.update(np.ascontiguousarray(self._order).tobytes())
         return digest.digest()
 
@@ -89,7 +93,9 @@ class Encoded(Sequence[Example]):
         """Write it whole or not at all."""
         part = path.with_name(f".{path.name}.{os.getpid()}")
         part.unlink(missing_ok=True)
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # nobody else reads it, from its first byte on
+        os.close(
+            os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        )  # nobody else reads it, from its first byte on
         save_file(self._arrays, part, metadata={"names": json.dumps(self._names)})
         part.replace(path)
 
@@ -109,7 +115,9 @@ def encode(task: Task, rows: Dataset, folder: str | None = None) -> Encoded:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     there = path.parent.lstat()
     if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid() or there.st_mode & 0o022:
-        raise ConfigError(f"worker.cache '{folder}' is not a folder of this user's alone: another could change the training data in it; give another place")
+        raise ConfigError(
+            f"worker.cache '{folder}' is not a folder of this user's alone: another could change the training data in it; give another place"
+        )
     if not path.is_file():
         Encoded.of(task.encode(rows)).save(path)
     return Encoded.load(path)
@@ -140,13 +148,31 @@ def _fingerprint(task: Task, rows: Dataset) -> str:
     data, tokenizer = task.config.data, task.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # what calls have set of it, such as where to cut, is no part of what it is
-        words = json.dumps({k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}, sort_keys=True)
+        words = json.dumps(
+            {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")},
+            sort_keys=True,
+        )
     else:
         words = repr((type(tokenizer), sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
-    digest.update(repr((type(task).__name__, words, tokenizer.eos_token_id, data.model_dump(), task.data.classes, task.data.text, task.data.group)).encode())
+    digest.update(
+        repr(
+            (
+                type(task).__name__,
+                words,
+                tokenizer.eos_token_id,
+                data.model_dump(),
+                task.data.classes,
+                task.data.text,
+                task.data.group,
+            )
+        ).encode()
+    )
     # The table that lies behind the rows is mapped from its file, and which of its rows these are is a column of numbers: both are hashed
     # where they are, since gathering the rows would cost each trial the memory that the file is there to save.
-    with pa.PythonFile(_Sink(digest), "w") as sink, pa.ipc.new_stream(sink, rows.data.table.schema.remove_metadata()) as stream:
+    with (
+        pa.PythonFile(_Sink(digest), "w") as sink,
+        pa.ipc.new_stream(sink, rows.data.table.schema.remove_metadata()) as stream,
+    ):
         stream.write_table(rows.data.table.replace_schema_metadata(None))
     if rows._indices is not None:  # by value: what lies behind a buffer's end is anything
         digest.update(rows._indices.column(0).to_numpy().astype("<i8").tobytes())

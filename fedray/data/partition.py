@@ -40,19 +40,27 @@ def load_data(config: Config, reads: Sequence[str] = ()) -> FederatedData:
     own = {name: c.source for name, c in config.clients.items() if c.source is not None}
     clients = list(own)
     if own:
-        pairs = {name: load_splits(config.data, source) for name, source in own.items() if not config.siloed or name in reads}
+        pairs = {
+            name: load_splits(config.data, source) for name, source in own.items() if not config.siloed or name in reads
+        }
         train = {name: pair[0] for name, pair in pairs.items()}
         # The coordinator's held-out examples come from data.source; a client's own test split stays with the client.
         split = config.data.test_split if config.data.evaluate_on == "test" else config.data.validation_split
         test = load_splits(config.data, split=split, trains=False)[1] if config.data.source != BUILTIN else None
         if test is None:
-            raise ConfigError(f"clients have their own sources: give data.source, a folder or hub id with a {split} split, for the evaluation")
+            raise ConfigError(
+                f"clients have their own sources: give data.source, a folder or hub id with a {split} split, for the evaluation"
+            )
     else:
         everything, test = load_splits(config.data)
         if test is None:
             everything, test = _hold_out(config, everything, "held-out")
         if config.data.evaluate_on == "validation":
-            validation = None if config.data.source == BUILTIN else load_splits(config.data, split=config.data.validation_split)[1]
+            validation = (
+                None
+                if config.data.source == BUILTIN
+                else load_splits(config.data, split=config.data.validation_split)[1]
+            )
             if validation is None:
                 everything, test = _hold_out(config, everything, "validation")
             else:
@@ -74,9 +82,13 @@ def load_data(config: Config, reads: Sequence[str] = ()) -> FederatedData:
     if config.data.client_held_out > 0:
         for name, examples in train.items():
             if len(examples) < 2:
-                raise ConfigError(f"client '{name}' has {len(examples)} example: too few for data.client_held_out; set it to 0")
+                raise ConfigError(
+                    f"client '{name}' has {len(examples)} example: too few for data.client_held_out; set it to 0"
+                )
             seed = derive(config.seed, "client-held-out", name) % 2**32
-            halves = examples.train_test_split(test_size=max(1, round(config.data.client_held_out * len(examples))), seed=seed)
+            halves = examples.train_test_split(
+                test_size=max(1, round(config.data.client_held_out * len(examples))), seed=seed
+            )
             train[name], held_out[name] = halves["train"], halves["test"]
     group = "package" if config.data.source == BUILTIN else config.data.column
     return FederatedData(clients, train, held_out, test, text, group if group in test.column_names else None, classes)
@@ -97,7 +109,9 @@ def public_data(config: Config, data: FederatedData) -> Dataset:
     examples = load_splits(section, source)[0]
     _check(config, examples, data.text, f"adapter.subspace_source '{source}'")
     if data.classes and (strange := set(examples.unique(config.data.label)) - set(data.classes)):
-        raise ConfigError(f"adapter.subspace_source '{source}' has the label {sorted(map(repr, strange))[0]}, which no client has")
+        raise ConfigError(
+            f"adapter.subspace_source '{source}' has the label {sorted(map(repr, strange))[0]}, which no client has"
+        )
     return examples
 
 
@@ -123,10 +137,14 @@ def _deal(config: Config, examples: Dataset) -> dict[str, Dataset]:
         parts = {str(partitioner.partition_id_to_natural_id[i]): part for i, part in enumerate(parts)}
         parts = {name: parts[name] for name in sorted(parts)}
         if config.federation.clients not in (None, count):
-            raise ConfigError(f"federation.clients is {clients}, but column '{by_column}' has {count} values: leave federation.clients out")
+            raise ConfigError(
+                f"federation.clients is {clients}, but column '{by_column}' has {count} values: leave federation.clients out"
+            )
         return parts
     if len(examples) < clients:
-        raise ConfigError(f"{len(examples)} training examples are fewer than {clients} clients: lower federation.clients or give more data")
+        raise ConfigError(
+            f"{len(examples)} training examples are fewer than {clients} clients: lower federation.clients or give more data"
+        )
     if data.partition == "iid":
         partitioner = IidPartitioner(num_partitions=clients)
         partitioner.dataset = examples.shuffle(seed=derive(config.seed, "partition") % 2**32)
@@ -143,7 +161,9 @@ def _deal(config: Config, examples: Dataset) -> dict[str, Dataset]:
     try:
         return {f"client-{i:0{width}d}": partitioner.load_partition(i) for i in range(clients)}
     except ValueError as error:
-        raise ConfigError(f"data.alpha {data.alpha} leaves a client with too few examples: raise it, or lower federation.clients ({error})") from error
+        raise ConfigError(
+            f"data.alpha {data.alpha} leaves a client with too few examples: raise it, or lower federation.clients ({error})"
+        ) from error
 
 
 def _check(config: Config, part: Dataset, text: str, where: str) -> None:
@@ -164,12 +184,16 @@ def _classes(config: Config, train: dict[str, Dataset], test: Dataset) -> tuple:
     if config.model.task != "classification":
         return ()
     label = config.data.label
-    values = set(test.unique(label)) if config.siloed else {value for part in train.values() for value in part.unique(label)}
+    values = (
+        set(test.unique(label)) if config.siloed else {value for part in train.values() for value in part.unique(label)}
+    )
     if config.siloed:
         for name, part in train.items():
             if strange := set(part.unique(label)) - values:
                 which = "a value" if config.privacy.on else f"the value {sorted(map(repr, strange))[0]}"
-                raise ConfigError(f"data.label '{label}' of client '{name}' holds {which} that the held-out data have not: their classes are those of the run")
+                raise ConfigError(
+                    f"data.label '{label}' of client '{name}' holds {which} that the held-out data have not: their classes are those of the run"
+                )
     if len(values) < 2:
         raise ConfigError(f"data.label '{label}' holds {len(values)} class: classification needs at least two")
     if strange := set(test.unique(label)) - values:

@@ -36,11 +36,22 @@ def load_splits(
     if data.subset is not None and path.exists():
         raise ConfigError(f"data.subset belongs to hub data sets, but '{source}' is local: leave it out")
     if path.is_dir():
-        splits = DatasetDict({name: _read(file) for name in ((data.train_split, split) if trains else (split,)) if (file := _split_file(path, name))})
+        splits = DatasetDict(
+            {
+                name: _read(file)
+                for name in ((data.train_split, split) if trains else (split,))
+                if (file := _split_file(path, name))
+            }
+        )
         known = f"the folder holds no {data.train_split}{{{','.join(_LOADERS)}}}"
     elif path.is_file():
         splits, known = DatasetDict({data.train_split: _read(path)}), ""
-    elif path.suffix in _LOADERS or path.is_absolute() or source.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+    elif (
+        path.suffix in _LOADERS
+        or path.is_absolute()
+        or source.startswith((".", "~"))
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)
+    ):
         raise ConfigError(f"data source '{source}' does not exist: give a file, a folder or a hub id")
     else:
         splits = _from_hub(source, data.subset)
@@ -99,5 +110,7 @@ def text_column(config: Config, dataset: Dataset) -> str:
 def require_column(dataset: Dataset, column: str, key: str) -> str:
     """The column itself. Raises ConfigError, naming the key and the columns there are."""
     if column not in dataset.column_names:
-        raise ConfigError(f"{key} '{column}' is not a column of the data: choose one of {', '.join(dataset.column_names)}")
+        raise ConfigError(
+            f"{key} '{column}' is not a column of the data: choose one of {', '.join(dataset.column_names)}"
+        )
     return column

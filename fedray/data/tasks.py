@@ -90,10 +90,14 @@ class Classification(_Base):
     def encode(self, examples: Dataset) -> list[Example]:
         config, data = self.config.data, self.data
         index = {value: i for i, value in enumerate(data.classes)}
-        second = [list(examples[require_column(examples, config.text_pair, "data.text_pair")])] if config.text_pair else []
+        second = (
+            [list(examples[require_column(examples, config.text_pair, "data.text_pair")])] if config.text_pair else []
+        )
         encoded = self.tokenizer(list(examples[data.text]), *second, truncation=True, max_length=config.max_length)
         labels, groups = list(examples[config.label]), self._groups(examples)
-        return [Example(ids, [index[y]], 1.0, g) for ids, y, g in zip(encoded["input_ids"], labels, groups, strict=True)]
+        return [
+            Example(ids, [index[y]], 1.0, g) for ids, y, g in zip(encoded["input_ids"], labels, groups, strict=True)
+        ]
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         return self._inputs(examples) | {"labels": torch.tensor([e.labels[0] for e in examples])}
@@ -119,7 +123,9 @@ class Classification(_Base):
         labels, guesses = [s["label"] for s in statistics], [s["guess"] for s in statistics]
         return {
             "accuracy": float(accuracy_score(labels, guesses)),
-            "f1": float(f1_score(labels, guesses, average="macro", labels=range(len(self.data.classes)), zero_division=0)),
+            "f1": float(
+                f1_score(labels, guesses, average="macro", labels=range(len(self.data.classes)), zero_division=0)
+            ),
             "mcc": float(matthews_corrcoef(labels, guesses)),
             "loss": math.fsum(s["loss"] for s in statistics) / len(statistics),
         }
@@ -146,7 +152,9 @@ class CausalLM(_Base):
         encoded = []
         for row, group in zip(examples, self._groups(examples), strict=True):
             text = str(row[self.data.text])
-            encoded += self._chunks(text, group) if completion is None else self._completion(text, str(row[completion]), group)
+            encoded += (
+                self._chunks(text, group) if completion is None else self._completion(text, str(row[completion]), group)
+            )
         return encoded
 
     def _chunks(self, text: str, group: str | None) -> list[Example]:
@@ -171,7 +179,9 @@ class CausalLM(_Base):
     def _tokens(forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         """Token losses and their mask, both batch x (length - 1)."""
         logits, targets = forward(batch)[:, :-1].float(), batch["labels"][:, 1:]
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
+        losses = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED
+        )
         return losses, targets != IGNORED
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:

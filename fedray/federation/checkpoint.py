@@ -100,7 +100,14 @@ def latest(folder: Path, spec: Spec) -> Checkpoint | None:
         number, rest = name.split("/", 1)
         kept[plain["kept"][int(number)]][rest] = tensor
     state = State(
-        plain["round"], by_kind["tensors"], increments, tuple(plain["trained"]), plain["draw"], plain["plain"], spec,
-        tuple(plain["heads"]), by_kind["memory"],
+        plain["round"],
+        by_kind["tensors"],
+        increments,
+        tuple(plain["trained"]),
+        plain["draw"],
+        plain["plain"],
+        spec,
+        tuple(plain["heads"]),
+        by_kind["memory"],
     )
     return Checkpoint(state, plain["seen"], kept, tuple(plain["records"]), plain["start"])

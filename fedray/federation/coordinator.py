@@ -61,12 +61,19 @@ class Pool(Protocol):
         """Make a broadcast available to all workers; returns a handle."""
 
     def train(
-        self, handle: Any, round: int, clients: Sequence[str], kept: dict[str, Any], deadline: float | None,
+        self,
+        handle: Any,
+        round: int,
+        clients: Sequence[str],
+        kept: dict[str, Any],
+        deadline: float | None,
         orders: Mapping[str, Orders] = MappingProxyType({}),
     ) -> list[Outcome]:
         """Run the clients' round; outcomes in the order of `clients`, with failures and late clients among them."""
 
-    def ask(self, question: Question, clients: Sequence[str], kept: dict[str, Any], deadline: float | None) -> list[Outcome]:
+    def ask(
+        self, question: Question, clients: Sequence[str], kept: dict[str, Any], deadline: float | None
+    ) -> list[Outcome]:
         """Put a question to the clients; answers are the outcomes' `update`."""
 
     def fetch(self, update: Any) -> Packet:
@@ -100,7 +107,11 @@ class Coordinator:
         self._packets: dict[int, Packet] = {}
         self.guard = Guard(config, self.data.clients, self.folder / "checkpoint") if config.privacy.on else None
         run = self.guard.ledger.run if self.guard is not None else secrets.token_hex(8)
-        self.secure = SecureSums(config, self._ask, run, self.folder / "checkpoint") if config.privacy.secure_aggregation else None
+        self.secure = (
+            SecureSums(config, self._ask, run, self.folder / "checkpoint")
+            if config.privacy.secure_aggregation
+            else None
+        )
         if held is not None:
             self._begin(held.state)
             self.seen, self.records, self.start = dict(held.seen), list(held.records), held.start
@@ -155,7 +166,9 @@ class Coordinator:
     def _ask(self, question: Question, clients: Sequence[str]) -> list[Outcome]:
         return self.pool.ask(question, clients, {}, self.config.federation.deadline)
 
-    def _answers(self, question: Question, clients: Sequence[str]) -> list[tuple[Report, Callable[[], dict[str, torch.Tensor]], int]]:
+    def _answers(
+        self, question: Question, clients: Sequence[str]
+    ) -> list[tuple[Report, Callable[[], dict[str, torch.Tensor]], int]]:
         """Each client's answer; of sketches under secure aggregation one, their mean."""
         if self.secure is not None and question.ask in (Ask.RANGE, Ask.ROWS) and PUBLIC not in clients:
             return [self._summed_answer(question, clients)]
@@ -173,7 +186,9 @@ class Coordinator:
             result.append((report, lambda fetch=fetch: unpack(fetch()), report.nbytes))
         return result
 
-    def _summed_answer(self, question: Question, clients: Sequence[str]) -> tuple[Report, Callable[[], dict[str, torch.Tensor]], int]:
+    def _summed_answer(
+        self, question: Question, clients: Sequence[str]
+    ) -> tuple[Report, Callable[[], dict[str, torch.Tensor]], int]:
         opened, failures = self.secure.open(clients)
         if not failures:
             orders = {c: question.orders.get(c, Orders(self.secure.run)) for c in clients}
@@ -189,10 +204,15 @@ class Coordinator:
         what = f"{question.ask.name} {question.packet.digest if question.packet is not None else ''}"
         total, weight = self.secure.close(opened, packets, what), sum(self._weight(o) for o in told)
         nbytes = sum(p.nbytes for p in packets.values()) + opened.up
-        return Report("(the sum)", 1, None, 0.0, 0.0, nbytes, opened.down), lambda: {n: t / weight for n, t in total.items()}, nbytes
+        return (
+            Report("(the sum)", 1, None, 0.0, 0.0, nbytes, opened.down),
+            lambda: {n: t / weight for n, t in total.items()},
+            nbytes,
+        )
 
     def _sealed_orders(self, orders: Mapping[str, Orders], opened: Opened) -> dict[str, Orders]:
         """The same orders, for vectors that go into a secure sum. A client whose size is no secret weighs its vector itself."""
+
         def weight(client: str) -> float | None:
             if self.guard is not None:
                 return self.guard.weight(client)
@@ -237,7 +257,9 @@ class Coordinator:
                 sizes.append(opened.up)
                 down += opened.down
                 # What averaging lost cannot be told from a mean; a method that is exact loses what rounding the mean loses.
-                diagnostics = Diagnostics(None, self._rounded if self.method.exact == "yes" else None, diagnostics.ideal_norm)
+                diagnostics = Diagnostics(
+                    None, self._rounded if self.method.exact == "yes" else None, diagnostics.ideal_norm
+                )
             self._publish()
         if self.config.federation.keep_optimizer or self.method.keeps(self._spec):
             self._kept |= {o.client: o.kept for o in outcomes if o.kept is not None}  # SGD has no state
@@ -262,7 +284,9 @@ class Coordinator:
             record |= self.guard.record()
             if self.guard.by_client:
                 record["dropped"] = [{"client": "(withheld)", "reason": "left out"} for _ in dropped]
-            if self.state.round < self.config.federation.rounds and len(over := self.guard.spent(self.state.round, self._message)) == len(self.data.clients):
+            if self.state.round < self.config.federation.rounds and len(
+                over := self.guard.spent(self.state.round, self._message)
+            ) == len(self.data.clients):
                 record["stopped"] = f"client '{over[0]['client']}' and all others: {over[0]['reason']}"
         if self.state.round < self.config.federation.rounds and (words := self._too_many_bytes(record)):
             record["stopped"] = words
@@ -301,10 +325,14 @@ class Coordinator:
             reasons = [f"a client: {f.cause}" if secret else f"client '{f.client}': {f.cause}" for f in failures]
             decision = after_round(len(cohort), len(done), self.config.federation.quorum, attempt, reasons)
             if decision.action is Action.AGGREGATE:
-                return [done[c] for c in cohort if c in done], [{"client": f.client, "reason": f.cause} for f in failures]
+                return [done[c] for c in cohort if c in done], [
+                    {"client": f.client, "reason": f.cause} for f in failures
+                ]
             if decision.action is Action.FAIL:
                 if len(failures) == 1 and self.config.federation.quorum == 1.0 and not secret:
-                    raise ClientError(failures[0].client, f"{failures[0].cause} (round {round + 1})", failures[0].details)
+                    raise ClientError(
+                        failures[0].client, f"{failures[0].cause} (round {round + 1})", failures[0].details
+                    )
                 error = RoundError(f"round {round + 1}: {decision.reason}")
                 error.details = "\n".join(f.details for f in failures)
                 raise error
@@ -313,7 +341,11 @@ class Coordinator:
         """One outcome for each client. A client that has lost its noise key is charged for another draw, if it can afford it, and asked again."""
         deadline = self.config.federation.deadline
         if self.guard is None:
-            orders = self._sealed_orders(dict.fromkeys(clients, Orders(self.secure.run)), opened) if opened is not None else {}
+            orders = (
+                self._sealed_orders(dict.fromkeys(clients, Orders(self.secure.run)), opened)
+                if opened is not None
+                else {}
+            )
             return self.pool.train(self._handle, round, clients, self._kept, deadline, orders)
         outcomes: dict[str, Outcome] = {}
         for _ in range(WORKER_ATTEMPTS):
@@ -334,7 +366,9 @@ class Coordinator:
     def _noised(self, round: int, cohort: list[str], updates: list[Update]) -> Update:
         """With unit client: the one update that the method sees, what clients would send had they not trained, moved by the noised mean."""
         view = self.method.view(self._spec, self.method.broadcast(self.state), None)
-        trained = {n: t for n, t in view.tensors.items() if n in self.state.heads or n.rsplit(".", 1)[1] in view.trained}
+        trained = {
+            n: t for n, t in view.tensors.items() if n in self.state.heads or n.rsplit(".", 1)[1] in view.trained
+        }
         reference = self.method.upload(self._spec, "", trained, round)
         for update in updates:
             check_finite(update)
@@ -342,7 +376,9 @@ class Coordinator:
         moved = {n: t.double() + mean[n] for n, t in reference.items()}
         sent = {n: t.float() for n, t in moved.items()}
         if self.secure is not None:
-            self._rounded = (client_level.norm({n: t - sent[n] for n, t in moved.items()}) + self._step / self.guard.expected) / (client_level.norm(mean) or 1.0)
+            self._rounded = (
+                client_level.norm({n: t - sent[n] for n, t in moved.items()}) + self._step / self.guard.expected
+            ) / (client_level.norm(mean) or 1.0)
         return Update("(the noised mean)", 1.0, sent)
 
     def finish(self) -> None:
@@ -360,12 +396,16 @@ class Coordinator:
             sizes += [p.nbytes for p in packets.values()]
             weight = sum(self._weight(o) for o in outcomes)
             divisor = 1.0 if self.guard is not None and self.guard.by_client else weight
-            mean = {n: t / divisor for n, t in self.secure.close(opened, packets, f"round {self.state.round + 1}").items()}
+            mean = {
+                n: t / divisor for n, t in self.secure.close(opened, packets, f"round {self.state.round + 1}").items()
+            }
             sent = {n: t.float() for n, t in mean.items()}
             # Relative to the mean itself: fp32, and half a step of the ring for each number of each client at most.
             step = len(packets) * STEP / 2 / divisor * sum(t.numel() for t in mean.values()) ** 0.5
             if self.guard is None or not self.guard.by_client:  # the sum before noise is nobody's to measure
-                self._rounded = (client_level.norm({n: t - sent[n] for n, t in mean.items()}) + step) / (client_level.norm(mean) or 1.0)
+                self._rounded = (client_level.norm({n: t - sent[n] for n, t in mean.items()}) + step) / (
+                    client_level.norm(mean) or 1.0
+                )
             self._step = step
             yield Update("(the sum)", weight, sent)
             return
@@ -375,7 +415,12 @@ class Coordinator:
             yield Update(outcome.client, self._weight(outcome), unpack(packet))
 
     def _second(
-        self, before: State, outcomes: list[Outcome], updates: list[Update], sizes: list[int], dropped: list[dict[str, str]]
+        self,
+        before: State,
+        outcomes: list[Outcome],
+        updates: list[Update],
+        sizes: list[int],
+        dropped: list[dict[str, str]],
     ) -> tuple[State, list[Outcome], list[Update], int]:
         """The method's question and the cohort's answers, put into the updates: (state with what was asked, who answered, their
         updates, bytes down). A client that fails now is left out as far as the quorum allows."""
@@ -386,12 +431,16 @@ class Coordinator:
         failures = [a.report for a in answers if isinstance(a.report, Failure)]
         told = {a.client: self.pool.fetch(a.update) for a in answers if isinstance(a.report, Report)}
         reasons = [f"client '{f.client}': {f.cause}" for f in failures]
-        decision = after_round(len(outcomes) + len(dropped), len(told), self.config.federation.quorum, ROUND_ATTEMPTS, reasons)
+        decision = after_round(
+            len(outcomes) + len(dropped), len(told), self.config.federation.quorum, ROUND_ATTEMPTS, reasons
+        )
         if decision.action is Action.FAIL:
             raise RoundError(f"round {before.round + 1}, second upload: {decision.reason}")
         dropped += [{"client": f.client, "reason": f.cause} for f in failures]
         sizes += [p.nbytes for p in told.values()]
-        both = [Update(u.client, u.weight, {**u.tensors, **unpack(told[u.client])}) for u in updates if u.client in told]
+        both = [
+            Update(u.client, u.weight, {**u.tensors, **unpack(told[u.client])}) for u in updates if u.client in told
+        ]
         rest = [o for o in outcomes if o.client in told]
         return before.replace(memory=before.memory | unpack(packet)), rest, both, packet.nbytes * len(kept)
 

@@ -56,7 +56,9 @@ class Decision:
 def after_client(state: ClientState, client: str, attempt: int, cause: str = "") -> Decision:
     """After a client's attempt (from 1) ended without an update."""
     if state is ClientState.WORKER_DIED and attempt < WORKER_ATTEMPTS:
-        return Decision(Action.REPEAT, f"the worker of client '{client}' died ({cause}): its round is repeated from the same inputs")
+        return Decision(
+            Action.REPEAT, f"the worker of client '{client}' died ({cause}): its round is repeated from the same inputs"
+        )
     if state is ClientState.WORKER_DIED:
         return Decision(Action.LEAVE_OUT, f"the worker of client '{client}' died {attempt} times: {cause}")
     if state is ClientState.LATE:

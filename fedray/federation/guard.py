@@ -65,7 +65,9 @@ def _example_plans(config: Config, counts: Mapping[str, float]) -> dict[str, Pri
         rate = round_up(section.batch_size / count)
         steps = rounds * section.local_steps
         noise = privacy.noise if privacy.noise is not None else calibrate(rate, steps, delta, privacy.epsilon, before)
-        plans[client] = PrivacyPlan("example", rate, rate * count, privacy.clip or CLIP, noise, steps, delta, privacy.epsilon, tuple(before))
+        plans[client] = PrivacyPlan(
+            "example", rate, rate * count, privacy.clip or CLIP, noise, steps, delta, privacy.epsilon, tuple(before)
+        )
         _check_first_round(plans[client], section.local_steps, f"client '{client}'")
     return plans
 
@@ -120,21 +122,35 @@ def check_orders(config: Config, client: str, count: int, orders: Orders, subspa
     # With both given, epsilon shares out what the subspace may spend, and the noise is of training alone.
     wanted = privacy.noise if not (subspace and privacy.epsilon is not None) else None
     if orders.clip != clip or (wanted is not None and orders.noise != wanted):
-        raise PrivacyError("the coordinator ordered another clip or noise than the client's own config has: it sends nothing")
+        raise PrivacyError(
+            "the coordinator ordered another clip or noise than the client's own config has: it sends nothing"
+        )
     if orders.rate > most:
-        raise PrivacyError("the coordinator ordered a higher sampling rate than the client's own count gives: it sends nothing")
+        raise PrivacyError(
+            "the coordinator ordered a higher sampling rate than the client's own count gives: it sends nothing"
+        )
     if privacy.epsilon is None or wanted is not None:
         return
     if subspace:
-        spent, budget = epsilon([Release("subspace", orders.noise, orders.rate, SUBSPACE_RELEASES)], delta), _subspace_share(config)
+        spent, budget = (
+            epsilon([Release("subspace", orders.noise, orders.rate, SUBSPACE_RELEASES)], delta),
+            _subspace_share(config),
+        )
     else:
         before = [Release("count", count_noise)]
         if config.adapter.subspace == "private":  # at the rate of the count that these orders were made from
-            before.append(_subspace_release(config, subspace_rate(config, max(least, orders.expected / orders.rate)), delta))
+            before.append(
+                _subspace_release(config, subspace_rate(config, max(least, orders.expected / orders.rate)), delta)
+            )
         steps = config.federation.rounds * section.local_steps
-        spent, budget = epsilon([*before, Release("training", orders.noise, orders.rate, steps)], delta), privacy.epsilon
+        spent, budget = (
+            epsilon([*before, Release("training", orders.noise, orders.rate, steps)], delta),
+            privacy.epsilon,
+        )
     if spent > budget:
-        raise PrivacyError(f"the coordinator ordered noise with which the run would spend epsilon {spent:.3g} of {budget:g}: it sends nothing")
+        raise PrivacyError(
+            f"the coordinator ordered noise with which the run would spend epsilon {spent:.3g} of {budget:g}: it sends nothing"
+        )
 
 
 def forget(config: Config, folder: Path) -> int:
@@ -176,7 +192,9 @@ class Guard:
             counts = dict.fromkeys(clients, 1.0)
         else:
             ledger.save(self.path)  # the run's name first: the keys that the question makes are filed under it
-            for client, (report, _, _) in zip(clients, ask(Question(Ask.KEY, orders=dict.fromkeys(clients, Orders(ledger.run))), clients), strict=True):
+            for client, (report, _, _) in zip(
+                clients, ask(Question(Ask.KEY, orders=dict.fromkeys(clients, Orders(ledger.run))), clients), strict=True
+            ):
                 ledger.keys[client], ledger.fixed = report.key, ledger.fixed or report.key_is_fixed
             noise = self.config.privacy.count_noise or COUNT_NOISE
             for client in clients:
@@ -203,7 +221,11 @@ class Guard:
             charged = any(e.round == round + 1 for e in self.ledger.entries.get(EVERYONE, []))
             out = not charged and not self.ledger.affords(EVERYONE, "", self.ledger.plans[EVERYONE].release(1))
             return [{"client": c, "reason": self._reason(EVERYONE)} for c in self.clients] if out else []
-        out = [c for c in self.clients if not self.ledger.affords(c, self._round_draw(c, round, message), self._round_of(c))]
+        out = [
+            c
+            for c in self.clients
+            if not self.ledger.affords(c, self._round_draw(c, round, message), self._round_of(c))
+        ]
         return [{"client": c, "reason": self._reason(c)} for c in out]
 
     def _round_draw(self, client: str, round: int, message: Message) -> str:
@@ -298,7 +320,9 @@ class Guard:
             if not ledger.affords(client, draw, release):
                 raise ClientError(client, self._reason(client))
             ledger.charge(client, draw, release, 0)
-            told[client] = Orders(ledger.run, ledger.keys[client], release.rate, release.noise, 1.0, release.rate * ledger.counts[client])
+            told[client] = Orders(
+                ledger.run, ledger.keys[client], release.rate, release.noise, 1.0, release.rate * ledger.counts[client]
+            )
         ledger.save(self.path)
         return told
 
@@ -329,4 +353,3 @@ class Guard:
     def epsilon(self) -> float | None:
         """The largest of them."""
         return worst(list(self.epsilons().values()))
-

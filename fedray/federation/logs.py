@@ -25,7 +25,13 @@ class _Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        line = {"time": when, "level": record.levelname.lower(), "event": record.getMessage(), **self._who, **getattr(record, "fields", {})}
+        line = {
+            "time": when,
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **self._who,
+            **getattr(record, "fields", {}),
+        }
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)

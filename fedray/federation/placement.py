@@ -62,15 +62,24 @@ def place(config: Config, clients: int, cpus: float, gpus: float) -> Placement:
     if asked.wait is not None:
         count, share = asked.count or cohort, asked.cpus or 1
         resources = _words(asked.gpus or 0.0, share)
-        return Placement(count, asked.gpus or 0.0, share, f"{_workers(count)} of {resources}, waited for up to {asked.wait:g} s, {_turns(count, clients)}")
+        return Placement(
+            count,
+            asked.gpus or 0.0,
+            share,
+            f"{_workers(count)} of {resources}, waited for up to {asked.wait:g} s, {_turns(count, clients)}",
+        )
     # One worker a client of the cohort while they fit; a client beyond that waits for its turn.
     room = int(gpus / each) if each else int(cpus / (asked.cpus or 1))
     count = asked.count or max(1, min(cohort, room))
     share = asked.cpus or max(1, int(cpus / count))
     if each and count * each > gpus:
-        raise ConfigError(f"{count} workers x {each:g} GPUs = {count * each:g} GPUs, but there are {gpus:g}: lower worker.count or worker.gpus, or give worker.wait where machines are brought")
+        raise ConfigError(
+            f"{count} workers x {each:g} GPUs = {count * each:g} GPUs, but there are {gpus:g}: lower worker.count or worker.gpus, or give worker.wait where machines are brought"
+        )
     if count * share > cpus:
-        raise ConfigError(f"{count} workers x {share} CPUs = {count * share} CPUs, but there are {cpus:g}: lower worker.count or worker.cpus, or give worker.wait where machines are brought")
+        raise ConfigError(
+            f"{count} workers x {share} CPUs = {count * share} CPUs, but there are {cpus:g}: lower worker.count or worker.cpus, or give worker.wait where machines are brought"
+        )
     resources = _words(each, share) + ("" if gpus else " (no GPU here)")
     return Placement(count, each, share, f"{_workers(count)} of {resources}, {_turns(count, clients)}")
 
@@ -110,13 +119,16 @@ def place_silos(config: Config, nodes: Sequence[Node]) -> Placement:
             if len(wider) == len(homes):
                 homes, cpus = wider, share
                 break
-    reason = f"{_workers(len(homes))} of {_words(gpus, cpus)} in {len(silos)} place{'s' if len(silos) > 1 else ''}: " + "; ".join(
-        f"{', '.join(members)} on {said(dict(labels))}" for labels, members in silos.items()
+    reason = (
+        f"{_workers(len(homes))} of {_words(gpus, cpus)} in {len(silos)} place{'s' if len(silos) > 1 else ''}: "
+        + "; ".join(f"{', '.join(members)} on {said(dict(labels))}" for labels, members in silos.items())
     )
     return Placement(len(homes), gpus, cpus, reason, tuple(homes))
 
 
-def _settle(config: Config, silos: Mapping[tuple, list[str]], nodes: Sequence[Node], gpus: float, cpus: int) -> list[Home]:
+def _settle(
+    config: Config, silos: Mapping[tuple, list[str]], nodes: Sequence[Node], gpus: float, cpus: int
+) -> list[Home]:
     """A home for each worker; nodes that several places share are filled once. Raises ConfigError where a place has no room."""
     asked, left, homes = config.worker, list(nodes), []
     each = {"CPU": float(cpus)} | ({"GPU": gpus} if gpus else {})
@@ -153,7 +165,9 @@ def matches(asked: Mapping[str, str], labels: Mapping[str, str]) -> bool:
 
     def one(text: str, value: str | None) -> bool:
         positive, word = not text.startswith("!"), text.removeprefix("!")
-        choices = [v.strip() for v in word[3:-1].split(",")] if word.startswith("in(") and word.endswith(")") else [word]
+        choices = (
+            [v.strip() for v in word[3:-1].split(",")] if word.startswith("in(") and word.endswith(")") else [word]
+        )
         return (value in choices) == positive
 
     return all(one(text, labels.get(key)) for key, text in asked.items())

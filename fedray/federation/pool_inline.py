@@ -21,20 +21,33 @@ class InlinePool:
         return message
 
     def train(
-        self, handle: Message, round: int, clients: Sequence[str], kept: dict[str, Packet], deadline: float | None,
+        self,
+        handle: Message,
+        round: int,
+        clients: Sequence[str],
+        kept: dict[str, Packet],
+        deadline: float | None,
         orders: Mapping[str, Orders] = MappingProxyType({}),
     ) -> list[Outcome]:
         """A deadline means nothing to clients that run one after the other, and is not enforced here."""
         outcomes = []
         for client in clients:
             update, keeps, report = self.worker.train(
-                client, round, handle.header, handle.packet_of(client), handle.increments.__getitem__, kept.get(client), orders.get(client)
+                client,
+                round,
+                handle.header,
+                handle.packet_of(client),
+                handle.increments.__getitem__,
+                kept.get(client),
+                orders.get(client),
             )
             outcomes.append(Outcome(client, report, update, keeps))
             self.progress(client)
         return outcomes
 
-    def ask(self, question: Question, clients: Sequence[str], kept: dict[str, Packet], deadline: float | None) -> list[Outcome]:
+    def ask(
+        self, question: Question, clients: Sequence[str], kept: dict[str, Packet], deadline: float | None
+    ) -> list[Outcome]:
         outcomes = []
         with threads(self.worker.threads):
             for client in clients:
@@ -45,6 +58,10 @@ class InlinePool:
     def fetch(self, update: Packet) -> Packet:
         return update
 
-    def evaluate(self, handle: Message, part: str, client: str | None, kept: Packet | None = None) -> tuple[list[dict], float]:
-        batches, lost = self.worker.evaluate(part, client, (0, 1), handle.header, handle.packet, handle.increments.__getitem__, kept)
+    def evaluate(
+        self, handle: Message, part: str, client: str | None, kept: Packet | None = None
+    ) -> tuple[list[dict], float]:
+        batches, lost = self.worker.evaluate(
+            part, client, (0, 1), handle.header, handle.packet, handle.increments.__getitem__, kept
+        )
         return [s for batch in batches for s in batch], lost

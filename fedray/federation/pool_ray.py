@@ -41,7 +41,9 @@ class RayPool:
     """The pool as the coordinator sees it. `order`: all clients, for giving each its own worker where there are enough. `homes`: whom each
     worker may serve; empty: anyone."""
 
-    def __init__(self, workers: Sequence[Any], order: Sequence[str], progress=lambda client: None, homes: Sequence[Home] = ()):
+    def __init__(
+        self, workers: Sequence[Any], order: Sequence[str], progress=lambda client: None, homes: Sequence[Home] = ()
+    ):
         self.workers, self.progress = list(workers), progress
         self._serves = [home.clients for home in homes] or [tuple(order)] * len(self.workers)
         self._owner = self._owners(order)
@@ -71,24 +73,48 @@ class RayPool:
         return Published(message.header, ray.put(message.packet), self._increments, cut, message.ranks)
 
     def train(
-        self, handle: Published, round: int, clients: Sequence[str], kept: dict[str, Any], deadline: float | None,
+        self,
+        handle: Published,
+        round: int,
+        clients: Sequence[str],
+        kept: dict[str, Any],
+        deadline: float | None,
         orders: Mapping[str, Orders] = MappingProxyType({}),
     ) -> list[Outcome]:
         """One local training for each client; see `_each`."""
 
         def call(worker: Any, client: str) -> tuple:
             remote = worker.train.options(num_returns=3).remote
-            return remote(client, round, handle.header, handle.packet_of(client), handle.increments, kept.get(client), orders.get(client))
+            return remote(
+                client,
+                round,
+                handle.header,
+                handle.packet_of(client),
+                handle.increments,
+                kept.get(client),
+                orders.get(client),
+            )
 
         return self._each(clients, call, deadline, self.progress)
 
-    def ask(self, question: Question, clients: Sequence[str], kept: dict[str, Any], deadline: float | None) -> list[Outcome]:
+    def ask(
+        self, question: Question, clients: Sequence[str], kept: dict[str, Any], deadline: float | None
+    ) -> list[Outcome]:
         """One answer from each client; see `_each`."""
         shared = ray.put(question)
-        return self._each(clients, lambda w, c: w.ask.options(num_returns=3).remote(c, shared, kept.get(c)), deadline, lambda client: None)
+        return self._each(
+            clients,
+            lambda w, c: w.ask.options(num_returns=3).remote(c, shared, kept.get(c)),
+            deadline,
+            lambda client: None,
+        )
 
     def _each(
-        self, clients: Sequence[str], call: Callable[[Any, str], tuple], deadline: float | None, progress: Callable[[str], None]
+        self,
+        clients: Sequence[str],
+        call: Callable[[Any, str], tuple],
+        deadline: float | None,
+        progress: Callable[[str], None],
     ) -> list[Outcome]:
         """All clients at once, as far as workers go; a client that waits takes the first worker that is free. `call` starts a client's
         work on a worker: references to its update, to what it keeps, and to its report.
@@ -112,7 +138,11 @@ class RayPool:
 
         while not all(state.terminal for state in states.values()):
             for client in waiting():
-                index = self._owner[client] if client in self._owner else next((i for i in idle if self._may(i, client)), None)
+                index = (
+                    self._owner[client]
+                    if client in self._owner
+                    else next((i for i in idle if self._may(i, client)), None)
+                )
                 if index in self._lost:
                     give_up(client, ClientState.WORKER_DIED, "it could not be restarted")
                 if index not in idle:
@@ -191,7 +221,9 @@ class RayPool:
                     self._lost.add(index)
             usable = [i for i in range(len(self.workers)) if i not in self._lost and self._may(i, client)]
             shares = {
-                i: self.workers[i].evaluate.remote(part, client, (turn, len(usable)), handle.header, handle.packet, handle.increments, kept)
+                i: self.workers[i].evaluate.remote(
+                    part, client, (turn, len(usable)), handle.header, handle.packet, handle.increments, kept
+                )
                 for turn, i in enumerate(usable)
             }
             results = []
@@ -213,7 +245,15 @@ def _one_line(error: Exception) -> str:
 class CoordinatorActor:
     """A `Coordinator` that can be asked how far its round is while it runs."""
 
-    def __init__(self, config: Config, folder: str, facts: tuple, workers: Sequence[Any], order: Sequence[str], homes: Sequence[Home] = ()):
+    def __init__(
+        self,
+        config: Config,
+        folder: str,
+        facts: tuple,
+        workers: Sequence[Any],
+        order: Sequence[str],
+        homes: Sequence[Home] = (),
+    ):
         self._done: list[str] = []
         log_lines(Path(folder).name, "coordinator")
         self._coordinator = Coordinator(config, folder, facts, RayPool(workers, order, self._done.append, homes))
@@ -246,7 +286,11 @@ class CoordinatorActor:
         if record is not None:
             told = ("bytes_up", "bytes_down", "exactness", "aggregation_error", "metrics", "seconds")
             # With privacy.unit client who took part, and how many, is a secret that epsilon rests on.
-            counts = {"clients": len(record["cohort"]), "dropped": len(record["dropped"])} if record["cohort"] is not None else {}
+            counts = (
+                {"clients": len(record["cohort"]), "dropped": len(record["dropped"])}
+                if record["cohort"] is not None
+                else {}
+            )
             event("round done", round=record["round"], **counts, **{k: record[k] for k in told})
         return record
 

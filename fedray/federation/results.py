@@ -77,7 +77,9 @@ def views(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str | None
     for client in checkpoint.seen:
         held = {n.removeprefix(OWN): t for n, t in checkpoint.kept.get(client, {}).items() if n.startswith(OWN)}
         view = method.view(state.spec, state, client)
-        result[client] = View(view.tensors | {n: t for n, t in held.items() if n.rsplit(".", 1)[1] in keeps}, view.base, view.trained)
+        result[client] = View(
+            view.tensors | {n: t for n, t in held.items() if n.rsplit(".", 1)[1] in keeps}, view.base, view.trained
+        )
     return result
 
 
@@ -98,7 +100,9 @@ def export(folder: Path, out: Path, format: str) -> None:
 def write(config: Config, checkpoint: checkpoints.Checkpoint, out: Path, format: str, classes: int) -> None:
     """`export` for a checkpoint at hand; a folder for each client where clients have models of their own."""
     for client, view in views(config, checkpoint).items():
-        _write_view(config, checkpoint.state, view, out if client is None else out / folder_name(client), format, classes)
+        _write_view(
+            config, checkpoint.state, view, out if client is None else out / folder_name(client), format, classes
+        )
 
 
 def folder_name(client: str) -> str:
@@ -125,7 +129,9 @@ def evaluate(folder: Path) -> dict[str, Any]:
     config = read_run_config(folder)
     data = load_data(config)
     if config.siloed and make_method(config).personal and config.data.client_held_out > 0:
-        raise ConfigError("this run's clients have models of their own and are measured on examples that their own nodes keep: see metrics of its rounds.jsonl")
+        raise ConfigError(
+            "this run's clients have models of their own and are measured on examples that their own nodes keep: see metrics of its rounds.jsonl"
+        )
     checkpoint = load_checkpoint(folder, config, len(data.classes))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trainer = LocalTrainer(config, device, torch.get_num_threads(), data)
@@ -142,7 +148,9 @@ def evaluate(folder: Path) -> dict[str, Any]:
     return result if None in each else result | {"client_metrics": each}
 
 
-def summarise(config: Config, trainable: int, clients: int, records: list[dict[str, Any]], wall_seconds: float) -> dict[str, Any]:
+def summarise(
+    config: Config, trainable: int, clients: int, records: list[dict[str, Any]], wall_seconds: float
+) -> dict[str, Any]:
     """`summary.json` of the records of a run; the first is the evaluation before round 1."""
     metric = TASKS[config.model.task].metric
     start, rounds = records[0], records[1:]

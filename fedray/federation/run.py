@@ -106,20 +106,28 @@ def prepare(config: Config, capacity: tuple[float, float] | None = None) -> Prep
     folder, resuming = _folder(config)
     data = load_data(config)
     if (config.federation.cohort or 0) > len(data.clients):
-        raise ConfigError(f"federation.cohort {config.federation.cohort} is more than the {len(data.clients)} clients: lower it")
+        raise ConfigError(
+            f"federation.cohort {config.federation.cohort} is more than the {len(data.clients)} clients: lower it"
+        )
     if config.worker.profile is not None:
         client, _, round = config.worker.profile.rpartition(":")
         if client not in data.clients or not 1 <= int(round) <= config.federation.rounds:
-            raise ConfigError(f"worker.profile '{config.worker.profile}' is no client and round of this run: give one of {', '.join(data.clients[:5])} and 1 to {config.federation.rounds}")
+            raise ConfigError(
+                f"worker.profile '{config.worker.profile}' is no client and round of this run: give one of {', '.join(data.clients[:5])} and 1 to {config.federation.rounds}"
+            )
     if config.adapter.subspace == "public":
         public_data(config, data)
     least = min(config.federation.cohort or len(data.clients), len(data.clients))
     if config.privacy.secure_aggregation and least < LEAST_MEMBERS:
-        raise ConfigError(f"privacy.secure_aggregation with {least} clients a round would show each of them: have {LEAST_MEMBERS} or more")
+        raise ConfigError(
+            f"privacy.secure_aggregation with {least} clients a round would show each of them: have {LEAST_MEMBERS} or more"
+        )
     if config.privacy.on and config.privacy.unit == "example" and config.model.task == "classification":
         for name, part in data.train.items():
             if len(part) < (batch := config.client(name).batch_size):
-                raise ConfigError(f"client '{name}' has fewer examples than its batch_size {batch}, by which a private step divides: lower it")
+                raise ConfigError(
+                    f"client '{name}' has fewer examples than its batch_size {batch}, by which a private step divides: lower it"
+                )
     check_loadable(config)
     model = skeleton(config, len(data.classes) or 2)
     spec = make_spec(config, attach.layers(model), data.clients)
@@ -135,6 +143,7 @@ def prepare(config: Config, capacity: tuple[float, float] | None = None) -> Prep
 
 def rooted(config: Config) -> Config:
     """The config with absolute local paths: a run directory can then be read from anywhere."""
+
     def full(path: str | None) -> str | None:
         return os.path.abspath(path) if path not in (None, BUILTIN) and Path(path).exists() else path
 
@@ -144,7 +153,9 @@ def rooted(config: Config) -> Config:
             "data": config.data.model_copy(update={"source": full(config.data.source)}),
             "adapter": config.adapter.model_copy(update={"subspace_source": full(config.adapter.subspace_source)}),
             # A path of a client with node_labels is of its own nodes.
-            "clients": config.clients if config.siloed else {name: c.model_copy(update={"source": full(c.source)}) for name, c in config.clients.items()},
+            "clients": config.clients
+            if config.siloed
+            else {name: c.model_copy(update={"source": full(c.source)}) for name, c in config.clients.items()},
         }
     )
 
@@ -152,7 +163,9 @@ def rooted(config: Config) -> Config:
 def check_lasting(key: str, path: str | None) -> None:
     """Raises ConfigError for results of a submitted job that would lie in its unpacked package, which Ray removes."""
     if JOB in os.environ and (path is None or not os.path.isabs(path)):
-        raise ConfigError(f"{key} of a submitted job must be an absolute path on storage that stays: its working directory is removed by Ray")
+        raise ConfigError(
+            f"{key} of a submitted job must be an absolute path on storage that stays: its working directory is removed by Ray"
+        )
 
 
 def _folder(config: Config) -> tuple[Path, bool]:
@@ -166,17 +179,23 @@ def _folder(config: Config) -> tuple[Path, bool]:
         raise ConfigError(f"output.dir '{config.output.dir}' is a file: choose a directory")
     parent = next(p for p in folder.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"output.dir '{config.output.dir}' cannot be made: {parent} is no directory that can be written to")
+        raise ConfigError(
+            f"output.dir '{config.output.dir}' cannot be made: {parent} is no directory that can be written to"
+        )
     if not folder.is_dir() or not any(folder.iterdir()):
         return folder, False
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"output.dir '{config.output.dir}' is not empty and holds no run: choose another")
     if not config.output.resume:
-        raise ConfigError(f"output.dir '{config.output.dir}' holds another run: choose another, or go on with it by --output.resume")
+        raise ConfigError(
+            f"output.dir '{config.output.dir}' holds another run: choose another, or go on with it by --output.resume"
+        )
     different = differences(read_run_config(folder), config)
     checkpoint = folder / "checkpoint"
     if config.privacy.on and any(checkpoint.glob("round-*")) and not (checkpoint / "ledger.json").is_file():
-        raise ConfigError(f"output.dir '{config.output.dir}' has lost its checkpoint/ledger.json, so nobody knows what it has spent: bring the file back, or start another run")
+        raise ConfigError(
+            f"output.dir '{config.output.dir}' has lost its checkpoint/ledger.json, so nobody knows what it has spent: bring the file back, or start another run"
+        )
     if different:
         raise ConfigError(
             f"output.dir '{config.output.dir}' holds a run with another {different[0]} ({different[1]}, now {different[2]}): "
@@ -187,6 +206,7 @@ def _folder(config: Config) -> tuple[Path, bool]:
 
 def differences(old: Config, new: Config) -> tuple[str, Any, Any] | None:
     """The first key that a resumed run may not change: where it runs and writes may, what it computes may not."""
+
     def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         for name, value in values.items():
             if isinstance(value, dict) and value:
@@ -220,7 +240,9 @@ def nodes_there() -> list[Node]:
 # --- doing it ---------------------------------------------------------------------------------------------------
 
 
-def execute(prepared: Prepared, listener: Listener | None = None, group: PlacementGroup | None = None) -> dict[str, Any]:
+def execute(
+    prepared: Prepared, listener: Listener | None = None, group: PlacementGroup | None = None
+) -> dict[str, Any]:
     """Run (or resume) and return the summary. `group`: a placement group with a bundle for each worker (default: the run makes its own).
 
     Raises ClientError and RoundError with a sentence for the person.
@@ -235,7 +257,11 @@ def execute(prepared: Prepared, listener: Listener | None = None, group: Placeme
     if not prepared.resuming:
         (folder / "config.yaml").write_text(prepared.config.to_yaml())
     listener.started(prepared)
-    rounds = _ray_rounds(prepared, listener, group) if prepared.config.engine == "ray" else _inline_rounds(prepared, listener)
+    rounds = (
+        _ray_rounds(prepared, listener, group)
+        if prepared.config.engine == "ray"
+        else _inline_rounds(prepared, listener)
+    )
     records: list[dict[str, Any]] = []
     for record in rounds:
         records.append(record)
@@ -253,7 +279,10 @@ def execute(prepared: Prepared, listener: Listener | None = None, group: Placeme
     summary = summarise(config, prepared.trainable, len(prepared.data.clients), records, time.monotonic() - started)
     if config.privacy.on:  # of the ledger: it knows of releases that no record tells of
         ledger = Ledger.load(folder / "checkpoint" / "ledger.json")
-        summary |= {"epsilon": worst([ledger.epsilon(name) for name in ledger.entries]), "keys_were_fixed": ledger.fixed}
+        summary |= {
+            "epsilon": worst([ledger.epsilon(name) for name in ledger.entries]),
+            "keys_were_fixed": ledger.fixed,
+        }
     _write(folder / "summary.json", json.dumps(summary, indent=2))
     return summary
 
@@ -289,7 +318,9 @@ def _inline_rounds(prepared: Prepared, listener: Listener) -> Iterator[dict[str,
         done.append(client)
         listener.progress(coordinator.rounds_done + 1, len(done), prepared.cohort)
 
-    coordinator = Coordinator(config, str(prepared.folder), worker.describe(), InlinePool(worker, progress), prepared.data)
+    coordinator = Coordinator(
+        config, str(prepared.folder), worker.describe(), InlinePool(worker, progress), prepared.data
+    )
     yield coordinator.evaluate_start()
     yield from list(coordinator.records[1:])
     while coordinator.rounds_done < config.federation.rounds:
@@ -315,12 +346,16 @@ def _ray_rounds(prepared: Prepared, listener: Listener, group: PlacementGroup | 
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
             def coordinate():
-                return CoordinatorActor.options(scheduling_strategy=here).remote(config, str(prepared.folder), facts, workers, order, prepared.placement.homes)
+                return CoordinatorActor.options(scheduling_strategy=here).remote(
+                    config, str(prepared.folder), facts, workers, order, prepared.placement.homes
+                )
 
             coordinator, deaths, told = coordinate(), 0, -1
             while True:
                 try:
-                    first = ray.get(coordinator.evaluate_start.remote())  # a coordinator that was restarted begins with it too
+                    first = ray.get(
+                        coordinator.evaluate_start.remote()
+                    )  # a coordinator that was restarted begins with it too
                     if isinstance(first, FedrayError):
                         raise first
                     if told < 0:
@@ -361,7 +396,9 @@ def _ray_rounds(prepared: Prepared, listener: Listener, group: PlacementGroup | 
 
 def stopped(records: list[dict[str, Any]]) -> str:
     """Why a run ended before its last round."""
-    return f"the run ends after round {records[-1]['round']}: {records[-1].get('stopped', 'no client can afford a round')}"
+    return (
+        f"the run ends after round {records[-1]['round']}: {records[-1].get('stopped', 'no client can afford a round')}"
+    )
 
 
 def _answer(reference: Any, what: str) -> Any:
@@ -383,7 +420,13 @@ def ray_session() -> Iterator[None]:
     if connect():
         yield
         return
-    ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local",
+        num_cpus=len(os.sched_getaffinity(0)),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     stop_on_sigterm()
     try:
         yield
@@ -402,7 +445,9 @@ def connect() -> bool:
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        raise FedrayError(f"no Ray cluster could be reached at {address}: {_short(error)}; unset RAY_ADDRESS to start one for this run, or bring it up") from error
+        raise FedrayError(
+            f"no Ray cluster could be reached at {address}: {_short(error)}; unset RAY_ADDRESS to start one for this run, or bring it up"
+        ) from error
     stop_on_sigterm()
     return True
 

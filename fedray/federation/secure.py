@@ -59,7 +59,11 @@ class SecureSums:
         sharing = {c: adverts[c] for c in adverts if c in dealt}
         sent = sum(len(text) for texts in dealt.values() for text in texts.values())
         opened = Opened(
-            Secure(self.run, session, sharing), tuple(adverts), dealt, ADVERT_BYTES * len(adverts) + sent, ADVERT_BYTES * len(adverts) * len(dealt)
+            Secure(self.run, session, sharing),
+            tuple(adverts),
+            dealt,
+            ADVERT_BYTES * len(adverts) + sent,
+            ADVERT_BYTES * len(adverts) * len(dealt),
         )
         return opened, failures
 
@@ -82,7 +86,9 @@ class SecureSums:
         sent = tuple(packets)
         self._remember(what, sent)
         mine = {c: {o: opened.sealed[o][c] for o in opened.secure.adverts} for c in sent}
-        told, refused = self._answered(Ask.REVEAL, sent, Secure(self.run, opened.secure.session, opened.secure.adverts, mine, sent))
+        told, refused = self._answered(
+            Ask.REVEAL, sent, Secure(self.run, opened.secure.session, opened.secure.adverts, mine, sent)
+        )
         opened.down += sum(len(text) for texts in mine.values() for text in texts.values())
         opened.up += SHARE_BYTES * sum(len(shares) for shares in told.values())
         if len(told) < opened.secure.session.threshold:

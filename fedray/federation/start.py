@@ -58,7 +58,9 @@ class Start:
         return {k: v for k, v in asdict(self).items() if k != "tensors"}
 
 
-def start(config: Config, spec: Spec, clients: Sequence[str], answers: Answers, guard: Guard | None = None) -> Start | None:
+def start(
+    config: Config, spec: Spec, clients: Sequence[str], answers: Answers, guard: Guard | None = None
+) -> Start | None:
     """None when the adapter starts from the seed alone. `guard`: of a private run. Raises ClientError when a client fails: bases need
     all of them."""
     if not spec.adapter.started:
@@ -92,7 +94,11 @@ def numbers(config: Config, spec: Spec) -> tuple[int, int]:
 
 def sums(config: Config, spec: Spec) -> int:
     """How many sums of sketches the bases take."""
-    return 2 * (_range(config)[1] + 1) if spec.adapter.kind == "lora-sb" and config.adapter.subspace in ("gradient-raw", "private") else 0
+    return (
+        2 * (_range(config)[1] + 1)
+        if spec.adapter.kind == "lora-sb" and config.adapter.subspace in ("gradient-raw", "private")
+        else 0
+    )
 
 
 def _range(config: Config) -> tuple[int, int]:
@@ -128,7 +134,9 @@ def _signed(config: Config, spec: Spec, clients: Sequence[str], answers: Answers
     """The authors' choice: sign(sum p_i G_i), which is AdamW's first step, and its first singular vectors (METHODS.md 1.2)."""
     tensors, up, kept, whole = {}, 0, 0.0, 0.0
     for group in grouped(spec.layers):
-        told = answers(Question(Ask.DENSE, layers=tuple(layer.name for layer in group), examples=_examples(config)), clients)
+        told = answers(
+            Question(Ask.DENSE, layers=tuple(layer.name for layer in group), examples=_examples(config)), clients
+        )
         up += sum(size for _, _, size in told)
         total = _total(config, told)
         for layer in group:
@@ -152,7 +160,9 @@ def grouped(layers: Sequence[Layer]) -> list[list[Layer]]:
     return groups
 
 
-def _sketched(config: Config, spec: Spec, clients: Sequence[str], answers: Answers, source: str, guard: Guard | None) -> Start:
+def _sketched(
+    config: Config, spec: Spec, clients: Sequence[str], answers: Answers, source: str, guard: Guard | None
+) -> Start:
     oversample, passes = _range(config)
     up = down = 0
 
@@ -180,7 +190,10 @@ def _sketched(config: Config, spec: Spec, clients: Sequence[str], answers: Answe
     for layer in spec.layers:
         name, z_qn = layer.name, rows[layer.name]
         U, S, Vt = torch.linalg.svd(z_qn, full_matrices=False)
-        tensors |= {f"{name}.{B}": (Q[name] @ U[:, : layer.rank]).float().contiguous(), f"{name}.{A}": Vt[: layer.rank].float().contiguous()}
+        tensors |= {
+            f"{name}.{B}": (Q[name] @ U[:, : layer.rank]).float().contiguous(),
+            f"{name}.{A}": Vt[: layer.rank].float().contiguous(),
+        }
         kept += S[: layer.rank].square().sum().item()
         # ||G||^2 is what Q sees of it, exactly, and what it does not: E ||(1 - Q Q^T) G omega||^2 over the Gaussian first sketch. Without
         # power iterations Q spans that sketch, and the second part reads 0.

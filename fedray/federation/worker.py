@@ -31,7 +31,9 @@ OWN, OPTIMIZER = "own/", "optimizer/"
 class Worker:
     """Holds the model for its whole life and the increments it has seen; nothing about any client."""
 
-    def __init__(self, config: Config, device: str, threads: int, data: FederatedData | None = None, reads: Sequence[str] = ()):
+    def __init__(
+        self, config: Config, device: str, threads: int, data: FederatedData | None = None, reads: Sequence[str] = ()
+    ):
         self.threads = threads
         self.trainer = LocalTrainer(config, device, threads, data, reads)
         self.method = make_method(config)
@@ -45,7 +47,13 @@ class Worker:
         return self.trainer.describe()
 
     def train(
-        self, client: str, round: int, header: Header, packet: Packet, fetch: Callable[[int], Packet], kept: Packet | None,
+        self,
+        client: str,
+        round: int,
+        header: Header,
+        packet: Packet,
+        fetch: Callable[[int], Packet],
+        kept: Packet | None,
         orders: Orders | None = None,
     ) -> tuple[Packet | None, Packet | None, Report | Failure]:
         """(update, what the client keeps, report) of a client's round (from 0), or its failure. Never raises for the client's sake.
@@ -68,7 +76,9 @@ class Worker:
             if self.by_client:
                 sent = self._clipped(client, round, view, result.tensors, sent, orders)
             packet = self._packed(client, sent, orders)
-        except Exception as error:  # whatever a client's data or step raises is that client's failure, and is reported as such
+        except (
+            Exception
+        ) as error:  # whatever a client's data or step raises is that client's failure, and is reported as such
             self.trainer.reset()
             return None, None, self._failure(client, error)
         keeps = {f"{OPTIMIZER}{n}": t for n, t in result.optimizer_state.items()}
@@ -89,7 +99,11 @@ class Worker:
         """What the client's training changed of what it sends, clipped; and whether it was within the clip, where that is asked."""
         untrained = self.method.upload(self.spec, client, {n: view.tensors[n] for n in trained}, round)
         update, within = client_level.clipped({n: t - untrained[n] for n, t in sent.items()}, orders.clip)
-        bit = {client_level.WITHIN: torch.tensor([float(within) - 0.5])} if self.trainer.config.privacy.adaptive_clip else {}
+        bit = (
+            {client_level.WITHIN: torch.tensor([float(within) - 0.5])}
+            if self.trainer.config.privacy.adaptive_clip
+            else {}
+        )
         return update | bit
 
     def _packed(self, client: str, tensors: dict[str, Tensor], orders: Orders | None) -> Packet:
@@ -130,7 +144,11 @@ class Worker:
         if not self.private or isinstance(error, (PrivacyError, FloatingPointError)):
             return Failure(client, _cause(error), traceback.format_exc() if not self.private else "")
         logging.getLogger("fedray").error("client %s failed", client, exc_info=error)
-        return Failure(client, f"{type(error).__name__}; its words are in the log of the worker that served it, since they may quote data", "")
+        return Failure(
+            client,
+            f"{type(error).__name__}; its words are in the log of the worker that served it, since they may quote data",
+            "",
+        )
 
     @property
     def private(self) -> bool:
@@ -140,23 +158,46 @@ class Worker:
         """(answer, nothing, report) to a question outside local training, or the client's failure."""
         try:
             if question.secure is not None:
-                return None, None, Report(client, 0, None, 0.0, 0.0, sealed=self._secure(client, question.ask, question.secure))
+                return (
+                    None,
+                    None,
+                    Report(client, 0, None, 0.0, 0.0, sealed=self._secure(client, question.ask, question.secure)),
+                )
             key = self._key(client, question.orders.get(client)) if question.ask is not Ask.FORGET else None
             packet = self._packed(client, self._answer(client, question, kept, key), question.orders.get(client))
         except Exception as error:  # as in `train`
             return None, None, self._failure(client, error)
         told = question.ask not in (Ask.WEIGHTS, Ask.FORGET) and client != PUBLIC and not self.private
         identity = (key.identity, key.fixed) if key is not None else ("", False)
-        return packet, None, Report(client, len(self.trainer.examples("train", client)) if told else 0, None, 0.0, 0.0, packet.nbytes, key=identity[0], key_is_fixed=identity[1])
+        return (
+            packet,
+            None,
+            Report(
+                client,
+                len(self.trainer.examples("train", client)) if told else 0,
+                None,
+                0.0,
+                0.0,
+                packet.nbytes,
+                key=identity[0],
+                key_is_fixed=identity[1],
+            ),
+        )
 
     def _answer(self, client: str, question: Question, kept: Packet | None, key: Key | None) -> dict[str, Tensor]:
         orders = question.orders.get(client)
         if self.private and client != PUBLIC:
             self._check_ask(question.ask)
         if question.ask is Ask.COUNT:
-            if self.trainer.config.siloed and len(self.trainer.examples("train", client)) < (batch := self.trainer.config.client(client).batch_size):
-                raise PrivacyError(f"client '{client}' has fewer examples than its batch_size {batch}, by which a private step divides: lower it")
-            noise = key.stream("count", client).normals(1).item() * (self.trainer.config.privacy.count_noise or COUNT_NOISE)
+            if self.trainer.config.siloed and len(self.trainer.examples("train", client)) < (
+                batch := self.trainer.config.client(client).batch_size
+            ):
+                raise PrivacyError(
+                    f"client '{client}' has fewer examples than its batch_size {batch}, by which a private step divides: lower it"
+                )
+            noise = key.stream("count", client).normals(1).item() * (
+                self.trainer.config.privacy.count_noise or COUNT_NOISE
+            )
             return {"count": torch.tensor([len(self.trainer.examples("train", client)) + noise]).round()}
         if question.ask is Ask.KEY:
             return {}
@@ -173,7 +214,13 @@ class Worker:
             given = subspace.gaussian_tests(self.spec.layers, question.columns, self.spec.seed)
         noise = None
         if self.private and client != PUBLIC:
-            purpose = ("subspace", client, question.ask.name, question.packet.digest if question.packet is not None else "", *_told(orders))
+            purpose = (
+                "subspace",
+                client,
+                question.ask.name,
+                question.packet.digest if question.packet is not None else "",
+                *_told(orders),
+            )
             every = self.trainer.examples("train", client)
             check_orders(self.trainer.config, client, len(every), orders, subspace=True)
             examples = [every[i] for i in key.stream("sample", *purpose).sample(len(every), orders.rate)]
@@ -182,7 +229,9 @@ class Worker:
             examples = self.trainer.gradient_examples(client if client != PUBLIC else None, question.examples)
         if question.ask is Ask.DENSE:
             return subspace.dense(self.trainer, examples, question.layers)
-        return {Ask.RANGE: subspace.range_sketch, Ask.ROWS: subspace.row_sketch}[question.ask](self.trainer, examples, given, noise)
+        return {Ask.RANGE: subspace.range_sketch, Ask.ROWS: subspace.row_sketch}[question.ask](
+            self.trainer, examples, given, noise
+        )
 
     def _check_ask(self, ask: Ask) -> None:
         """Raises PrivacyError for a question that a private run does not have: the coordinator may not bring it up."""
@@ -190,7 +239,13 @@ class Worker:
             raise PrivacyError(f"the coordinator asked for {ask.value}, which this run keeps private: it sends nothing")
 
     def evaluate(
-        self, part: str, client: str | None, share: tuple[int, int], header: Header, packet: Packet, fetch: Callable[[int], Packet],
+        self,
+        part: str,
+        client: str | None,
+        share: tuple[int, int],
+        header: Header,
+        packet: Packet,
+        fetch: Callable[[int], Packet],
         kept: Packet | None = None,
     ) -> tuple[list[list[dict[str, Any]]], float]:
         """Statistics by batch, and what the base's dtype lost. Raises PrivacyError for examples that are private."""
@@ -201,7 +256,12 @@ class Worker:
         return statistics, self.trainer.base_lost
 
     def _view(
-        self, client: str | None, header: Header, packet: Packet, fetch: Callable[[int], Packet], held: dict[str, Tensor]
+        self,
+        client: str | None,
+        header: Header,
+        packet: Packet,
+        fetch: Callable[[int], Packet],
+        held: dict[str, Tensor],
     ) -> tuple[View, Any]:
         live = {(version, digest) for version, _, digest in header.increments}
         self._increments = {k: t for k, t in self._increments.items() if k in live}
@@ -231,4 +291,3 @@ class _KeyLost(Exception):
 def _cause(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, (FloatingPointError, ValueError)) and text else f"{type(error).__name__}: {text}"
-

@@ -49,7 +49,14 @@ class WorkerActor:
         return True
 
     def train(
-        self, client: str, round: int, header: Header, packet: Packet, increments: dict[int, Any], kept: Packet | None, orders: Orders | None
+        self,
+        client: str,
+        round: int,
+        header: Header,
+        packet: Packet,
+        increments: dict[int, Any],
+        kept: Packet | None,
+        orders: Orders | None,
     ):
         done = self.worker.train(client, round, header, packet, lambda v: ray.get(increments[v]), kept, orders)
         self._tell("trained", done[2], client, round=round + 1)
@@ -66,10 +73,22 @@ class WorkerActor:
         if isinstance(report, Failure):
             event(f"{name} not", logging.WARNING, client=client, cause=report.cause, **fields)
         else:
-            event(name, client=client, seconds=report.seconds if not self.worker.private and name == "trained" else None, **fields)
+            event(
+                name,
+                client=client,
+                seconds=report.seconds if not self.worker.private and name == "trained" else None,
+                **fields,
+            )
 
     def evaluate(
-        self, part: str, client: str | None, share: tuple[int, int], header: Header, packet: Packet, increments: dict[int, Any], kept: Packet | None
+        self,
+        part: str,
+        client: str | None,
+        share: tuple[int, int],
+        header: Header,
+        packet: Packet,
+        increments: dict[int, Any],
+        kept: Packet | None,
     ):
         return self.worker.evaluate(part, client, share, header, packet, lambda v: ray.get(increments[v]), kept)
 
@@ -82,11 +101,20 @@ def start_workers(
     timeout = config.worker.wait or GRANT_SECONDS
     bundle = {"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {})
     labels = [dict(home.labels) for home in placement.homes]
-    given, group = group, group or placement_group([bundle] * placement.workers, strategy="PACK", bundle_label_selector=labels or None)
+    given, group = (
+        group,
+        group or placement_group([bundle] * placement.workers, strategy="PACK", bundle_label_selector=labels or None),
+    )
     if given is None and not group.wait(timeout):
         remove_placement_group(group)
-        where = f" on nodes with {'; '.join(sorted({said(home.labels) for home in placement.homes}))}" if placement.homes else ""
-        raise FedrayError(f"the cluster did not grant {placement.workers} x {bundle}{where} within {timeout:.0f} s: other jobs hold it, or no node has that much")
+        where = (
+            f" on nodes with {'; '.join(sorted({said(home.labels) for home in placement.homes}))}"
+            if placement.homes
+            else ""
+        )
+        raise FedrayError(
+            f"the cluster did not grant {placement.workers} x {bundle}{where} within {timeout:.0f} s: other jobs hold it, or no node has that much"
+        )
     first = len(group.bundle_specs) - placement.workers  # a trial of a sweep may have a bundle of its own before them
     workers = [
         WorkerActor.options(
@@ -94,7 +122,9 @@ def start_workers(
             num_gpus=placement.gpus,
             max_restarts=-1,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=first + i),
-        ).remote(Worker, config, placement.device, placement.cpus, placement.homes[i].clients if placement.homes else ())
+        ).remote(
+            Worker, config, placement.device, placement.cpus, placement.homes[i].clients if placement.homes else ()
+        )
         for i in range(placement.workers)
     ]
     return group, workers

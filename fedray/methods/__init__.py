@@ -31,7 +31,23 @@ from fedray.methods.server import ServerOptimizer
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        FedIT, FFA, RoLoRA, FedSVD, FedEx, FLoRA, FRA, FRAFFA, FedSB, RavanMean, FedSA, FlexLoRA, HetLoRA, FLoRIST, FedASK, LoRAFair, FedRPCA,
+        FedIT,
+        FFA,
+        RoLoRA,
+        FedSVD,
+        FedEx,
+        FLoRA,
+        FRA,
+        FRAFFA,
+        FedSB,
+        RavanMean,
+        FedSA,
+        FlexLoRA,
+        HetLoRA,
+        FLoRIST,
+        FedASK,
+        LoRAFair,
+        FedRPCA,
     )
 }
 
@@ -44,7 +60,9 @@ def why_not(method: str, adapter: str) -> str | None:
     if method == "fed-sb":
         return f"it averages the r x r core R between two frozen bases, and {adapter} has no such core; it needs adapter.kind lora-sb, or use fedex or ffa"
     if method == "ravan":
-        return f"it averages the scaled cores of several frozen bases, and {adapter} has none; it needs adapter.kind ravan"
+        return (
+            f"it averages the scaled cores of several frozen bases, and {adapter} has none; it needs adapter.kind ravan"
+        )
     if adapter == "lora-sb":
         return "only its core trains, and the plain mean of that is exact: use fed-sb"
     if adapter == "ravan":

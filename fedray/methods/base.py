@@ -77,14 +77,21 @@ class Spec:
         rank = self.ranks.get(client)
         if rank is None:
             return self
-        return dataclasses.replace(self, layers=tuple(dataclasses.replace(layer, rank=rank) for layer in self.layers), ranks={})
+        return dataclasses.replace(
+            self, layers=tuple(dataclasses.replace(layer, rank=rank) for layer in self.layers), ranks={}
+        )
 
     def cut(self, client: str | None, tensors: Tensors) -> dict[str, Tensor]:
         """Each factor's leading rows and columns, as many as the client's rank has."""
         if client not in self.ranks:
             return dict(tensors)
         shapes = {key(layer, f): s for layer in self.of(client).layers for f, s in self.adapter.shapes(layer).items()}
-        return {n: t[tuple(slice(0, min(size, have)) for size, have in zip(shapes[n], t.shape, strict=True))] if n in shapes else t for n, t in tensors.items()}
+        return {
+            n: t[tuple(slice(0, min(size, have)) for size, have in zip(shapes[n], t.shape, strict=True))]
+            if n in shapes
+            else t
+            for n, t in tensors.items()
+        }
 
     def whole(self, tensors: Tensors) -> dict[str, Tensor]:
         """Zeros where a factor was cut: the same delta."""
@@ -192,7 +199,11 @@ class Cohort:
     def factors(self, spec: Spec, layer: Layer) -> list[dict[str, Tensor]]:
         """The clients' factors of one layer, in fp64, each at its own rank; one that all share is one tensor."""
         shared = {f: self.tensors[0][key(layer, f)] for f in spec.names}
-        shared = {f: t.double() for f, t in shared.items() if not spec.ranks and all(o[key(layer, f)] is t for o in self.tensors)}
+        shared = {
+            f: t.double()
+            for f, t in shared.items()
+            if not spec.ranks and all(o[key(layer, f)] is t for o in self.tensors)
+        }
         named = []
         for client, tensors in zip(self.clients, self.tensors, strict=True):
             own = {key(layer, f): tensors[key(layer, f)] for f in spec.names if f not in shared}
@@ -248,7 +259,13 @@ class Method(ABC):
         increments = (Increment(1, once),) if once else ()
         draw |= dict.fromkeys(self.keeps(spec), 0)
         return State(
-            round=0, tensors=sent | heads, increments=increments, trained=self.trained(spec), draw=draw, spec=spec, heads=tuple(heads)
+            round=0,
+            tensors=sent | heads,
+            increments=increments,
+            trained=self.trained(spec),
+            draw=draw,
+            spec=spec,
+            heads=tuple(heads),
         )
 
     def broadcast(self, state: State) -> Broadcast:
@@ -268,7 +285,9 @@ class Method(ABC):
 
     def upload(self, spec: Spec, client: str, tensors: Tensors, round: int) -> dict[str, Tensor]:
         """What a client sends in a round (from 0) of its trained factors and heads: all that it does not keep, at its own rank."""
-        return spec.cut(client, {name: t for name, t in tensors.items() if name.rsplit(".", 1)[1] not in self.keeps(spec)})
+        return spec.cut(
+            client, {name: t for name, t in tensors.items() if name.rsplit(".", 1)[1] not in self.keeps(spec)}
+        )
 
     def question(self, state: State, updates: Sequence[Update]) -> dict[str, Tensor]:
         """A second message to the same cohort, once its updates are in, where the method `asks`."""
@@ -291,7 +310,9 @@ class Method(ABC):
             stepped, memory = self.server.step(
                 {n: before[n].double() for n in moves}, {n: cohort.means[n].double() for n in moves}, state.memory
             )
-            merged = self.merge(state, dataclasses.replace(cohort, means=cohort.means | stepped))[0].replace(memory=memory)
+            merged = self.merge(state, dataclasses.replace(cohort, means=cohort.means | stepped))[0].replace(
+                memory=memory
+            )
         return merged, diagnostics
 
     @abstractmethod
@@ -341,7 +362,9 @@ def check_finite(update: Update) -> None:
     """Raises RoundError, naming the client, for a value that is not finite."""
     for name, tensor in update.tensors.items():
         if not torch.isfinite(tensor).all():
-            raise RoundError(f"client '{update.client}' sent a value that is not finite in {name}: lower its learning rate")
+            raise RoundError(
+                f"client '{update.client}' sent a value that is not finite in {name}: lower its learning rate"
+            )
 
 
 def is_base(name: str) -> bool:
@@ -375,6 +398,7 @@ class PerLayer(Mapping[str, LowRank]):
 
 def base_total(spec: Spec, increments: Sequence[Increment]) -> PerLayer:
     """Per layer, all base updates since W0 as one LowRank: the same factors, so the same bits, for whoever asks."""
+
     def make(layer: Layer) -> LowRank:
         parts = [part for i in increments for part in base_parts(spec, layer, i.tensors)]
         return LowRank(torch.cat([p.B for p in parts], 1), torch.cat([p.A for p in parts], 0))
@@ -401,14 +425,18 @@ def base_parts(spec: Spec, layer: Layer, tensors: Tensors) -> list[LowRank]:
 
 def base_tensors(deltas: Deltas) -> dict[str, Tensor]:
     """A base update as it travels."""
-    return {f"{name}.{side}": getattr(delta, side[-1]) for name, delta in deltas.items() for side in ("base_B", "base_A")}
+    return {
+        f"{name}.{side}": getattr(delta, side[-1]) for name, delta in deltas.items() for side in ("base_B", "base_A")
+    }
 
 
 def stacked_base_tensors(spec: Spec, cohort: Cohort, less: Tensors | None) -> dict[str, Tensor]:
     """The base update sum p_i delta_i - delta(less) as the factors themselves (adapters whose delta is wider than they are)."""
     tensors = {}
     for layer in spec.layers:
-        terms = cohort.factors(spec, layer) + ([{f: t.double() for f, t in spec.factors(layer, less).items()}] if less is not None else [])
+        terms = cohort.factors(spec, layer) + (
+            [{f: t.double() for f, t in spec.factors(layer, less).items()}] if less is not None else []
+        )
         tensors |= {f"{layer.name}.base_{f}": torch.stack([t[f] for t in terms]) for f in spec.names}
         coefficients = [*cohort.weights, -1.0][: len(terms)]
         tensors[f"{layer.name}.base_weights"] = torch.tensor(coefficients, dtype=torch.float64)
@@ -425,7 +453,12 @@ def add_increment(state: State, tensors: dict[str, Tensor]) -> tuple[Increment, 
     version = state.increments[-1].version + 1 if state.increments else 1
     increments = (*state.increments, Increment(version, tensors))
     held = dict.fromkeys((layer.name for layer in state.spec.layers), 0)
-    for name, tensor in ((n, t) for i in live_increments(increments) for n, t in i.tensors.items() if is_base(n) and not n.endswith("weights")):
+    for name, tensor in (
+        (n, t)
+        for i in live_increments(increments)
+        for n, t in i.tensors.items()
+        if is_base(n) and not n.endswith("weights")
+    ):
         held[name.rsplit(".", 1)[0]] += tensor.numel()
     if all(held[layer.name] <= room(layer) for layer in state.spec.layers):
         return increments
@@ -444,7 +477,10 @@ def increment_numbers(spec: Spec, numbers: Sequence[int], columns: Sequence[int]
     base update: the closed form of what goes down. `rests`: numbers of factors at rest, which a compressed increment carries along."""
     held, wide, sent = [0] * len(numbers), [0] * len(numbers), 0
     for _ in range(rounds):
-        held, wide = [h + n for h, n in zip(held, numbers, strict=True)], [w + c for w, c in zip(wide, columns, strict=True)]
+        held, wide = (
+            [h + n for h, n in zip(held, numbers, strict=True)],
+            [w + c for w, c in zip(wide, columns, strict=True)],
+        )
         sent = sum(numbers)
         if any(h > room(layer) for h, layer in zip(held, spec.layers, strict=True)):
             wide = [min(w, layer.m, layer.n) for w, layer in zip(wide, spec.layers, strict=True)]
@@ -455,7 +491,9 @@ def increment_numbers(spec: Spec, numbers: Sequence[int], columns: Sequence[int]
 
 def ideal(spec: Spec, cohort: Cohort) -> PerLayer:
     """sum p_i delta_i per layer, in fp64."""
-    return PerLayer(spec.layers, lambda layer: spec.adapter.mean_delta(layer, cohort.factors(spec, layer), cohort.weights))
+    return PerLayer(
+        spec.layers, lambda layer: spec.adapter.mean_delta(layer, cohort.factors(spec, layer), cohort.weights)
+    )
 
 
 def inner_mean(spec: Spec, cohort: Cohort, layer: Layer) -> LowRank:
@@ -466,6 +504,7 @@ def inner_mean(spec: Spec, cohort: Cohort, layer: Layer) -> LowRank:
 
 def averaging_error(spec: Spec, cohort: Cohort) -> PerLayer:
     """sum p_i delta_i - delta(mean factors) per layer: the error that plain factor averaging makes."""
+
     def make(layer: Layer) -> LowRank:
         factors = [{f: t[key(layer, f)].double() for f in spec.names} for t in cohort.tensors]
         means = {f: t.double() for f, t in spec.factors(layer, cohort.means).items()}
@@ -477,7 +516,8 @@ def averaging_error(spec: Spec, cohort: Cohort) -> PerLayer:
 def deltas(spec: Spec, tensors: Tensors) -> PerLayer:
     """Per layer, the delta that the factors mean, in fp64."""
     return PerLayer(
-        spec.layers, lambda layer: spec.adapter.delta(layer, {n: t.double() for n, t in spec.factors(layer, tensors).items()})
+        spec.layers,
+        lambda layer: spec.adapter.delta(layer, {n: t.double() for n, t in spec.factors(layer, tensors).items()}),
     )
 
 

@@ -85,7 +85,9 @@ class FedASK(Method):
             whole += layer.scale**2 * S.square().sum().item()
         sent |= {name: mean(name) for name in state.heads}
         memory = {n: t for n, t in state.memory.items() if not n.endswith(f".{Q}")}
-        merged = state.replace(round=state.round + 1, tensors={n: t.to(dtype).contiguous() for n, t in sent.items()}, memory=memory)
+        merged = state.replace(
+            round=state.round + 1, tensors={n: t.to(dtype).contiguous() for n, t in sent.items()}, memory=memory
+        )
         return merged, Diagnostics(None, (lost / whole) ** 0.5 if whole else 0.0, whole**0.5)
 
     def merge(self, state: State, cohort: Cohort):

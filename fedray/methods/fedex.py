@@ -63,13 +63,17 @@ class FedEx(Method):
         spec, average = state.spec, self.assignment == "average"
         sent = cohort.cast({name: cohort.means[name] for name in state.tensors})
         if average and len(cohort.clients) == 1:
-            stored = cohort.cast(base_tensors({layer.name: LowRank.zeros(layer.m, layer.n) for layer in spec.layers}))  # its own mean
+            stored = cohort.cast(
+                base_tensors({layer.name: LowRank.zeros(layer.m, layer.n) for layer in spec.layers})
+            )  # its own mean
         elif spec.adapter.stacked and self.residual_rank is None:
             stored = cohort.cast(stacked_base_tensors(spec, cohort, sent if average else None))
         else:
             update = averaging_error(spec, cohort) if average else ideal(spec, cohort)
             if self.residual_rank is not None:
-                update = PerLayer(spec.layers, lambda layer, whole=update: whole[layer.name].compress(self.residual_rank))
+                update = PerLayer(
+                    spec.layers, lambda layer, whole=update: whole[layer.name].compress(self.residual_rank)
+                )
             stored = {n: t for name in update for n, t in cohort.cast(base_tensors({name: update[name]})).items()}
         means = deltas(spec, sent) if average else {}
 
@@ -78,8 +82,10 @@ class FedEx(Method):
             return means[layer.name] + moved if average else moved
 
         increments = add_increment(state, stored) if any(t.numel() for t in stored.values()) else state.increments
-        draw = state.draw if average else {factor: state.round + 1 for factor in state.draw}
-        return state.replace(round=state.round + 1, tensors=sent, increments=increments, draw=draw), PerLayer(spec.layers, landed)
+        draw = state.draw if average else dict.fromkeys(state.draw, state.round + 1)
+        return state.replace(round=state.round + 1, tensors=sent, increments=increments, draw=draw), PerLayer(
+            spec.layers, landed
+        )
 
     def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
         average, k, adapter = self.assignment == "average", len(cohort), spec.adapter
@@ -97,12 +103,18 @@ class FedEx(Method):
             wide = wide if self.residual_rank is None else min(self.residual_rank, wide, layer.m, layer.n)
             numbers.append(wide * (layer.m + layer.n))
             columns.append(wide)
-        weights = (k + average) * len(spec.layers) if adapter.stacked and self.residual_rank is None and sum(numbers) else 0
+        weights = (
+            (k + average) * len(spec.layers) if adapter.stacked and self.residual_rank is None and sum(numbers) else 0
+        )
         usual = sum(numbers) + weights if round else 0
         rests = spec.size(*adapter.started) if adapter.started and self.fresh else 0
         sent = increment_numbers(spec, numbers, columns, round, rests)
         again = max(0, sent - usual) if sent != sum(numbers) else 0
-        return Payload(up=spec.size(client=client), down=usual + (spec.size() if average else 0), once=again + (rests if round == 0 else 0))
+        return Payload(
+            up=spec.size(client=client),
+            down=usual + (spec.size() if average else 0),
+            once=again + (rests if round == 0 else 0),
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +133,7 @@ class FedExKeep(Method):
     personal = True
 
     def drawn(self, spec: Spec) -> dict[str, int]:
-        return {name: 0 for name in self.trained(spec)}
+        return dict.fromkeys(self.trained(spec), 0)
 
     def view(self, spec: Spec, message: Broadcast, client: str | None) -> View:
         blocks = message.plain.get("blocks", [])
@@ -145,17 +157,26 @@ class FedExKeep(Method):
         spec, blocks = state.spec, [list(b) for b in state.plain.get("blocks", [])]
         weight = dict(zip(cohort.clients, cohort.weights, strict=True))
         stays = [i for i, (client, _) in enumerate(blocks) if client not in weight]
-        leaves = [(i, c - weight[client]) for i, (client, c) in enumerate(blocks) if client in weight and c != weight[client]]
+        leaves = [
+            (i, c - weight[client]) for i, (client, c) in enumerate(blocks) if client in weight and c != weight[client]
+        ]
         plain = {"blocks": [blocks[i] for i in stays] + [[client, p] for client, p in weight.items()]}
         sent, left = {name: cohort.means[name] for name in state.heads}, {}
         name_B, name_A = spec.adapter.pair
         for layer in spec.layers:
             r, new = layer.rank, cohort.factors(spec, layer)
             B, A = (state.tensors.get(f"{layer.name}.stack_{side}") for side in "BA")
-            sent[f"{layer.name}.stack_B"] = torch.cat([*(B[:, i * r : (i + 1) * r] for i in stays), *(f[name_B] for f in new)], 1)
-            sent[f"{layer.name}.stack_A"] = torch.cat([*(A[i * r : (i + 1) * r] for i in stays), *(f[name_A] for f in new)], 0)
+            sent[f"{layer.name}.stack_B"] = torch.cat(
+                [*(B[:, i * r : (i + 1) * r] for i in stays), *(f[name_B] for f in new)], 1
+            )
+            sent[f"{layer.name}.stack_A"] = torch.cat(
+                [*(A[i * r : (i + 1) * r] for i in stays), *(f[name_A] for f in new)], 0
+            )
             if leaves:
-                parts = [LowRank(layer.scale * B[:, i * r : (i + 1) * r].double(), A[i * r : (i + 1) * r].double()) for i, _ in leaves]
+                parts = [
+                    LowRank(layer.scale * B[:, i * r : (i + 1) * r].double(), A[i * r : (i + 1) * r].double())
+                    for i, _ in leaves
+                ]
                 left[layer.name] = LowRank.sum(parts, [c for _, c in leaves])
         increments = add_increment(state, cohort.cast(base_tensors(left))) if left else state.increments
         merged = state.replace(round=state.round + 1, tensors=cohort.cast(sent), plain=plain, increments=increments)

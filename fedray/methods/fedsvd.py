@@ -33,4 +33,6 @@ class FedSVD(Method):
 
     def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
         started = spec.size(*spec.adapter.started) if spec.adapter.started and round == 0 else 0
-        return Payload(up=spec.size(spec.adapter.pair[0]), down=spec.size(*spec.adapter.pair) if round else 0, once=started)
+        return Payload(
+            up=spec.size(spec.adapter.pair[0]), down=spec.size(*spec.adapter.pair) if round else 0, once=started
+        )

@@ -79,7 +79,10 @@ class FRA(Method):
             means = landed
             landed = PerLayer(
                 spec.layers,
-                lambda one: means[one.name] + LowRank(stored[f"{one.name}.base_B"], stored[f"{one.name}.base_A"]).to(torch.float64),
+                lambda one: (
+                    means[one.name]
+                    + LowRank(stored[f"{one.name}.base_B"], stored[f"{one.name}.base_A"]).to(torch.float64)
+                ),
             )
             merged = merged.replace(increments=add_increment(state, stored))
         return merged, landed
@@ -92,7 +95,9 @@ class FRA(Method):
             columns = []
             for layer in spec.layers:
                 room = adapter.shapes(layer)[pair[1]][0]
-                columns.append((min(len(cohort) * room, layer.m, layer.n) - room) * (adapter.delta_columns(layer.rank) // room))
+                columns.append(
+                    (min(len(cohort) * room, layer.m, layer.n) - room) * (adapter.delta_columns(layer.rank) // room)
+                )
             numbers = [c * (layer.m + layer.n) for c, layer in zip(columns, spec.layers, strict=True)]
             usual = sum(numbers)
             again = max(0, increment_numbers(spec, numbers, columns, round, rests) - usual)

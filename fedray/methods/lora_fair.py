@@ -33,7 +33,9 @@ class LoRAFair(FedIT):
             inner = inner_mean(spec, cohort, layer)
             missing_mr = inner.B @ (inner.A @ Abar_rn.T) - Bbar_mr @ gram_rr
             ridge = self.correction * gram_rr.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-            dB = torch.linalg.solve(gram_rr + ridge * torch.eye(len(gram_rr), dtype=gram_rr.dtype, device=gram_rr.device), missing_mr.T).T
+            dB = torch.linalg.solve(
+                gram_rr + ridge * torch.eye(len(gram_rr), dtype=gram_rr.dtype, device=gram_rr.device), missing_mr.T
+            ).T
             means[key(layer, B)] = Bbar_mr + dB
         sent = cohort.cast({name: means[name] for name in state.tensors})
         return state.replace(round=state.round + 1, tensors=sent), deltas(spec, means | sent)

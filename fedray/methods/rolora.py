@@ -26,7 +26,9 @@ class RoLoRA(Method):
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         spec, (factor,) = state.spec, state.trained
         new = cohort.cast({key(layer, factor): cohort.means[key(layer, factor)] for layer in spec.layers})
-        older = tuple(i for i in state.increments if not i.tensors.keys() <= new.keys())  # the same factor's last value is obsolete
+        older = tuple(
+            i for i in state.increments if not i.tensors.keys() <= new.keys()
+        )  # the same factor's last value is obsolete
         version = max((i.version for i in state.increments), default=0) + 1
         other = next(f for f in spec.adapter.pair if f != factor)
         heads = cohort.cast({name: cohort.means[name] for name in state.heads})

@@ -24,12 +24,16 @@ class ServerOptimizer:
     beta2: float = 0.99
     tau: float = 1e-3
 
-    def step(self, x: dict[str, Tensor], mean: dict[str, Tensor], memory: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def step(
+        self, x: dict[str, Tensor], mean: dict[str, Tensor], memory: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The new values and the new moments (`m/NAME`, `v/NAME`, fp64) of the tensors that are given; other moments rest."""
         stepped, memory = {}, dict(memory)
         for name, old in x.items():
             d = mean[name] - old
-            m = self.beta1 * memory.get(f"m/{name}", torch.zeros_like(d)) + (d if self.kind == "avgm" else (1 - self.beta1) * d)
+            m = self.beta1 * memory.get(f"m/{name}", torch.zeros_like(d)) + (
+                d if self.kind == "avgm" else (1 - self.beta1) * d
+            )
             memory[f"m/{name}"] = m
             if self.kind == "avgm":
                 stepped[name] = old + self.lr * m

@@ -54,7 +54,13 @@ def rdp_curve(releases: Iterable[Release]) -> tuple[tuple[int, ...], np.ndarray]
     """(orders, RDP of all of them together at each); infinite where one has no noise."""
     total = np.zeros(len(ORDERS))
     for release in releases:
-        total = total + (release.steps * _curve(release.noise, release.rate) if release.noise > 0 else math.inf if release.steps else 0.0)
+        total = total + (
+            release.steps * _curve(release.noise, release.rate)
+            if release.noise > 0
+            else math.inf
+            if release.steps
+            else 0.0
+        )
     return ORDERS, total
 
 
@@ -92,7 +98,11 @@ def _rdp(history: _History, delta: float) -> float:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of orders at the end of the grid: the bound holds all the same
-        return float(get_privacy_spent(orders=ORDERS, rdp=sum(steps * _curve(noise, rate) for noise, rate, steps in history), delta=delta)[0])
+        return float(
+            get_privacy_spent(
+                orders=ORDERS, rdp=sum(steps * _curve(noise, rate) for noise, rate, steps in history), delta=delta
+            )[0]
+        )
 
 
 @cache
@@ -106,7 +116,9 @@ def _prv() -> type:
         def _get_domain(self, prvs, num_self_compositions, eps_error: float, delta_error: float) -> Domain:
             total = sum(num_self_compositions)
             extent = max(
-                eps_error, _rdp(tuple(self.history), delta_error / 4), *(_rdp(((noise, rate, 1),), delta_error / (8 * total)) for noise, rate, _ in self.history)
+                eps_error,
+                _rdp(tuple(self.history), delta_error / 4),
+                *(_rdp(((noise, rate, 1),), delta_error / (8 * total)) for noise, rate, _ in self.history),
             )
             mesh = eps_error / math.sqrt(total * math.log(12 / delta_error) / 2)
             return Domain.create_aligned(-extent - 3, extent + 3, mesh)

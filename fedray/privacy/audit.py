@@ -33,11 +33,12 @@ def lower_bound(canaries: int, guesses: int, right: int, delta: float, confidenc
     return low
 
 
-def audit(included: Sequence[bool], scores: Sequence[float], delta: float, share: float = 0.5, confidence: float = 0.95) -> float:
+def audit(
+    included: Sequence[bool], scores: Sequence[float], delta: float, share: float = 0.5, confidence: float = 0.95
+) -> float:
     """Lower bound on epsilon from each canary's score, which is larger where it looks included: the attacker guesses "in" for the highest
     `share / 2` of the scores and "out" for the lowest, and passes on the rest."""
     count = max(1, int(len(scores) * share / 2))
     order = sorted(range(len(scores)), key=lambda i: scores[i])
     right = sum(not included[i] for i in order[:count]) + sum(bool(included[i]) for i in order[-count:])
     return lower_bound(len(scores), 2 * count, right, delta, confidence)
-

@@ -26,7 +26,9 @@ from fedray.privacy.plan import Mechanism
 Losses = Callable[[Callable, dict], Tensor]
 
 for _product in (CoreProduct, HadamardProduct):
-    register_grad_sampler(_product)(lambda module, activations, backprops: module.sample_gradients(activations[0], backprops))
+    register_grad_sampler(_product)(
+        lambda module, activations, backprops: module.sample_gradients(activations[0], backprops)
+    )
 
 
 class Engine(Protocol):
@@ -45,12 +47,18 @@ def check_model(model: nn.Module) -> None:
     """Raises PrivacyError, with the reason, for a model whose per-sample gradients would be missing or wrong."""
     for name, module in model.named_modules():
         if getattr(module, "p", 0) and "Dropout" in type(module).__name__:
-            raise PrivacyError(f"{name} drops out {module.p:g}: one example more would shift the masks of all others, so that no clip bounds what it changes; set it to 0")
+            raise PrivacyError(
+                f"{name} drops out {module.p:g}: one example more would shift the masks of all others, so that no clip bounds what it changes; set it to 0"
+            )
         if isinstance(module, LoraLayer):
             if any(getattr(module, "use_dora", {}).values()):
-                raise PrivacyError(f"{name} is a DoRA layer: its norm mixes samples, and it has no per-sample gradient; use plain LoRA")
+                raise PrivacyError(
+                    f"{name} is a DoRA layer: its norm mixes samples, and it has no per-sample gradient; use plain LoRA"
+                )
             if len(module.lora_embedding_A):
-                raise PrivacyError(f"{name} adapts an embedding, which has no per-sample gradient in opacus: leave it out of adapter.targets")
+                raise PrivacyError(
+                    f"{name} adapts an embedding, which has no per-sample gradient in opacus: leave it out of adapter.targets"
+                )
         if getattr(module, "gradient_checkpointing", False):
             options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
             if not options.get("use_reentrant", False):
@@ -59,9 +67,13 @@ def check_model(model: nn.Module) -> None:
                 )
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
         if own and any(True for _ in module.buffers(recurse=False)):
-            raise PrivacyError(f"{name} trains and keeps statistics over the batch ({type(module).__name__}), which are not private: leave it out of adapter.heads")
+            raise PrivacyError(
+                f"{name} trains and keeps statistics over the batch ({type(module).__name__}), which are not private: leave it out of adapter.heads"
+            )
         if own and type(module) not in GradSampleHooks.GRAD_SAMPLERS:
-            raise PrivacyError(f"{name} ({type(module).__name__}) trains and has no per-sample gradient: leave it out of adapter.heads")
+            raise PrivacyError(
+                f"{name} ({type(module).__name__}) trains and has no per-sample gradient: leave it out of adapter.heads"
+            )
 
 
 class SampleHooks:
@@ -112,7 +124,9 @@ class ClippedSum:
         """Take the per-sample gradients that a backward pass left, and clear them. Raises PrivacyError where they are not one for each
         of `samples`, FloatingPointError where one is not finite."""
         taken = {name: self._take(name, p, samples) for name, p in self.parameters.items()}
-        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in taken.values()]).norm(dim=0)
+        norms = torch.stack(
+            [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in taken.values()]
+        ).norm(dim=0)
         if not torch.isfinite(norms).all():
             raise FloatingPointError("a gradient is not finite: lower federation.lr")
         # A millionth below: what fp32 rounds up may not pass the clip.
@@ -127,7 +141,9 @@ class ClippedSum:
         shape = (samples, *getattr(parameter, "ds_shape", parameter.shape))
         if not torch.is_tensor(gradient) or tuple(gradient.shape) != shape:
             # No shapes: how many samples there are is private.
-            have = "none" if gradient is None else "several" if not torch.is_tensor(gradient) else "one of another shape"
+            have = (
+                "none" if gradient is None else "several" if not torch.is_tensor(gradient) else "one of another shape"
+            )
             raise PrivacyError(
                 f"{name} has no gradient of each sample ({have} found): its module does not keep samples apart, "
                 "so no noise would make it private; leave it out of adapter.targets or adapter.heads"
@@ -136,10 +152,14 @@ class ClippedSum:
 
     def total(self) -> Tensor:
         """The sum as one fp64 vector on the CPU; zeros where no sample came."""
-        return torch.cat([
-            self._sums[name].cpu() if name in self._sums else torch.zeros(math.prod(getattr(p, "ds_shape", p.shape)), dtype=torch.float64)
-            for name, p in self.parameters.items()
-        ])
+        return torch.cat(
+            [
+                self._sums[name].cpu()
+                if name in self._sums
+                else torch.zeros(math.prod(getattr(p, "ds_shape", p.shape)), dtype=torch.float64)
+                for name, p in self.parameters.items()
+            ]
+        )
 
 
 def noised(total: Tensor, mechanism: Mechanism, noise: Stream | None) -> Tensor:
@@ -150,8 +170,15 @@ def noised(total: Tensor, mechanism: Mechanism, noise: Stream | None) -> Tensor:
 
 
 def private_step(
-    engine: Engine, hooks: SampleHooks, micro_batches: Sequence[dict], losses: Losses, lr: float, mechanism: Mechanism,
-    noise: Stream | None, check: bool, first: bool = False,
+    engine: Engine,
+    hooks: SampleHooks,
+    micro_batches: Sequence[dict],
+    losses: Losses,
+    lr: float,
+    mechanism: Mechanism,
+    noise: Stream | None,
+    check: bool,
+    first: bool = False,
 ) -> None:
     """One optimizer step on a Poisson batch, cut into micro-batches (none, when it is empty: then the step is noise alone).
 
@@ -179,9 +206,15 @@ def private_step(
         _check(gradients, got, before, engine.read(), first and mechanism.noise > 0 and lr > 0)
 
 
-def _check(wanted: dict[str, Tensor], got: dict[str, Tensor], before: dict[str, Tensor], after: dict[str, Tensor], noisy: bool) -> None:
+def _check(
+    wanted: dict[str, Tensor], got: dict[str, Tensor], before: dict[str, Tensor], after: dict[str, Tensor], noisy: bool
+) -> None:
     for name, gradient in wanted.items():
         if not torch.equal(got[name].reshape(-1).cpu(), gradient.reshape(-1).cpu()):
-            raise PrivacyError(f"the optimizer did not step on the private gradient of {name}: the run stops, since its noise was lost")
+            raise PrivacyError(
+                f"the optimizer did not step on the private gradient of {name}: the run stops, since its noise was lost"
+            )
         if noisy and torch.equal(before[name], after[name]):
-            raise PrivacyError(f"{name} did not move in a private step, whose noise moves everything that trains: the run stops (federation.lr may be too small to move an fp32 number)")
+            raise PrivacyError(
+                f"{name} did not move in a private step, whose noise moves everything that trains: the run stops (federation.lr may be too small to move an fp32 number)"
+            )

@@ -66,7 +66,10 @@ class Ledger:
         plan = self.plans[client]
         left = [*plan.before, plan.release(plan.steps)]
         for release in [*(e.release for e in self.entries.get(client, [])), more]:
-            found = next((r for r in left if (r.noise, r.rate) == (release.noise, release.rate) and r.steps >= release.steps), None)
+            found = next(
+                (r for r in left if (r.noise, r.rate) == (release.noise, release.rate) and r.steps >= release.steps),
+                None,
+            )
             if found is None:
                 return False
             left.remove(found)
@@ -98,7 +101,10 @@ class Ledger:
             return None
         values = json.loads(path.read_text())
         plans = {c: PrivacyPlan.from_dict(p) for c, p in values.pop("plans").items()}
-        entries = {c: [Entry(e["draw"], Release(**e["release"]), e["round"]) for e in es] for c, es in values.pop("entries").items()}
+        entries = {
+            c: [Entry(e["draw"], Release(**e["release"]), e["round"]) for e in es]
+            for c, es in values.pop("entries").items()
+        }
         return cls(**values, plans=plans, entries=entries)
 
 

@@ -52,7 +52,9 @@ class PrivacyPlan:
     def __post_init__(self):
         if self.unit not in UNITS or self.relation != RELATION or self.sampling != SAMPLING:
             raise ValueError(f"a plan is for {' or '.join(UNITS)}, {RELATION} and {SAMPLING} sampling")
-        if not (0 < self.delta < 1 and self.clip > 0 and self.expected > 0 and (self.budget is None or self.budget > 0)):
+        if not (
+            0 < self.delta < 1 and self.clip > 0 and self.expected > 0 and (self.budget is None or self.budget > 0)
+        ):
             raise ValueError("delta lies between 0 and 1; clip, the expected batch and the budget are above 0")
         self.release(self.steps)
 

@@ -86,7 +86,9 @@ def encode(values: np.ndarray, members: int) -> np.ndarray:
     so many members could wrap around, or that are not finite."""
     limit = 2.0 ** (63 - FRACTION) / members
     if not np.isfinite(values).all() or (np.abs(values) >= limit).any():
-        raise PrivacyError(f"a number to be summed securely is not below {limit:.3g} in size (times the client's weight): lower federation.lr, or use method.weights equal")
+        raise PrivacyError(
+            f"a number to be summed securely is not below {limit:.3g} in size (times the client's weight): lower federation.lr, or use method.weights equal"
+        )
     return np.rint(values * 2.0**FRACTION).astype(np.int64).view(np.uint64)
 
 
@@ -102,7 +104,9 @@ def split(secret: bytes, count: int, threshold: int, stream: Stream) -> list[int
     """Shamir's shares (1979) at 1 ... count: any `threshold` of them give the secret, fewer nothing."""
     polynomial = [int.from_bytes(secret, "big")]
     for _ in range(threshold - 1):
-        polynomial.append(int.from_bytes(stream.integers(10).tobytes(), "big") % PRIME)  # 640 bits: as good as uniform below 521
+        polynomial.append(
+            int.from_bytes(stream.integers(10).tobytes(), "big") % PRIME
+        )  # 640 bits: as good as uniform below 521
     shares = []
     for x in range(1, count + 1):
         value = 0
@@ -148,7 +152,11 @@ def _seed(key: Key, session: Session) -> bytes:
 
 def advertise(key: Key, session: Session) -> Advert:
     """A client's first message."""
-    return Advert(_public(_private(key, session, "mask")), _public(_private(key, session, "share")), hashlib.sha256(_seed(key, session)).digest())
+    return Advert(
+        _public(_private(key, session, "mask")),
+        _public(_private(key, session, "share")),
+        hashlib.sha256(_seed(key, session)).digest(),
+    )
 
 
 def share(key: Key, client: str, session: Session, adverts: Mapping[str, Advert]) -> dict[str, bytes]:
@@ -159,7 +167,9 @@ def share(key: Key, client: str, session: Session, adverts: Mapping[str, Advert]
     _check(key, client, session, adverts)
     order, mask = list(adverts), _private(key, session, "mask")
     parts = [
-        split(secret, len(order), session.threshold, key.stream("secure sum", "polynomial", purpose, session.name, *order))
+        split(
+            secret, len(order), session.threshold, key.stream("secure sum", "polynomial", purpose, session.name, *order)
+        )
         for purpose, secret in (("own mask", _seed(key, session)), ("mask", mask.private_bytes_raw()))
     ]
     own, sealed = _private(key, session, "share"), {}
@@ -189,7 +199,9 @@ def mask(key: Key, client: str, session: Session, adverts: Mapping[str, Advert],
     return masked
 
 
-def _pairwise(private: X25519PrivateKey, client: str, other: str, advert: Advert, session: Session, size: int) -> np.ndarray:
+def _pairwise(
+    private: X25519PrivateKey, client: str, other: str, advert: Advert, session: Session, size: int
+) -> np.ndarray:
     """The mask that `client` adds for `other`: the negative of what `other` adds for it."""
     drawn = Stream(_agreed(private, advert.mask, session, "mask")).integers(size)
     order = session.members.index
@@ -197,7 +209,12 @@ def _pairwise(private: X25519PrivateKey, client: str, other: str, advert: Advert
 
 
 def reveal(
-    key: Key, client: str, session: Session, adverts: Mapping[str, Advert], sealed: Mapping[str, bytes], sent: Sequence[str]
+    key: Key,
+    client: str,
+    session: Session,
+    adverts: Mapping[str, Advert],
+    sealed: Mapping[str, bytes],
+    sent: Sequence[str],
 ) -> dict[str, int]:
     """A client's fourth message: its share of the own mask of each client in `sent`, and of the pairwise key of each other that shared.
 
@@ -206,9 +223,13 @@ def reveal(
     """
     _check(key, client, session, adverts)
     if client not in sent:
-        raise PrivacyError(f"client '{client}' is said not to have sent its part of a secure sum, but is asked to open it: nothing is revealed")
+        raise PrivacyError(
+            f"client '{client}' is said not to have sent its part of a secure sum, but is asked to open it: nothing is revealed"
+        )
     if len(set(sent) & set(adverts)) < session.threshold:
-        raise PrivacyError(f"{len(set(sent) & set(adverts))} clients sent their part of a secure sum, and {session.threshold} are needed: nothing is revealed")
+        raise PrivacyError(
+            f"{len(set(sent) & set(adverts))} clients sent their part of a secure sum, and {session.threshold} are needed: nothing is revealed"
+        )
     own, shares = _private(key, session, "share"), {}
     for other in adverts:
         cipher = ChaCha20Poly1305(_agreed(own, adverts[other].share, session, "share", other, client))
@@ -224,13 +245,18 @@ def reveal(
 
 
 def unmask(
-    session: Session, advertised: Sequence[str], adverts: Mapping[str, Advert], masked: Mapping[str, np.ndarray],
+    session: Session,
+    advertised: Sequence[str],
+    adverts: Mapping[str, Advert],
+    masked: Mapping[str, np.ndarray],
     revealed: Mapping[str, Mapping[str, int]],
 ) -> np.ndarray:
     """The sum (uint64) of the vectors of `masked`, from the shares of at least `threshold` clients. `advertised`: to whom shares were dealt, in
     order; `adverts`: of those who shared. Raises PrivacyError for too few, and for shares that do not open what was advertised."""
     if len(revealed) < session.threshold:
-        raise PrivacyError(f"{len(revealed)} clients of a secure sum stayed to the end, and {session.threshold} are needed: the sum stays closed")
+        raise PrivacyError(
+            f"{len(revealed)} clients of a secure sum stayed to the end, and {session.threshold} are needed: the sum stays closed"
+        )
     if not masked:
         raise PrivacyError("nobody sent a part of the secure sum")
     points = {client: i + 1 for i, client in enumerate(advertised)}
@@ -244,13 +270,17 @@ def unmask(
     for client in masked:
         seed = opened(client)
         if hashlib.sha256(seed).digest() != adverts[client].own:
-            raise PrivacyError(f"the shares of client '{client}' open another mask than it advertised: the sum stays closed")
+            raise PrivacyError(
+                f"the shares of client '{client}' open another mask than it advertised: the sum stays closed"
+            )
         total += masked[client]
         total -= Stream(seed).integers(size)
     for gone in (c for c in adverts if c not in masked):
         private = X25519PrivateKey.from_private_bytes(opened(gone))
         if _public(private) != adverts[gone].mask:
-            raise PrivacyError(f"the shares of client '{gone}' open another key than it advertised: the sum stays closed")
+            raise PrivacyError(
+                f"the shares of client '{gone}' open another key than it advertised: the sum stays closed"
+            )
         for client in masked:  # take away what each added for the one that is gone
             total += _pairwise(private, gone, client, adverts[client], session, size)
     return total

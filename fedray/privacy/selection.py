@@ -45,15 +45,23 @@ def composed(runs: Sequence[Mapping[str, Sequence[Release]]], delta: float, spli
     that it may be dealt to, split by split; where those are more than MOST_WAYS, an upper bound of it."""
     if len(set(splits)) <= 1:
         clients = sorted({client for run in runs for client in run})
-        return {client: epsilon([release for run in runs for release in run.get(client, ())], delta) for client in clients}
+        return {
+            client: epsilon([release for run in runs for release in run.get(client, ())], delta) for client in clients
+        }
     together: dict[str, dict[str, list[Release]]] = {}
     for run, split in zip(runs, splits, strict=True):
         for client, releases in run.items():
             together.setdefault(split, {}).setdefault(client, []).extend(releases)
-    different = [list({tuple(releases): releases for releases in found.values()}.values()) for found in together.values()]
+    different = [
+        list({tuple(releases): releases for releases in found.values()}.values()) for found in together.values()
+    ]
     if math.prod(map(len, different)) > MOST_WAYS:
         return {ANY_CLIENT: epsilon([release for run in runs for release in dominating(run.values())], delta)}
-    return {ANY_CLIENT: max((epsilon(list(itertools.chain(*way)), delta) for way in itertools.product(*different)), default=0.0)}
+    return {
+        ANY_CLIENT: max(
+            (epsilon(list(itertools.chain(*way)), delta) for way in itertools.product(*different)), default=0.0
+        )
+    }
 
 
 #: So many ways of an example through the splits are gone through one by one.
@@ -98,7 +106,9 @@ def best_alone(releases: Sequence[Release], delta: float, stopping: str, expecte
     else:
         # epsilon'(l) = epsilon(l) + mu delta_l + log(mu) / (l - 1), where a run is (log(1 + 1/(l - 1)), delta_l)-DP.
         selected = [
-            value + expected * _delta_at(orders, curve, math.log1p(1 / (order - 1))) + max(0.0, math.log(expected)) / (order - 1)
+            value
+            + expected * _delta_at(orders, curve, math.log1p(1 / (order - 1)))
+            + max(0.0, math.log(expected)) / (order - 1)
             for order, value in zip(orders, curve, strict=True)
         ]
     for order, value in zip(orders, selected, strict=True):  # Canonne, Kamath, Steinke (2020), proposition 12
@@ -108,7 +118,10 @@ def best_alone(releases: Sequence[Release], delta: float, stopping: str, expecte
 
 def _delta_at(orders: Sequence[float], curve: Sequence[float], at: float) -> float:
     """The least delta for which the RDP curve gives (at, delta)-DP."""
-    logs = [(order - 1) * (value - at + math.log1p(-1 / order)) - math.log(order) for order, value in zip(orders, curve, strict=True)]
+    logs = [
+        (order - 1) * (value - at + math.log1p(-1 / order)) - math.log(order)
+        for order, value in zip(orders, curve, strict=True)
+    ]
     return min(1.0, math.exp(min(0.0, *logs)))
 
 

@@ -28,8 +28,15 @@ def plan_table(costs: Plan) -> Table:
         table.add_column(column, justify="left" if column in ("method", "exact") else "right")
     for i, c in enumerate(costs.costs):
         cells = (
-            c.method, c.exact, number(c.trainable), size(c.up), size(c.down), size(c.first_down), size(c.once) if c.once else "-",
-            size(c.run_up), size(c.run_down),
+            c.method,
+            c.exact,
+            number(c.trainable),
+            size(c.up),
+            size(c.down),
+            size(c.first_down),
+            size(c.once) if c.once else "-",
+            size(c.run_up),
+            size(c.run_down),
         )
         table.add_row(*cells, style="bold" if i == 0 else None)
     return table
@@ -40,11 +47,24 @@ def privacy_table(costs: Plan) -> Table:
     first = next(iter(costs.privacy.values()))
     title = f"privacy by {first.unit}, {first.relation}, delta {first.delta:g}; the signal is what clipped terms add up to when all agree"
     table = Table(title=title, title_justify="left")
-    for column in ("client", "rate", "steps", "clip", "noise multiplier", "epsilon, whole run", "signal to noise, a step at best"):
+    for column in (
+        "client",
+        "rate",
+        "steps",
+        "clip",
+        "noise multiplier",
+        "epsilon, whole run",
+        "signal to noise, a step at best",
+    ):
         table.add_column(column, justify="left" if column == "client" else "right")
     for client, own in costs.privacy.items():
         table.add_row(
-            client, f"{own.rate:g}", f"{own.steps}", f"{own.clip:g}", f"{own.noise:.4g}", f"{own.epsilon:.4g}",
+            client,
+            f"{own.rate:g}",
+            f"{own.steps}",
+            f"{own.clip:g}",
+            f"{own.noise:.4g}",
+            f"{own.epsilon:.4g}",
             f"{own.signal_to_noise(costs.costs[0].trainable):.3g}",
         )
     return table
@@ -53,7 +73,9 @@ def privacy_table(costs: Plan) -> Table:
 def print_plan(console: Console, costs: Plan, placement: str | None = None) -> None:
     """Model, memory, placement, and the table of methods."""
     memory = costs.memory
-    console.print(f"model    {costs.model}: {number(costs.base_parameters)} parameters, {costs.adapted_layers} layers adapted, {number(costs.heads)} in heads")
+    console.print(
+        f"model    {costs.model}: {number(costs.base_parameters)} parameters, {costs.adapted_layers} layers adapted, {number(costs.heads)} in heads"
+    )
     text = f"memory   about {size(memory.total)} a worker: base {size(memory.base)}, adapter and optimizer {size(memory.adapter_and_optimizer)}, activations {size(memory.activations)} (estimate)"
     if memory.host_copy_of_moved_layers:
         text += f"; and {size(memory.host_copy_of_moved_layers)} of host memory for the original weights"
@@ -63,7 +85,9 @@ def print_plan(console: Console, costs: Plan, placement: str | None = None) -> N
     console.print(plan_table(costs))
     if own := costs.costs[0].start_up:
         down = costs.costs[0].start_down
-        console.print(f"before round 1 each client sends {size(own)} and receives {size(down)} for the subspace; both are counted in the run")
+        console.print(
+            f"before round 1 each client sends {size(own)} and receives {size(down)} for the subspace; both are counted in the run"
+        )
     if costs.privacy:
         console.print(privacy_table(costs))
     if costs.clients > costs.cohort:
@@ -75,16 +99,40 @@ UNKNOWN_COUNTS = "privacy  noise and epsilon are planned when the clients have t
 
 def print_comparison(console: Console, results: list[Result]) -> None:
     """One line an entry; bytes are of the whole run, all clients."""
-    table = Table(title=f"final {results[0].row()['metric'].replace('_', ' ')}, {len(results[0].finals)} seeds", title_justify="left")
+    table = Table(
+        title=f"final {results[0].row()['metric'].replace('_', ' ')}, {len(results[0].finals)} seeds",
+        title_justify="left",
+    )
     rows = [result.row() for result in results]
     private = any(row["epsilon"] is not None for row in rows)
-    for column in ("method", "mean", "st. dev.", "seeds", "lr", "trains", "up", "down", "averaging would lose", "lost", *(("epsilon",) if private else ()), "s"):
+    for column in (
+        "method",
+        "mean",
+        "st. dev.",
+        "seeds",
+        "lr",
+        "trains",
+        "up",
+        "down",
+        "averaging would lose",
+        "lost",
+        *(("epsilon",) if private else ()),
+        "s",
+    ):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
         table.add_row(
-            row["method"], f"{row['mean']:.4f}", f"{row['st_dev']:.4f}", ", ".join(f"{v:.4f}" for v in row["finals"]),
-            f"{row['lr']:g}{' (edge)' if row['lr_at_edge_of_grid'] else ''}", f"{row['trainable_params']:,}", size(row["bytes_up"]),
-            size(row["bytes_down"]), share(row["aggregation_error"], ".1%"), share(row["exactness"], ".1e"), *((f"{row['epsilon']:.3g}",) if private else ()),
+            row["method"],
+            f"{row['mean']:.4f}",
+            f"{row['st_dev']:.4f}",
+            ", ".join(f"{v:.4f}" for v in row["finals"]),
+            f"{row['lr']:g}{' (edge)' if row['lr_at_edge_of_grid'] else ''}",
+            f"{row['trainable_params']:,}",
+            size(row["bytes_up"]),
+            size(row["bytes_down"]),
+            share(row["aggregation_error"], ".1%"),
+            share(row["exactness"], ".1e"),
+            *((f"{row['epsilon']:.3g}",) if private else ()),
             f"{row['seconds']:.0f}",
         )
     console.print(table)
@@ -102,27 +150,75 @@ def print_sweep(console: Console, out: Path, summary: dict[str, Any], rows: int 
     """The best points, what mattered, what all trials together have told, and where everything is."""
     points = pd.read_csv(out / "points.csv")
     maximise = summary["mode"] == "max"
-    knobs = [c for c in points.columns if c not in ("mean", "lowest", "highest", "seeds", "bytes", "epsilon", "seconds", "trial", "pareto_bytes", "pareto_epsilon")]
+    knobs = [
+        c
+        for c in points.columns
+        if c
+        not in (
+            "mean",
+            "lowest",
+            "highest",
+            "seeds",
+            "bytes",
+            "epsilon",
+            "seconds",
+            "trial",
+            "pareto_bytes",
+            "pareto_epsilon",
+        )
+    ]
     counts = ", ".join(f"{n} {status}" for status, n in summary["trials"].items())
     table = Table(title=f"{summary['objective'].replace('_', ' ')}, best first ({counts})", title_justify="left")
     private = points["epsilon"].map(math.isfinite).any()
-    for column in (*knobs, "mean", *(("lowest", "highest") if (points["seeds"] > 1).any() else ()), "moved", *(("epsilon",) if private else ()), "front"):
+    for column in (
+        *knobs,
+        "mean",
+        *(("lowest", "highest") if (points["seeds"] > 1).any() else ()),
+        "moved",
+        *(("epsilon",) if private else ()),
+        "front",
+    ):
         table.add_column(column, justify="left" if column in knobs or column == "front" else "right")
     for _, row in points.sort_values("mean", ascending=not maximise, kind="stable").head(rows).iterrows():
-        fronts = [name for name, there in (("bytes", row["pareto_bytes"]), ("epsilon", private and row["pareto_epsilon"])) if there]
+        fronts = [
+            name
+            for name, there in (("bytes", row["pareto_bytes"]), ("epsilon", private and row["pareto_epsilon"]))
+            if there
+        ]
         table.add_row(
-            *(f"{row[k]:g}" if isinstance(row[k], float) and not math.isnan(row[k]) else "-" if row[k] != row[k] else str(row[k]) for k in knobs), f"{row['mean']:.4f}",
-            *((f"{row['lowest']:.4f}", f"{row['highest']:.4f}") if (points["seeds"] > 1).any() else ()), size(row["bytes"]),
-            *(("none" if math.isinf(row["epsilon"]) else f"{row['epsilon']:.3g}",) if private else ()), ", ".join(fronts),
+            *(
+                f"{row[k]:g}"
+                if isinstance(row[k], float) and not math.isnan(row[k])
+                else "-"
+                if row[k] != row[k]
+                else str(row[k])
+                for k in knobs
+            ),
+            f"{row['mean']:.4f}",
+            *((f"{row['lowest']:.4f}", f"{row['highest']:.4f}") if (points["seeds"] > 1).any() else ()),
+            size(row["bytes"]),
+            *(("none" if math.isinf(row["epsilon"]) else f"{row['epsilon']:.3g}",) if private else ()),
+            ", ".join(fronts),
         )
     console.print(table)
     if summary["knobs"]:
-        console.print("what mattered: " + ", ".join(f"{knob} {part:.0%}" for knob, part in summary["knobs"].items()) + " of the variance of finished points", soft_wrap=True)
+        console.print(
+            "what mattered: "
+            + ", ".join(f"{knob} {part:.0%}" for knob, part in summary["knobs"].items())
+            + " of the variance of finished points",
+            soft_wrap=True,
+        )
     if privacy := summary["privacy"]:
         console.print(sweep_privacy(privacy), soft_wrap=True)
     if summary["best"]:
-        console.print(f"best: {summary['best']['trial']}, {summary['best']['final']:.4f}; fedray run --config {out / 'best.yaml'} makes it again", markup=False, soft_wrap=True)
-    console.print(f"written to {out}: trials.csv, trials.parquet, points.csv, effects.csv, summary.json, pictures", soft_wrap=True)
+        console.print(
+            f"best: {summary['best']['trial']}, {summary['best']['final']:.4f}; fedray run --config {out / 'best.yaml'} makes it again",
+            markup=False,
+            soft_wrap=True,
+        )
+    console.print(
+        f"written to {out}: trials.csv, trials.parquet, points.csv, effects.csv, summary.json, pictures", soft_wrap=True
+    )
 
 
 def sweep_privacy(privacy: dict[str, Any]) -> str:
@@ -160,8 +256,14 @@ class ConsoleListener:
     def __init__(self, console: Console):
         self.console = console
         self.progress_bar = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("clients"), TimeElapsedColumn(),
-            console=console, transient=True,
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("clients"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
         )
         self._task: Any = None
         self.metric = ""
@@ -178,7 +280,11 @@ class ConsoleListener:
         named = ", ".join(f"{n} ({counts[n]})" if shown else n for n in names[:7]) + (", ..." if len(names) > 7 else "")
         if config.privacy.on and config.siloed:
             self.console.print(UNKNOWN_COUNTS)
-        print_plan(self.console, plan(config, prepared.cohort, len(prepared.data.classes) or 2, units), prepared.placement.reason)
+        print_plan(
+            self.console,
+            plan(config, prepared.cohort, len(prepared.data.classes) or 2, units),
+            prepared.placement.reason,
+        )
         self.console.print(f"clients  {len(names)}{', with rows' if shown else ''}: {named}", soft_wrap=True)
         self.console.print(
             f"method   {config.method.name} on {config.adapter.kind} of rank {config.adapter.rank}, "
@@ -230,7 +336,10 @@ class ConsoleListener:
             after = summary["final_by_group"] | {"overall": summary["final"]}
             for name in rows:
                 table.add_row(
-                    name, f"{before[name]:.4f}", f"{after[name]:.4f}", f"{after[name] / before[name] - 1:+.1%}",
+                    name,
+                    f"{before[name]:.4f}",
+                    f"{after[name]:.4f}",
+                    f"{after[name] / before[name] - 1:+.1%}",
                     style="bold" if name == "overall" else None,
                 )
             self.console.print(table)
@@ -238,12 +347,14 @@ class ConsoleListener:
             self.console.print(f"held-out {self.metric}: {summary['initial']:.4f} before, {summary['final']:.4f} after")
         self.console.print(
             f"moved {size(summary['bytes_up'])} up and {size(summary['bytes_down'])} down in {summary['rounds']} rounds, "
-            f"{summary['wall_seconds']:.0f} s in all", soft_wrap=True,
+            f"{summary['wall_seconds']:.0f} s in all",
+            soft_wrap=True,
         )
         if summary["exactness"] is not None:
             self.console.print(
                 f"plain factor averaging (FedIT) would have lost up to {share(summary['aggregation_error'], '.2%')} of a round's update; "
-                f"{summary['method']} lost at most {summary['exactness']:.1e}", soft_wrap=True,
+                f"{summary['method']} lost at most {summary['exactness']:.1e}",
+                soft_wrap=True,
             )
         if summary["epsilon"] is not None:
             self.console.print(run_privacy(summary), soft_wrap=True)

@@ -44,7 +44,10 @@ def write_report(folder: Path) -> Path:
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable[int] = ()) -> str:
     right = set(numbers)
     cells = "".join(
-        "<tr>" + "".join(f"<td{' class=n' if i in right else ''}>{html.escape(str(c))}</td>" for i, c in enumerate(row)) + "</tr>" for row in rows
+        "<tr>"
+        + "".join(f"<td{' class=n' if i in right else ''}>{html.escape(str(c))}</td>" for i, c in enumerate(row))
+        + "</tr>"
+        for row in rows
     )
     names = "".join(f"<th{' class=n' if i in right else ''}>{html.escape(h)}</th>" for i, h in enumerate(head))
     return f"<table><tr>{names}</tr>{cells}</table>"
@@ -62,7 +65,10 @@ def _head(summary: dict | None, records: list[dict]) -> str:
         f"this method lost at most {share(summary['exactness'], '.1e')}.</p>"
     )
     if summary["final_by_group"]:
-        rows = [(g, f"{summary['initial_by_group'].get(g, float('nan')):.4f}", f"{v:.4f}") for g, v in summary["final_by_group"].items()]
+        rows = [
+            (g, f"{summary['initial_by_group'].get(g, float('nan')):.4f}", f"{v:.4f}")
+            for g, v in summary["final_by_group"].items()
+        ]
         text += _table(("group", "before", "after"), rows, (1, 2))
     return text
 
@@ -74,7 +80,11 @@ def _curves(summary: dict | None, records: list[dict]) -> str:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    metric = summary["metric"] if summary else next((m for r in records if r["metrics"] for m in TITLES if m in r["metrics"]), None)
+    metric = (
+        summary["metric"]
+        if summary
+        else next((m for r in records if r["metrics"] for m in TITLES if m in r["metrics"]), None)
+    )
     curves = []
     measured = [(r["round"], r["metrics"][metric]) for r in records if r["metrics"]] if metric else []
     if measured:
@@ -104,9 +114,15 @@ def _curves(summary: dict | None, records: list[dict]) -> str:
 def _rounds(records: list[dict]) -> str:
     rows = [
         (
-            r["round"], ", ".join(r["cohort"]) if r["cohort"] is not None else "(a secret)", "; ".join(f"{d['client']}: {d['reason']}" for d in r["dropped"]),
-            f"{r['train_loss']:.4f}" if r["train_loss"] is not None else "-", size(r["bytes_up"]), size(r["bytes_down"]),
-            share(r["aggregation_error"], ".2%"), share(r["exactness"], ".1e"), f"{sum(r['seconds'].values()):.1f}",
+            r["round"],
+            ", ".join(r["cohort"]) if r["cohort"] is not None else "(a secret)",
+            "; ".join(f"{d['client']}: {d['reason']}" for d in r["dropped"]),
+            f"{r['train_loss']:.4f}" if r["train_loss"] is not None else "-",
+            size(r["bytes_up"]),
+            size(r["bytes_down"]),
+            share(r["aggregation_error"], ".2%"),
+            share(r["exactness"], ".1e"),
+            f"{sum(r['seconds'].values()):.1f}",
         )
         for r in records
     ]
@@ -128,18 +144,39 @@ def _privacy(told: dict) -> str:
         f"Accountant: {html.escape(given['accountant'])}.</p>"
     )
     releases = {c: len(e) for c, e in told["releases"].items()}
-    rows = [(c, f"{e:.4g}", given["budget"] or "none", releases.get(c, releases.get("(every client)", 0))) for c, e in given["epsilon_by_client"].items()]
+    rows = [
+        (c, f"{e:.4g}", given["budget"] or "none", releases.get(c, releases.get("(every client)", 0)))
+        for c, e in given["epsilon_by_client"].items()
+    ]
     text += _table(("client", "epsilon spent", "budget", "releases"), rows, (1, 2, 3))
     plans = [
-        (c, f"{p['rate']:g}", f"{p['clip']:g}", f"{p['noise']:.4g}", p["steps"], f"{p['delta']:g}",
-         "; ".join(f"{b['what']}: noise {b['noise']:.4g}, rate {b['rate']:g}, {b['steps']} times" for b in p["before"]) or "-")
+        (
+            c,
+            f"{p['rate']:g}",
+            f"{p['clip']:g}",
+            f"{p['noise']:.4g}",
+            p["steps"],
+            f"{p['delta']:g}",
+            "; ".join(
+                f"{b['what']}: noise {b['noise']:.4g}, rate {b['rate']:g}, {b['steps']} times" for b in p["before"]
+            )
+            or "-",
+        )
         for c, p in told["plans"].items()
     ]
-    text += "<h2>Mechanisms</h2>" + _table(("client", "rate", "clip", "noise multiplier", "steps", "delta", "before training"), plans, range(1, 6))
+    text += "<h2>Mechanisms</h2>" + _table(
+        ("client", "rate", "clip", "noise multiplier", "steps", "delta", "before training"), plans, range(1, 6)
+    )
     left = [(e["what"], e["when"], e["guarantee"], e["place"]) for e in told["left_each_client"]]
-    text += "<h2>What left each client</h2>" + _table(("what", "when", "under which guarantee", "where in the code"), left)
+    text += "<h2>What left each client</h2>" + _table(
+        ("what", "when", "under which guarantee", "where in the code"), left
+    )
     missing = sorted(told["not_guaranteed"], key=lambda e: ("high", "medium", "low").index(e["severity"]))
     listed = "".join(
-        f"<tr><td class={e['severity']}>{e['severity']}</td><td>{html.escape(e['what'])}</td><td>{html.escape(e['place'])}</td></tr>" for e in missing
+        f"<tr><td class={e['severity']}>{e['severity']}</td><td>{html.escape(e['what'])}</td><td>{html.escape(e['place'])}</td></tr>"
+        for e in missing
     )
-    return text + f"<h2>What is not guaranteed</h2><table><tr><th>severity</th><th>what</th><th>where in the code</th></tr>{listed}</table>"
+    return (
+        text
+        + f"<h2>What is not guaranteed</h2><table><tr><th>severity</th><th>what</th><th>where in the code</th></tr>{listed}</table>"
+    )

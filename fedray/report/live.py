@@ -69,7 +69,11 @@ class LiveTable(tune.Callback):
     def _row(self, trial: Any) -> dict[str, Any]:
         if trial.trial_id not in self.seen:
             listed = trial.config.get("trial")
-            name = listed["name"] if listed else f"{trial.trial_id} " + ", ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in trial.config.items())
+            name = (
+                listed["name"]
+                if listed
+                else f"{trial.trial_id} " + ", ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in trial.config.items())
+            )
             self.seen[trial.trial_id] = {"name": name, "state": "waiting"}
         return self.seen[trial.trial_id]
 
@@ -79,7 +83,11 @@ class LiveTable(tune.Callback):
         if not self.console.is_terminal:
             ended = sum(r["state"] in ENDED for r in self.seen.values())
             value = f"{row['objective']:.4f} after round {row['round']}" if "objective" in row else "no result"
-            self.console.print(f"[{ended}/{max(self.count, len(self.seen))}] {row['name']}  {state}: {value}", markup=False, soft_wrap=True)
+            self.console.print(
+                f"[{ended}/{max(self.count, len(self.seen))}] {row['name']}  {state}: {value}",
+                markup=False,
+                soft_wrap=True,
+            )
         self._show()
 
     def _show(self) -> None:
@@ -99,11 +107,22 @@ class LiveTable(tune.Callback):
             table.add_column(column, justify="left" if column in ("trial", "") else "right", no_wrap=column != "trial")
         # Those that run, then the best of those that ended: always as many lines as fit.
         running = [r for r in rows if r["state"] == "running"]
-        rest = sorted((r for r in rows if r["state"] in ENDED), key=lambda r: (-1 if self.maximise else 1) * r.get("objective", float("-inf") if self.maximise else float("inf")))
+        rest = sorted(
+            (r for r in rows if r["state"] in ENDED),
+            key=lambda r: (
+                (-1 if self.maximise else 1) * r.get("objective", float("-inf") if self.maximise else float("inf"))
+            ),
+        )
         for row in [*running, *rest][: self.rows]:
             table.add_row(
-                Text(row["name"]), row["state"], f"{row.get('round', '-')}", f"{row['objective']:.4f}" if "objective" in row else "-",
-                size(row["bytes"]) if "bytes" in row else "-", f"{row['epsilon']:.3g}" if row.get("epsilon") is not None else "-",
+                Text(row["name"]),
+                row["state"],
+                f"{row.get('round', '-')}",
+                f"{row['objective']:.4f}" if "objective" in row else "-",
+                size(row["bytes"]) if "bytes" in row else "-",
+                f"{row['epsilon']:.3g}" if row.get("epsilon") is not None else "-",
             )
-        words = ", ".join(f"{n} {state}" for state, n in states.items() if n) + f"; {time.monotonic() - self._began:.0f} s"
+        words = (
+            ", ".join(f"{n} {state}" for state, n in states.items() if n) + f"; {time.monotonic() - self._began:.0f} s"
+        )
         return Group(table, Text(words))

@@ -22,7 +22,20 @@ from fedray.report.words import TITLES
 from fedray.sweep import settings, told
 
 #: Beside the knobs, the columns of the table of trials.
-COLUMNS = ("trial", "status", "seed", "rounds", "objective", "bytes", "epsilon", "delta", "exactness", "aggregation_error", "trainable_params", "seconds")
+COLUMNS = (
+    "trial",
+    "status",
+    "seed",
+    "rounds",
+    "objective",
+    "bytes",
+    "epsilon",
+    "delta",
+    "exactness",
+    "aggregation_error",
+    "trainable_params",
+    "seconds",
+)
 
 
 def read_sweep_folder(out: Path) -> dict[str, Any]:
@@ -38,11 +51,21 @@ def trials_table(out: Path) -> pd.DataFrame:
     all clients both ways, of finished trials start included; objective of the last evaluated round. Raises ConfigError as `read_sweep_folder`."""
     kept, rows = read_sweep_folder(out), []
     listed = {t["name"]: t["values"] for t in kept["trials"]}
-    begun = {p.stem: json.loads(p.read_text())["values"] for p in sorted((out / "trials").glob("*.json")) if not p.name.endswith(".failed.json")} if (out / "trials").is_dir() else {}
+    begun = (
+        {
+            p.stem: json.loads(p.read_text())["values"]
+            for p in sorted((out / "trials").glob("*.json"))
+            if not p.name.endswith(".failed.json")
+        }
+        if (out / "trials").is_dir()
+        else {}
+    )
     for name, values in sorted((listed | begun).items()):
         point = {k: v for k, v in values.items() if k != "seed"}
         knobs = {k: ",".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in settings(point).items()}
-        rows.append({**knobs, **_outcome(out / "trials", name, kept["objective"]), "trial": name, "seed": values["seed"]})
+        rows.append(
+            {**knobs, **_outcome(out / "trials", name, kept["objective"]), "trial": name, "seed": values["seed"]}
+        )
     table = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
     knobs = [c for c in table.columns if c not in COLUMNS]
     return table[[*knobs, *COLUMNS]]
@@ -53,7 +76,17 @@ def _outcome(folder: Path, name: str, objective: str) -> dict[str, Any]:
     run, failed = folder / name, folder / f"{name}.failed.json"
     records = read_rounds(run)
     stopped = (folder / f"{name}.stopped").exists()
-    found["status"] = "failed" if failed.is_file() else "finished" if (run / "summary.json").is_file() else "stopped" if stopped else "unfinished" if records else "unstarted"
+    found["status"] = (
+        "failed"
+        if failed.is_file()
+        else "finished"
+        if (run / "summary.json").is_file()
+        else "stopped"
+        if stopped
+        else "unfinished"
+        if records
+        else "unstarted"
+    )
     evaluated = [r for r in records if r["metrics"]]
     found["rounds"] = len(records)
     if evaluated:
@@ -66,7 +99,11 @@ def _outcome(folder: Path, name: str, objective: str) -> dict[str, Any]:
         found["seconds"] = sum(sum(r["seconds"].values()) for r in records)
     if found["status"] == "finished":
         summary = json.loads((run / "summary.json").read_text())
-        found |= {"bytes": summary["bytes_up"] + summary["bytes_down"], "epsilon": summary["epsilon"], "delta": summary["delta"]}
+        found |= {
+            "bytes": summary["bytes_up"] + summary["bytes_down"],
+            "epsilon": summary["epsilon"],
+            "delta": summary["delta"],
+        }
         found["trainable_params"] = summary["trainable_params"]
     if found["epsilon"] is None and records and not records[-1]["epsilon"]:
         found["epsilon"] = math.inf  # no privacy: nothing bounds what it tells
@@ -79,12 +116,25 @@ def points_table(trials: pd.DataFrame, seeds: int, single: bool = False) -> pd.D
     knobs = [*knobs_of(trials), *(("trial",) if single else ())]
     done = trials[trials["status"] == "finished"]
     if done.empty:
-        return pd.DataFrame(columns=[*knobs, "mean", "lowest", "highest", "seeds", "bytes", "epsilon", "seconds", "trial"])
+        return pd.DataFrame(
+            columns=[*knobs, "mean", "lowest", "highest", "seeds", "bytes", "epsilon", "seconds", "trial"]
+        )
     grouped = done.groupby(knobs, dropna=False, sort=False)
-    table = grouped.agg(
-        mean=("objective", "mean"), lowest=("objective", "min"), highest=("objective", "max"), seeds=("seed", "nunique"),
-        bytes=("bytes", "mean"), epsilon=("epsilon", "max"), seconds=("seconds", "median"), name=("trial", "first"),
-    ).reset_index().drop(columns="trial", errors="ignore").rename(columns={"name": "trial"})
+    table = (
+        grouped.agg(
+            mean=("objective", "mean"),
+            lowest=("objective", "min"),
+            highest=("objective", "max"),
+            seeds=("seed", "nunique"),
+            bytes=("bytes", "mean"),
+            epsilon=("epsilon", "max"),
+            seconds=("seconds", "median"),
+            name=("trial", "first"),
+        )
+        .reset_index()
+        .drop(columns="trial", errors="ignore")
+        .rename(columns={"name": "trial"})
+    )
     return table[table["seeds"] == seeds].reset_index(drop=True)
 
 
@@ -117,7 +167,10 @@ def tied(kept: dict[str, Any]) -> set[str]:
 def pareto(points: pd.DataFrame, cost: str, maximise: bool) -> pd.Series:
     """True for points that no other beats in the objective without a higher cost, or in cost without a worse objective."""
     value = points["mean"] if maximise else -points["mean"]
-    worse = [((value >= v) & (points[cost] <= c) & ((value > v) | (points[cost] < c))).any() for v, c in zip(value, points[cost], strict=True)]
+    worse = [
+        ((value >= v) & (points[cost] <= c) & ((value > v) | (points[cost] < c))).any()
+        for v, c in zip(value, points[cost], strict=True)
+    ]
     return ~pd.Series(worse, index=points.index, dtype=bool)
 
 
@@ -129,8 +182,18 @@ def effects(points: pd.DataFrame, knobs: Sequence[str]) -> pd.DataFrame:
         groups = points.groupby(worded(points[knob]), sort=False)["mean"]
         between = sum(len(g) * (g.mean() - points["mean"].mean()) ** 2 for _, g in groups)
         for value, g in groups:
-            rows.append({"knob": knob, "value": value, "mean": g.mean(), "points": len(g), "variance_share": between / total if total > 0 else 0.0})
-    return pd.DataFrame(rows, columns=["knob", "value", "mean", "points", "variance_share"]).sort_values(["variance_share", "knob"], ascending=[False, True], kind="stable")
+            rows.append(
+                {
+                    "knob": knob,
+                    "value": value,
+                    "mean": g.mean(),
+                    "points": len(g),
+                    "variance_share": between / total if total > 0 else 0.0,
+                }
+            )
+    return pd.DataFrame(rows, columns=["knob", "value", "mean", "points", "variance_share"]).sort_values(
+        ["variance_share", "knob"], ascending=[False, True], kind="stable"
+    )
 
 
 def privacy_of(out: Path) -> dict[str, Any]:
@@ -148,14 +211,19 @@ def privacy_of(out: Path) -> dict[str, Any]:
         return {}  # no trial has released anything yet
     bare = sum(not c.privacy.on for c in configs)
     found: dict[str, Any] = {
-        "composed": composed(runs, delta, splits) if not bare else {ANY_CLIENT: math.inf}, "delta": delta, "trials": len(runs), "without_privacy": bare,
+        "composed": composed(runs, delta, splits) if not bare else {ANY_CLIENT: math.inf},
+        "delta": delta,
+        "trials": len(runs),
+        "without_privacy": bare,
         "unit": next(c.privacy.unit for c in configs if c.privacy.on),
         "void": any(ledger.fixed for ledger in ledgers if ledger is not None),
         "budget": configs[0].privacy.sweep_epsilon,
     }
     if kept["random_stopping"]:
         stopping, expected = kept["random_stopping"]
-        found["best_alone"] = best_alone(dominating(dominating(run.values()) for run in runs), delta, stopping, expected)
+        found["best_alone"] = best_alone(
+            dominating(dominating(run.values()) for run in runs), delta, stopping, expected
+        )
         found["random_stopping"] = {"distribution": stopping, "mean": expected}
     return found
 
@@ -169,7 +237,9 @@ def best_of(points: pd.DataFrame, maximise: bool) -> pd.Series | None:
 
 def reproducible(config: Config) -> Config:
     """The config of a trial as `fedray run --config` makes it again: without its run directory and what the sweep shared."""
-    return config.model_copy(update={"output": OutputSection(), "worker": config.worker.model_copy(update={"cache": None})})
+    return config.model_copy(
+        update={"output": OutputSection(), "worker": config.worker.model_copy(update={"cache": None})}
+    )
 
 
 def write_sweep(out: Path) -> dict[str, Any]:
@@ -195,15 +265,28 @@ def write_sweep(out: Path) -> dict[str, Any]:
     if best is not None:
         run = out / "trials" / best["trial"]
         (out / "best.yaml").write_text(reproducible(read_run_config(run)).to_yaml())
-        told_best = {"trial": best["trial"], "mean": best["mean"], "seeds": int(best["seeds"]), "final": json.loads((run / "summary.json").read_text())["final"]}
-    for name, draw in (("pareto_bytes", _pareto_picture("bytes")), ("pareto_epsilon", _pareto_picture("epsilon")), ("effects", effects_picture)):
+        told_best = {
+            "trial": best["trial"],
+            "mean": best["mean"],
+            "seeds": int(best["seeds"]),
+            "final": json.loads((run / "summary.json").read_text())["final"],
+        }
+    for name, draw in (
+        ("pareto_bytes", _pareto_picture("bytes")),
+        ("pareto_epsilon", _pareto_picture("epsilon")),
+        ("effects", effects_picture),
+    ):
         if not points.empty and (name != "pareto_epsilon" or points["epsilon"].map(math.isfinite).any()):
             figure = draw(points, found, knobs, kept)
             figure.savefig(out / f"{name}.png", dpi=130)
             _close(figure)
     summary = {
-        "space": kept["space"], "objective": kept["objective"], "mode": kept["mode"],
-        "trials": trials["status"].value_counts().to_dict(), "left_out": kept["left_out"], "best": told_best,
+        "space": kept["space"],
+        "objective": kept["objective"],
+        "mode": kept["mode"],
+        "trials": trials["status"].value_counts().to_dict(),
+        "left_out": kept["left_out"],
+        "best": told_best,
         "knobs": found.drop_duplicates("knob").set_index("knob")["variance_share"].to_dict() if not found.empty else {},
         "privacy": privacy_of(out),
     }
@@ -213,7 +296,9 @@ def write_sweep(out: Path) -> dict[str, Any]:
 
 def _plain(table: pd.DataFrame) -> pd.DataFrame:
     """Columns of mixed values as words: parquet has one type a column."""
-    mixed = [c for c in table.columns if table[c].map(type).nunique() > 1 and not pd.api.types.is_numeric_dtype(table[c])]
+    mixed = [
+        c for c in table.columns if table[c].map(type).nunique() > 1 and not pd.api.types.is_numeric_dtype(table[c])
+    ]
     return table.assign(**{c: table[c].map(lambda v: None if v is None else str(v)) for c in mixed})
 
 
@@ -254,7 +339,11 @@ def _title(kept: dict[str, Any]) -> str:
 def _method_of(points: pd.DataFrame) -> tuple[str, pd.Series]:
     """The knob that colours the points: the method where it varies, else the first."""
     knob = next((k for k in ("entry", "method.name", "adapter.kind") if k in points.columns), None)
-    knob = knob or next(c for c in points.columns if c not in ("mean", "lowest", "highest", "seeds", "bytes", "epsilon", "seconds", "trial"))
+    knob = knob or next(
+        c
+        for c in points.columns
+        if c not in ("mean", "lowest", "highest", "seeds", "bytes", "epsilon", "seconds", "trial")
+    )
     return knob, worded(points[knob])
 
 
@@ -270,7 +359,18 @@ def _pareto_picture(cost: str) -> Draw:
         for i, name in enumerate(names):
             own = points[methods == name]
             error = [own["mean"] - own["lowest"], own["highest"] - own["mean"]]
-            axes.errorbar(x[own.index], own["mean"], yerr=error, fmt=markers[i % len(markers)], color=f"C{i % 10}", capsize=2, ms=5, lw=1, alpha=0.75, label=name)
+            axes.errorbar(
+                x[own.index],
+                own["mean"],
+                yerr=error,
+                fmt=markers[i % len(markers)],
+                color=f"C{i % 10}",
+                capsize=2,
+                ms=5,
+                lw=1,
+                alpha=0.75,
+                label=name,
+            )
         front = points[points[f"pareto_{cost}"]].sort_values([cost, "mean"])
         axes.plot(x[front.index], front["mean"], color="0.35", lw=1, zorder=0, label="Pareto front")
         if cost == "bytes":
@@ -292,7 +392,9 @@ def _pareto_picture(cost: str) -> Draw:
         axes.grid(alpha=0.3, axis="both" if cost == "bytes" else "y")
         low, high = axes.get_ylim()
         axes.set_ylim(low, high + 0.12 * (high - low))  # room for the names
-        _name_front(axes, x, points, front, [k for k in knobs if k != knob and (cost == "bytes" or k != "privacy.epsilon")])
+        _name_front(
+            axes, x, points, front, [k for k in knobs if k != knob and (cost == "bytes" or k != "privacy.epsilon")]
+        )
         axes.legend(title=knob, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
         return figure
 
@@ -328,11 +430,27 @@ def _name_front(axes, x: pd.Series, points: pd.DataFrame, front: pd.DataFrame, k
         low, high = (axes.transData.transform((x[index], row[end])) for end in ("lowest", "highest"))
         taken.append(Bbox([[low[0] - 7, low[1] - 7], [high[0] + 7, high[1] + 7]]))
     for index, row in front.iterrows():
-        words = ", ".join(f"{k.rsplit('.', 1)[-1]}={value}" for k, value in zip(knobs, worded(row[list(knobs)]), strict=True))
-        behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}  # the front's line may pass there
+        words = ", ".join(
+            f"{k.rsplit('.', 1)[-1]}={value}" for k, value in zip(knobs, worded(row[list(knobs)]), strict=True)
+        )
+        behind = {
+            "facecolor": "white",
+            "edgecolor": "none",
+            "alpha": 0.85,
+            "pad": 0.8,
+        }  # the front's line may pass there
         lead = {"arrowstyle": "-", "color": "0.6", "lw": 0.6, "shrinkA": 0, "shrinkB": 3}
         note = axes.annotate(
-            words, (x[index], row["highest"]), (0, 8), textcoords="offset points", fontsize=7.5, color="0.2", ha="center", va="bottom", bbox=behind, arrowprops=lead
+            words,
+            (x[index], row["highest"]),
+            (0, 8),
+            textcoords="offset points",
+            fontsize=7.5,
+            color="0.2",
+            ha="center",
+            va="bottom",
+            bbox=behind,
+            arrowprops=lead,
         )
         for step in range(40):
             note.set_position((0, 8 + 4 * step))
@@ -356,7 +474,9 @@ def effects_picture(points: pd.DataFrame, found: pd.DataFrame, knobs: Sequence[s
     order = list(dict.fromkeys(found["knob"]))
     columns = min(3, len(order))
     lines = math.ceil(len(order) / columns)
-    figure, panels = pyplot.subplots(lines, columns, figsize=(4.2 * columns, 3.6 * lines), layout="constrained", sharey=True, squeeze=False)
+    figure, panels = pyplot.subplots(
+        lines, columns, figsize=(4.2 * columns, 3.6 * lines), layout="constrained", sharey=True, squeeze=False
+    )
     for i, panel in enumerate(panels.flat):
         if i >= len(order):
             panel.set_axis_off()
@@ -367,9 +487,17 @@ def effects_picture(points: pd.DataFrame, found: pd.DataFrame, knobs: Sequence[s
             each = points[worded(points[order[i]]) == value]["mean"]
             panel.plot([j] * len(each), each, "o", color="C0", alpha=0.3, ms=4)
         # A line only between values that have an order.
-        panel.plot(range(len(values)), own["mean"], "-D" if pd.api.types.is_numeric_dtype(points[order[i]]) else "D", color="C3", ms=5)
+        panel.plot(
+            range(len(values)),
+            own["mean"],
+            "-D" if pd.api.types.is_numeric_dtype(points[order[i]]) else "D",
+            color="C3",
+            ms=5,
+        )
         crowded = sum(map(len, values)) > 28
-        panel.set_xticks(range(len(values)), values, rotation=35 if crowded else 0, ha="right" if crowded else "center", fontsize=8)
+        panel.set_xticks(
+            range(len(values)), values, rotation=35 if crowded else 0, ha="right" if crowded else "center", fontsize=8
+        )
         panel.set_title(f"{order[i]}: {own['variance_share'].iloc[0]:.0%} of the variance", fontsize=9)
         panel.margins(x=0.15)
         panel.grid(alpha=0.3)

@@ -102,10 +102,14 @@ class MLflow(Tracker):
     def open(self, config: Config, folder: Path) -> None:
         from mlflow import MlflowClient
 
-        self._client = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}")
+        self._client = MlflowClient(
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+        )
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "fedray")
         experiment = self._client.get_experiment_by_name(name)
-        self._run = self._client.create_run(experiment.experiment_id if experiment else self._client.create_experiment(name), run_name=folder.name).info.run_id
+        self._run = self._client.create_run(
+            experiment.experiment_id if experiment else self._client.create_experiment(name), run_name=folder.name
+        ).info.run_id
         for key, value in flat(config.model_dump(mode="json")).items():
             self._client.log_param(self._run, key, str(value)[:500])
 
@@ -127,7 +131,12 @@ class WandB(Tracker):
     def open(self, config: Config, folder: Path) -> None:
         import wandb
 
-        self._own = wandb.init(project=os.environ.get("WANDB_PROJECT", "fedray"), name=folder.name, dir=str(folder), config=flat(config.model_dump(mode="json")))
+        self._own = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "fedray"),
+            name=folder.name,
+            dir=str(folder),
+            config=flat(config.model_dump(mode="json")),
+        )
 
     def log(self, round: int, values: dict[str, float]) -> None:
         self._own.log(values, step=round)

@@ -9,7 +9,13 @@ def size(count: float) -> str:
     """Bytes for a person: 1024-based, three digits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+            return (
+                f"{count:.0f} {unit}"
+                if unit == "B"
+                else f"{count:.3g} {unit}"
+                if count < 1000
+                else f"{count:.0f} {unit}"
+            )
         count /= 1024
     raise AssertionError("unreachable")
 

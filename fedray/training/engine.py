@@ -246,7 +246,9 @@ class DeepSpeedEngine:
             self.backward(0.0 * self.forward(self._dummy).sum(), True)
         for name, parameter in self.parameters.items():
             self._fragments.safe_set_full_grad(parameter, gradients[name])
-        held = {name: self._fragments.safe_get_full_grad(parameter).clone() for name, parameter in self.parameters.items()}
+        held = {
+            name: self._fragments.safe_get_full_grad(parameter).clone() for name, parameter in self.parameters.items()
+        }
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
         self._has_gradients = False
@@ -303,7 +305,11 @@ def _deepspeed(device: torch.device):
 
 
 def make_engine(
-    model: nn.Module, parameters: Parameters, federation: FederationSection, worker: WorkerSection, private: bool = False
+    model: nn.Module,
+    parameters: Parameters,
+    federation: FederationSection,
+    worker: WorkerSection,
+    private: bool = False,
 ) -> StepEngine:
     """The engine that `worker.backend` and `worker.zero_stage` ask for. `private`: clipping and micro-batches are `private_step`'s."""
     if private:

@@ -86,7 +86,9 @@ def sample(examples: int, batch: int, step: int, *seed: str | int) -> list[int]:
 class LocalTrainer:
     """Trains and evaluates on one device. `threads`: PyTorch's CPU threads, part of what fixes the bits. `reads`: as `load_data` takes it."""
 
-    def __init__(self, config: Config, device: str, threads: int, data: FederatedData | None = None, reads: Sequence[str] = ()):
+    def __init__(
+        self, config: Config, device: str, threads: int, data: FederatedData | None = None, reads: Sequence[str] = ()
+    ):
         torch.set_num_threads(threads)
         self.config, self.device = config, torch.device(device)
         self.data = data if data is not None else load_data(config, reads)
@@ -123,9 +125,13 @@ class LocalTrainer:
             examples = self.examples("train", client)
         else:
             if ("public", "") not in self._encoded:
-                self._encoded["public", ""] = encode(self.task, public_data(self.config, self.data), self.config.worker.cache)
+                self._encoded["public", ""] = encode(
+                    self.task, public_data(self.config, self.data), self.config.worker.cache
+                )
             examples = self._encoded["public", ""]
-        order = torch.randperm(len(examples), generator=seeding.generator(self.config.seed, "subspace", client or "public"))
+        order = torch.randperm(
+            len(examples), generator=seeding.generator(self.config.seed, "subspace", client or "public")
+        )
         return [examples[i] for i in order[:count].tolist()]
 
     def examples(self, part: str, client: str = "") -> Encoded:
@@ -137,14 +143,21 @@ class LocalTrainer:
             dataset = held[client]
             encoded = encode(self.task, dataset, self.config.worker.cache)
             if not encoded:
-                raise ValueError(f"{f'client {client!r}: ' if client and part != 'train' else ''}its {part} data holds no text of at least two tokens")
+                raise ValueError(
+                    f"{f'client {client!r}: ' if client and part != 'train' else ''}its {part} data holds no text of at least two tokens"
+                )
             if part != "train":  # similar lengths together: less padding, and a fixed order
                 encoded = encoded.by_length()
             self._encoded[part, client] = encoded
         return self._encoded[part, client]
 
     def train(
-        self, view: View, client: str, round: int, optimizer_state: dict[str, Tensor] | None = None, base_key: Any = None,
+        self,
+        view: View,
+        client: str,
+        round: int,
+        optimizer_state: dict[str, Tensor] | None = None,
+        base_key: Any = None,
         private: Private | None = None,
     ) -> LocalResult:
         """Take the client's local steps of a round (from 0) from what was broadcast; with DP-SGD where they are private."""
@@ -157,23 +170,31 @@ class LocalTrainer:
         kept_of = engine.optimizer_state if config.keep_optimizer else dict
         if private is not None:
             self._private_steps(config, examples, round, private)
-            return LocalResult(engine.read(), len(examples), None, kept_of(), self._base_lost, time.monotonic() - started)
+            return LocalResult(
+                engine.read(), len(examples), None, kept_of(), self._base_lost, time.monotonic() - started
+            )
         with self._profiled(client, round):
             losses = self._steps(engine, config, examples, client, round)
         loss = math.fsum(losses) / len(losses)
         return LocalResult(engine.read(), len(examples), loss, kept_of(), self._base_lost, time.monotonic() - started)
 
-    def _steps(self, engine: StepEngine, config: FederationSection, examples: Sequence[Example], client: str, round: int) -> list[float]:
+    def _steps(
+        self, engine: StepEngine, config: FederationSection, examples: Sequence[Example], client: str, round: int
+    ) -> list[float]:
         losses = []
         for step in range(config.local_steps):
-            picked = sample(len(examples), config.batch_size, round * config.local_steps + step, self.config.seed, "data", client)
+            picked = sample(
+                len(examples), config.batch_size, round * config.local_steps + step, self.config.seed, "data", client
+            )
             size = config.micro_batch
             if config.accumulate > 1:  # micro-batches of similar lengths: less padding, the same examples in the batch
                 picked.sort(key=lambda i: len(examples[i].input_ids))
             micro = [self._batch([examples[i] for i in picked[j : j + size]]) for j in range(0, len(picked), size)]
             losses.append(engine.step(micro, self.task.loss, learning_rate(config, round, step)))
             if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"the loss became {losses[-1]} at local step {step + 1} of round {round + 1}: lower federation.lr")
+                raise FloatingPointError(
+                    f"the loss became {losses[-1]} at local step {step + 1} of round {round + 1}: lower federation.lr"
+                )
         return losses
 
     @contextlib.contextmanager
@@ -182,31 +203,52 @@ class LocalTrainer:
         if self.config.worker.profile != f"{client}:{round + 1}":
             yield
             return
-        kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
+        kinds = [torch.profiler.ProfilerActivity.CPU] + (
+            [torch.profiler.ProfilerActivity.CUDA] if self.device.type == "cuda" else []
+        )
         with torch.profiler.profile(activities=kinds, record_shapes=True, profile_memory=True) as profiler:
             yield
         folder = Path(self.config.output.dir) / "profile"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(folder / f"{urllib.parse.quote(client, safe=' ')}-round-{round + 1}.json.gz"))
-        except OSError as error:  # a worker's machine may not have the run directory; that is no reason to lose the round
-            logging.getLogger("fedray").warning("the trace of worker.profile could not be written to %s: %s", folder, error)
+            profiler.export_chrome_trace(
+                str(folder / f"{urllib.parse.quote(client, safe=' ')}-round-{round + 1}.json.gz")
+            )
+        except (
+            OSError
+        ) as error:  # a worker's machine may not have the run directory; that is no reason to lose the round
+            logging.getLogger("fedray").warning(
+                "the trace of worker.profile could not be written to %s: %s", folder, error
+            )
 
-    def _private_steps(self, config: FederationSection, examples: Sequence[Example], round: int, private: Private) -> None:
+    def _private_steps(
+        self, config: FederationSection, examples: Sequence[Example], round: int, private: Private
+    ) -> None:
         from fedray.privacy.dpsgd import private_step
 
         size = config.micro_batch  # the most samples whose gradients are in memory at once
         for step in range(config.local_steps):
             picked = private.key.stream("sample", *private.purpose, step).sample(len(examples), private.rate)
-            picked.sort(key=lambda i: (len(examples[i].input_ids), i))  # less padding; each sample's gradient is its own
+            picked.sort(
+                key=lambda i: (len(examples[i].input_ids), i)
+            )  # less padding; each sample's gradient is its own
             micro = [self._batch([examples[i] for i in picked[j : j + size]]) for j in range(0, len(picked), size)]
             private_step(
-                self._engine, self._hooks, micro, self.task.losses, learning_rate(config, round, step), private.mechanism,
-                private.key.stream("noise", *private.purpose, step), check=step == 0, first=round == 0 and step == 0,
+                self._engine,
+                self._hooks,
+                micro,
+                self.task.losses,
+                learning_rate(config, round, step),
+                private.mechanism,
+                private.key.stream("noise", *private.purpose, step),
+                check=step == 0,
+                first=round == 0 and step == 0,
             )
 
     @torch.no_grad()
-    def evaluate(self, view: View, part: str, client: str, share: tuple[int, int], base_key: Any = None) -> list[list[dict]]:
+    def evaluate(
+        self, view: View, part: str, client: str, share: tuple[int, int], base_key: Any = None
+    ) -> list[list[dict]]:
         """Statistics of every `share[1]`-th batch from `share[0]` on, in order; batches do not depend on the share."""
         self._load(view, self.config.federation, None, base_key)
         self.model.eval()
@@ -248,13 +290,17 @@ class LocalTrainer:
             private = self.config.privacy.on and self.config.privacy.unit == "example"
             self._engine = make_engine(self.model, trained, self.config.federation, self.config.worker, private)
             if private:
-                from fedray.privacy.dpsgd import SampleHooks  # opacus takes seconds to import, which other runs do not pay
+                from fedray.privacy.dpsgd import (
+                    SampleHooks,
+                )  # opacus takes seconds to import, which other runs do not pay
 
                 if self._hooks is not None:
                     self._hooks.close()
                 self._hooks = SampleHooks(self.model)
             self._engine_for = tuple(trained)
-            self._base = self._base or attach.BaseWeights(self.model, lambda parameters: self._engine.gathered(parameters))
+            self._base = self._base or attach.BaseWeights(
+                self.model, lambda parameters: self._engine.gathered(parameters)
+            )
         frozen = {n: p for n, p in self._factors.items() if n not in trained}
         with self._engine.gathered(list(frozen.values())) if frozen else contextlib.nullcontext(), torch.no_grad():
             for name, parameter in frozen.items():

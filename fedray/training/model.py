@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from fedray import seeding
@@ -42,7 +48,11 @@ def read_model_config(config: Config, classes: int = 0):
     try:
         found = AutoConfig.from_pretrained(str(shape) if shape.is_file() else resolve(path), **options)
         if config.base_dropout is not None:  # every architecture has its own names for it
-            for name in [n for n, v in vars(found).items() if "drop" in n and isinstance(v, (int, float)) and not isinstance(v, bool)]:
+            for name in [
+                n
+                for n, v in vars(found).items()
+                if "drop" in n and isinstance(v, (int, float)) and not isinstance(v, bool)
+            ]:
                 setattr(found, name, config.base_dropout)
         return found
     except (OSError, ValueError) as error:
@@ -54,14 +64,18 @@ def check_loadable(config: Config) -> None:
     """Weights and tokenizer are there, and positions reach. Raises ConfigError; reads no weights."""
     path = config.model.path
     if (SHAPES / f"{path}.json").is_file() and not Path(path).exists():
-        raise ConfigError(f"model.path '{path}' is a shape for `fedray plan`, without weights: give a folder or a hub id")
+        raise ConfigError(
+            f"model.path '{path}' is a shape for `fedray plan`, without weights: give a folder or a hub id"
+        )
     folder = Path(resolve(path))
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise ConfigError(f"model.path '{path}' holds no weights (*.safetensors or pytorch_model*.bin)")
     load_tokenizer(config)
     positions = getattr(read_model_config(config), "max_position_embeddings", None)
     if positions is not None and config.data.max_length > positions:
-        raise ConfigError(f"data.max_length {config.data.max_length} is more than the model's {positions} positions: lower it")
+        raise ConfigError(
+            f"data.max_length {config.data.max_length} is more than the model's {positions} positions: lower it"
+        )
 
 
 def skeleton(config: Config, classes: int = 2):
@@ -72,7 +86,9 @@ def skeleton(config: Config, classes: int = 2):
             model = _CLASSES[config.model.task].from_config(model_config, dtype=getattr(torch, config.model.dtype))
             return attach(model, config.adapter, config.model.task)
     except ValueError as error:
-        raise ConfigError(f"model.path '{config.model.path}' does not fit model.task {config.model.task}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"model.path '{config.model.path}' does not fit model.task {config.model.task}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def load_base(config: Config, classes: int = 0):
@@ -100,7 +116,9 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(config.model.path))
     except (OSError, ValueError, TypeError, AttributeError) as error:  # AutoTokenizer's ways to say that there is none
-        raise ConfigError(f"model.path '{config.model.path}' has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"model.path '{config.model.path}' has no tokenizer that can be read: {str(error).splitlines()[0]}"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -66,14 +66,28 @@ def range_sketch(
     trainer: LocalTrainer, examples: Sequence[Example], tests_nq: dict[str, Tensor], noise: Noise | None = None
 ) -> dict[str, Tensor]:
     """G Omega (m x q) of every layer in `tests_nq`; linear in G, so clients' sketches add up. `examples`: with noise, a Poisson sample."""
-    return _sketch(trainer, examples, tests_nq, lambda test, x_tn, d_tm: d_tm.T @ (x_tn @ test), lambda layer, q: (layer.m, q), noise)
+    return _sketch(
+        trainer,
+        examples,
+        tests_nq,
+        lambda test, x_tn, d_tm: d_tm.T @ (x_tn @ test),
+        lambda layer, q: (layer.m, q),
+        noise,
+    )
 
 
 def row_sketch(
     trainer: LocalTrainer, examples: Sequence[Example], bases_mq: dict[str, Tensor], noise: Noise | None = None
 ) -> dict[str, Tensor]:
     """Q^T G (q x n) of every layer in `bases_mq`; linear too."""
-    return _sketch(trainer, examples, bases_mq, lambda basis, x_tn, d_tm: (d_tm @ basis).T @ x_tn, lambda layer, q: (q, layer.n), noise)
+    return _sketch(
+        trainer,
+        examples,
+        bases_mq,
+        lambda basis, x_tn, d_tm: (d_tm @ basis).T @ x_tn,
+        lambda layer, q: (q, layer.n),
+        noise,
+    )
 
 
 def _sketch(
@@ -90,14 +104,19 @@ def _sketch(
     if noise is None:
         _pass(trainer, examples, list(sides), add)
         # No example came by some layer (an expert that none was sent to).
-        return {name: (sums[name] / len(examples)).cpu() if name in sums else torch.zeros(size) for name, size in shapes.items()}
+        return {
+            name: (sums[name] / len(examples)).cpu() if name in sums else torch.zeros(size)
+            for name, size in shapes.items()
+        }
     total = {name: torch.zeros(size, dtype=torch.float64) for name, size in shapes.items()}
     for example in examples:
         _pass(trainer, [example], list(sides), add)
         for name, part in sums.items():
             size = torch.linalg.vector_norm(part, dtype=torch.float64)
             if not torch.isfinite(size):
-                raise FloatingPointError("a gradient is not finite before the first step: the base model does not fit the data")
+                raise FloatingPointError(
+                    "a gradient is not finite before the first step: the base model does not fit the data"
+                )
             # A millionth below: what fp32 rounds up may not pass 1.
             total[name] += (part.double() * ((1 - 1e-6) / (size.clamp_min(1e-30) * math.sqrt(len(shapes))))).cpu()
         sums.clear()
@@ -116,8 +135,13 @@ def _pass(trainer: LocalTrainer, examples: Sequence[Example], layers: Sequence[s
     ordered = sorted(examples, key=lambda e: len(e.input_ids))
     with _hooked(trainer.model, layers, add):
         for first in range(0, len(ordered), size):
-            batch = {name: tensor.to(trainer.device) for name, tensor in trainer.task.collate(ordered[first : first + size]).items()}
-            losses = trainer.task.losses(lambda inputs: trainer.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits, batch)
+            batch = {
+                name: tensor.to(trainer.device)
+                for name, tensor in trainer.task.collate(ordered[first : first + size]).items()
+            }
+            losses = trainer.task.losses(
+                lambda inputs: trainer.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits, batch
+            )
             losses.sum().backward()
     trainer.model.zero_grad(set_to_none=True)
 
@@ -129,12 +153,16 @@ def _hooked(model: nn.Module, layers: Sequence[str], add: Accumulate) -> Iterato
     def watch(name: str, module: nn.Module):
         def forward(_, inputs, output: Tensor) -> None:
             x = inputs[0].detach()
-            output.register_hook(lambda d: add(name, x.reshape(-1, x.shape[-1]).float(), d.reshape(-1, d.shape[-1]).float()))
+            output.register_hook(
+                lambda d: add(name, x.reshape(-1, x.shape[-1]).float(), d.reshape(-1, d.shape[-1]).float())
+            )
 
         return module.register_forward_hook(forward)
 
     bases = attach.base_layers(model)
-    handles = [model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))]
+    handles = [
+        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    ]
     handles += [watch(name, bases[name]) for name in layers]
     try:
         yield

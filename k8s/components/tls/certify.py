@@ -17,8 +17,13 @@ def main(authority: Path, out: Path, address: str, days: int = 30) -> None:
     """Write ca.crt, tls.crt and tls.key (P-256) to `out`. `authority`: a folder with tls.crt and tls.key. Ray checks the address."""
     signer = x509.load_pem_x509_certificate((authority / "tls.crt").read_bytes())
     secret = serialization.load_pem_private_key((authority / "tls.key").read_bytes(), None)
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.timezone.utc)
-    names = [x509.DNSName("localhost"), x509.DNSName(socket.gethostname()), x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.IPAddress(ipaddress.ip_address(address))]
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    names = [
+        x509.DNSName("localhost"),
+        x509.DNSName(socket.gethostname()),
+        x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+        x509.IPAddress(ipaddress.ip_address(address)),
+    ]
     if service := os.environ.get("FQ_RAY_IP"):  # the operator's name of the head's service
         names.append(x509.DNSName(service))
     made = (
@@ -37,8 +42,16 @@ def main(authority: Path, out: Path, address: str, days: int = 30) -> None:
     (out / "tls.crt").write_bytes(made.public_bytes(serialization.Encoding.PEM))
     handle = os.open(out / "tls.key", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "wb") as file:
-        file.write(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+        file.write(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "/tls-ca"), Path(sys.argv[2] if len(sys.argv) > 2 else "/tls"), os.environ["POD_IP"])
+    main(
+        Path(sys.argv[1] if len(sys.argv) > 1 else "/tls-ca"),
+        Path(sys.argv[2] if len(sys.argv) > 2 else "/tls"),
+        os.environ["POD_IP"],
+    )
