@@ -87,7 +87,9 @@ def _help(console: Console) -> None:
 
 def _run(argv: list[str], console: Console) -> int:
     from fedray.config import read_config
-    from fedray.federation.run import check_lasting, execute, prepare
+    from fedray.federation.folder import check_lasting
+    from fedray.federation.prepare import prepare
+    from fedray.federation.run import execute
     from fedray.report.console import ConsoleListener
     from fedray.report.html import write_report
     from fedray.report.metrics import RayMetrics
@@ -128,7 +130,7 @@ def _plan(argv: list[str], console: Console) -> int:
                 "privacy  needs the clients' numbers of examples: give model.path a model and data.source the data to see noise and epsilon"
             )
     else:
-        from fedray.federation.run import prepare
+        from fedray.federation.prepare import prepare
 
         prepared = prepare(config)
         if config.privacy.on and config.siloed and not as_json:
@@ -241,7 +243,7 @@ def _export(argv: list[str], console: Console) -> int:
 
 
 def _forget(argv: list[str], console: Console) -> int:
-    from fedray.federation.guard import forget
+    from fedray.federation.channels.accounted import forget
     from fedray.federation.results import read_run_config
 
     if len(argv) != 1 or argv[0].startswith("--"):

@@ -27,8 +27,8 @@ from fedray.argv import split
 from fedray.config import read_config
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError, FedrayError
+from fedray.federation.folder import check_lasting, differences, rooted
 from fedray.federation.results import read_run_config
-from fedray.federation.run import check_lasting, differences, rooted
 from fedray.methods import METHODS
 from fedray.stopping import Terminated
 

@@ -368,7 +368,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _combinations(self) -> Config:
         make_method(self)
-        _check_privacy(self)
+        from fedray.federation.channels.registry import check as check_privacy
+
+        check_privacy(self, make_method(self))
         federation, data = self.federation, self.data
         batches = {"federation": federation.batch_size} | {
             f"clients.{n}": c.batch_size for n, c in self.clients.items() if c.batch_size
@@ -420,7 +422,7 @@ class Config(Section):
 
     @property
     def base_dropout(self) -> float | None:
-        """Dropout inside the base model; None: as the model's own config says. None of it in DP-SGD's steps, see `_check_privacy`."""
+        """Dropout inside the base model; None: as the model's own config says. DP-SGD's steps admit none."""
         return 0.0 if self.privacy.on and self.privacy.unit == "example" else self.model.dropout
 
     @property
@@ -488,10 +490,6 @@ def _check_adapter(section: AdapterSection) -> None:
             )
 
 
-# Which privacy keys belong to which unit.
-_PRIVACY_OPTIONS = {"count_noise": "example", "subspace_fraction": "example", "adaptive_clip": "client"}
-
-
 def _check_silos(config: Config) -> None:
     """Raises ValueError for clients that could not be kept to their own nodes."""
     if not config.siloed:
@@ -522,98 +520,6 @@ def _check_silos(config: Config) -> None:
         )
     if config.data.source == BUILTIN:
         raise ValueError("clients.NAME.node_labels: give data.source, held-out examples that every node may read")
-
-
-def _check_privacy(config: Config) -> None:
-    """Raises ValueError, with the reason, for what would not be private, or would say so and not be."""
-    privacy, adapter, data = config.privacy, config.adapter, config.data
-    method = make_method(config)
-    if privacy.secure_threshold is not None and not privacy.secure_aggregation:
-        raise ValueError("privacy.secure_threshold belongs to privacy.secure_aggregation: switch it on")
-    if privacy.secure_aggregation and not method.linear:
-        linear = ", ".join(name for name, m in METHODS.items() if m.linear)
-        raise ValueError(
-            f"privacy.secure_aggregation opens only the sum of the updates, and {method.name} needs each one: use {linear}"
-        )
-    if privacy.epsilon is not None and privacy.sweep_epsilon is not None and privacy.epsilon > privacy.sweep_epsilon:
-        raise ValueError(
-            f"privacy.epsilon {privacy.epsilon:g} of one run is above privacy.sweep_epsilon {privacy.sweep_epsilon:g} of all of them: lower it"
-        )
-    if privacy.secure_aggregation and not (privacy.on and privacy.unit == "example"):
-        kept = (
-            "federation.keep_optimizer"
-            if config.federation.keep_optimizer
-            else f"method {method.name}"
-            if type(method).keeps is not Method.keeps
-            else None
-        )
-        if kept:
-            raise ValueError(
-                f"privacy.secure_aggregation hides single updates, and with {kept} the coordinator's checkpoint would hold what each client keeps, "
-                "from which its update can be read: leave it out, or add privacy.epsilon with privacy.unit example"
-            )
-    if not privacy.on:
-        given = [name for name in ("delta", "clip", *_PRIVACY_OPTIONS) if getattr(privacy, name) is not None]
-        if given or privacy.unit != "example":
-            name = given[0] if given else "unit"
-            raise ValueError(
-                f"privacy.{name} without privacy.epsilon would protect nothing: give privacy.epsilon (or privacy.noise)"
-            )
-        if adapter.subspace == "private":
-            raise ValueError("adapter.subspace private needs privacy.epsilon, or privacy.noise")
-        return
-    for name, dropout in (("model.dropout", config.model.dropout), ("adapter.dropout", adapter.dropout)):
-        if dropout and privacy.unit == "example":
-            # Its masks are laid out over the batch: one example more shifts those of all others, and the sum moves by more than the clip.
-            raise ValueError(
-                f"{name} {dropout:g} would let one example change what every other one adds, beyond what privacy.clip bounds: set it to 0 in a private run"
-            )
-    for option, unit in _PRIVACY_OPTIONS.items():
-        if getattr(privacy, option) is not None and privacy.unit != unit:
-            raise ValueError(f"privacy.{option} belongs to privacy.unit {unit}, not to {privacy.unit}: leave it out")
-    if adapter.subspace in ("gradient", "gradient-raw"):
-        raise ValueError(
-            f"adapter.subspace {adapter.subspace} reads the clients' data without noise, and no noise in training takes that back: "
-            "use private, public or weights"
-        )
-    if adapter.subspace == "private":
-        if privacy.unit == "client":
-            raise ValueError(
-                "adapter.subspace private protects examples, not clients: use public or weights with privacy.unit client"
-            )
-        for option in ("subspace_oversample", "subspace_passes"):
-            if getattr(adapter, option) is not None:
-                raise ValueError(
-                    f"adapter.{option} does not fit adapter.subspace private, which has no columns or passes beyond the needed: leave it out"
-                )
-    elif privacy.subspace_fraction is not None:
-        raise ValueError("privacy.subspace_fraction belongs to adapter.subspace private: leave it out")
-    if data.client_held_out > 0:
-        raise ValueError(
-            "data.client_held_out would send metrics of the clients' own examples without noise: leave it out in a private run"
-        )
-    if not isinstance(adapter.rank, int):
-        raise ValueError(
-            "adapter.rank that differs between clients does not fit privacy: noise would fill what smaller clients do not have; use one rank"
-        )
-    if privacy.unit == "client":
-        if not method.linear:
-            linear = ", ".join(name for name, m in METHODS.items() if m.linear)
-            raise ValueError(
-                f"privacy.unit client adds noise to the mean of the updates, and {method.name} broadcasts more than that: use {linear}"
-            )
-        if type(method).keeps is not Method.keeps:
-            raise ValueError(
-                f"privacy.unit client noises what is averaged, and {method.name}'s clients keep factors of their own that it does not reach: use unit example"
-            )
-        if privacy.secure_aggregation and config.federation.cohort is not None:
-            raise ValueError(
-                "privacy.secure_aggregation with privacy.unit client needs every client in every round, since a small sample would show its members: leave federation.cohort out"
-            )
-        if config.method.weights == "examples":
-            raise ValueError(
-                "method.weights examples would weigh clients by sizes that privacy.unit client protects: use equal, or leave it out"
-            )
 
 
 def make_method(config: Config) -> Method:

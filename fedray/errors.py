@@ -25,8 +25,13 @@ class ClientError(FedrayError):
 
 
 class RoundError(FedrayError):
-    """A round could not reach its quorum, or the aggregate is not finite."""
+    """A round could not reach its quorum, or the aggregate is not finite. `details`: what failed clients said."""
+
+    def __init__(self, sentence: str, details: str = ""):
+        super().__init__(sentence)
+        self.details = details
 
 
 class PrivacyError(FedrayError):
-    """A guarantee could not be kept: nothing was released that was not accounted for. The sentence says nothing about any example."""
+    """A guarantee could not be kept: nothing was released that was not accounted for. The sentence says nothing about
+    any example."""

@@ -16,9 +16,9 @@ from fedray.adapters import attach
 from fedray.config import DEFAULT_CLIENTS, Config, from_dict, make_method, make_spec
 from fedray.errors import ConfigError
 from fedray.federation import start
-from fedray.federation.guard import plans_for
 from fedray.methods import METHODS, FedEx, FedExKeep, Spec
 from fedray.privacy.plan import PrivacyPlan
+from fedray.privacy.planning import plans_for
 from fedray.privacy.secure_sum import overhead
 from fedray.training.model import read_model_config, skeleton
 

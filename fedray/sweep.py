@@ -38,14 +38,17 @@ from fedray.compare import Entry
 from fedray.config import Config, known_keys, nearest, read_config
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError, FedrayError, PrivacyError
-from fedray.federation.guard import plans_for
+from fedray.federation.cluster import nodes_there, ray_session
+from fedray.federation.folder import check_lasting, rooted
 from fedray.federation.placement import Node, silos_of
+from fedray.federation.prepare import Prepared, prepare
 from fedray.federation.results import read_rounds, read_run_config
-from fedray.federation.run import Prepared, check_lasting, execute, nodes_there, prepare, ray_session, rooted
+from fedray.federation.run import execute
 from fedray.methods import why_not
 from fedray.privacy.accountant import Release
 from fedray.privacy.keys import KeyStore
 from fedray.privacy.ledger import EVERYONE, Ledger
+from fedray.privacy.planning import plans_for
 from fedray.privacy.selection import STOPPING, composed, draw_runs
 from fedray.report.metrics import RayMetrics
 from fedray.report.track import Several

@@ -1,1 +1,1 @@
-"""The federated run: coordinator, workers, wire, placement, failures, checkpoint. Ray is used from this layer upwards."""
+"""The federated run: coordinator, round, channels, workers, placement, checkpoint. Ray begins in this layer."""

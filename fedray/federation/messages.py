@@ -1,36 +1,22 @@
-"""What workers and the coordinator tell each other beside tensors. Apart from both, so that the coordinator need not import a model."""
+"""What workers and the coordinator say to each other beside tensors. Apart from both: the coordinator imports no
+model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
-from fedray.federation.wire import Packet
 from fedray.privacy.secure_sum import Advert, Session
 
-
-class Ask(Enum):
-    """What a client is asked for outside its local training; each is a function of its inputs alone."""
-
-    WEIGHTS = "the adapter's start from the base weights"
-    DENSE = "the gradient of a few layers"
-    RANGE = "a sketch of the gradient's columns"
-    ROWS = "a sketch of the gradient's rows"
-    ANSWER = "an answer to the method's question"
-    KEY = "the identity of its noise key"
-    COUNT = "its noised number of examples"
-    FORGET = "nothing: it removes its keys"
-    ADVERTISE = "its public keys of a secure sum"
-    SHARE = "encrypted shares of its secrets of a secure sum"
-    REVEAL = "its shares of what must be taken out of a secure sum"
+#: The client's name under which a worker serves the public data set.
+PUBLIC = "(public data)"
 
 
 @dataclass(frozen=True)
-class Secure:
-    """What clients are told at a step of a secure sum: the run that their keys are filed under, the session, the keys of who takes part,
-    to each client what others encrypted to it, and who sent a masked vector."""
+class SumStep:
+    """What clients know at a step of a secure sum: the run that their keys are filed under, the session, the keys of
+    who takes part, to each client what others encrypted to it, and who sent a masked vector."""
 
     run: str
     session: Session
@@ -41,65 +27,86 @@ class Secure:
 
 @dataclass(frozen=True)
 class Orders:
-    """How one client makes private what it sends: the run and the identity of the key that its noise must come from (empty: whichever
-    it has), the Poisson rate, the noise multiplier, the clip, and the divisor of a sum. `secure`: the sum it is to be masked for, after it
-    is multiplied by `weight` (None: by its number of examples)."""
+    """How one client makes private what it sends: the run and the identity of the key that its noise must come from
+    (empty: whichever it has), the Poisson rate, the noise multiplier, the clip, and the divisor of a sum.
 
-    run: str
+    `sum`: the secure sum that it is to be masked for, after it is multiplied by `weight` (None: by its number of
+    examples).
+    """
+
+    run: str = ""
     key: str = ""
     rate: float = 1.0
     noise: float = 1.0
     clip: float = 1.0
     expected: float = 1.0
-    secure: Secure | None = None
+    sum: SumStep | None = None
     weight: float | None = None
 
-
-@dataclass(frozen=True)
-class Question:
-    """An `Ask` and what belongs to it. `orders`: by client, where the answer is to be private. `examples`: how many of the client's the gradient is taken over; `columns`: of a range sketch that
-    comes without a packet, beyond the rank: the client draws it from the seed."""
-
-    ask: Ask
-    packet: Packet | None = None
-    layers: tuple[str, ...] = ()
-    examples: int = 0
-    columns: int = 0
-    orders: Mapping[str, Orders] = field(default_factory=dict)
-    secure: Secure | None = None
+    def shape(self) -> tuple[str, ...]:
+        """What of the orders shapes a draw of noise: other orders must not meet the same noise."""
+        return tuple(float(n).hex() for n in (self.rate, self.noise, self.clip, self.expected))
 
 
-#: The client's name under which a worker serves the public data set.
-PUBLIC = "(public data)"
+#: Of a client that makes nothing private.
+NO_ORDERS = Orders()
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a client's round gives beside its update; no data, only sizes and means. In a private run no size and no mean either."""
+class Trained:
+    """What a client's round gives beside its update; no data, only sizes and means. In a private run neither:
+    `examples` is 0, `train_loss` None, `seconds` 0. `base_lost`: what the base's dtype could not hold of the base
+    update (Frobenius norm). `nbytes`: of the update. `key_is_fixed`: whether its noise key is one that a test has
+    fixed."""
 
     client: str
     examples: int
     train_loss: float | None
     base_lost: float
     seconds: float
-    nbytes: int = 0
-    """Of the answer to a question outside local training."""
-    nbytes_down: int = 0
-    """Of a secure sum's keys and shares."""
-    key: str = ""
-    """Identity of the client's noise key."""
-    sealed: Any = None
-    """The answer to a step of a secure sum."""
+    nbytes: int
     key_is_fixed: bool = False
-    """Whether that key is one that a test has fixed."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What comes with the answer to a question outside local training. `examples`: how many the client holds, where it
+    says so, else 0. `key`: identity of its noise key. `value`: an answer that is no tensors."""
+
+    client: str
+    examples: int = 0
+    nbytes: int = 0
+    key: str = ""
+    key_is_fixed: bool = False
+    value: Any = None
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A client's error as a value, so that it reaches the person as a sentence and not as a remote traceback."""
+    """A client's error as a value, so that it reaches the person as a sentence and not as a remote traceback. `key`:
+    the identity of the noise key that the client has now, where it is not the one it was to use."""
 
     client: str
     cause: str
     details: str
     key: str = ""
-    """Identity of the noise key that the client has now, where it is not the one it was told to use."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one client's round, or its answer, ended: `update` and `kept` are handles for `Pool.fetch` and the next
+    round, or None. `kept`: what stays with the client, its optimizer state and its own factors."""
+
+    client: str
+    report: Trained | Answered | Failure
+    update: Any = None
+    kept: Any = None
+
+    @property
+    def failed(self) -> bool:
+        return isinstance(self.report, Failure)
+
+
+def failures(outcomes: list[Outcome]) -> list[Failure]:
+    """Those of the outcomes that are none, in order."""
+    return [o.report for o in outcomes if isinstance(o.report, Failure)]

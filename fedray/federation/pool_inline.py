@@ -1,12 +1,13 @@
-"""The inline engine: the whole run in one process, without Ray. The readable twin of `pool_ray.py`."""
+"""The inline engine's pool: the whole run in one process, without Ray. The readable twin of `pool_ray.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from typing import Any
 
-from fedray.federation.coordinator import Outcome, threads
-from fedray.federation.messages import Orders, Question
+from fedray.federation.clocks import threads
+from fedray.federation.messages import Orders, Outcome
+from fedray.federation.questions import Question
 from fedray.federation.wire import Message, Packet
 from fedray.federation.worker import Worker
 
@@ -25,28 +26,23 @@ class InlinePool:
         handle: Message,
         round: int,
         clients: Sequence[str],
-        kept: dict[str, Packet],
+        kept: Mapping[str, Any],
         deadline: float | None,
-        orders: Mapping[str, Orders] = MappingProxyType({}),
+        orders: Mapping[str, Orders],
     ) -> list[Outcome]:
         """A deadline means nothing to clients that run one after the other, and is not enforced here."""
-        outcomes = []
+        outcomes, fetch = [], handle.increments.__getitem__
         for client in clients:
+            packet = handle.packet_of(client)
             update, keeps, report = self.worker.train(
-                client,
-                round,
-                handle.header,
-                handle.packet_of(client),
-                handle.increments.__getitem__,
-                kept.get(client),
-                orders.get(client),
+                client, round, handle.header, packet, fetch, kept.get(client), orders[client]
             )
             outcomes.append(Outcome(client, report, update, keeps))
             self.progress(client)
         return outcomes
 
     def ask(
-        self, question: Question, clients: Sequence[str], kept: dict[str, Packet], deadline: float | None
+        self, question: Question, clients: Sequence[str], kept: Mapping[str, Any], deadline: float | None
     ) -> list[Outcome]:
         outcomes = []
         with threads(self.worker.threads):

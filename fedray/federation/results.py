@@ -19,7 +19,7 @@ from fedray.data.partition import load_data
 from fedray.data.tasks import TASKS, grouped
 from fedray.errors import ConfigError
 from fedray.federation import checkpoint as checkpoints
-from fedray.federation.worker import OWN
+from fedray.federation.kept import factors_kept
 from fedray.methods import State, View
 from fedray.privacy.ledger import worst
 from fedray.training.local import LocalTrainer
@@ -68,14 +68,15 @@ def global_view(config: Config, state: State) -> View:
 
 
 def views(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str | None, View]:
-    """The models a run ended with: the global one (under None), or each client's own where the method keeps factors with them."""
+    """The models a run ended with: the global one (under None), or each client's own where the method keeps factors
+    with them."""
     method, state = make_method(config), checkpoint.state
     keeps = method.keeps(state.spec)
     if not keeps:
         return {None: method.view(state.spec, state, None)}
     result: dict[str | None, View] = {}
     for client in checkpoint.seen:
-        held = {n.removeprefix(OWN): t for n, t in checkpoint.kept.get(client, {}).items() if n.startswith(OWN)}
+        held = factors_kept(checkpoint.kept.get(client, {}))
         view = method.view(state.spec, state, client)
         result[client] = View(
             view.tensors | {n: t for n, t in held.items() if n.rsplit(".", 1)[1] in keeps}, view.base, view.trained
@@ -84,7 +85,8 @@ def views(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str | None
 
 
 def export(folder: Path, out: Path, format: str) -> None:
-    """Write a run's result to `out`: `lora` (the trained factors), `peft` (with the base update), `merged` (a whole model).
+    """Write a run's result to `out`: `lora` (the trained factors), `peft` (with the base update), `merged` (a whole
+    model).
 
     Raises ConfigError for an unknown format, a target that is not empty, or an adapter that alone would be wrong.
     """
@@ -106,7 +108,8 @@ def write(config: Config, checkpoint: checkpoints.Checkpoint, out: Path, format:
 
 
 def folder_name(client: str) -> str:
-    """A client's name as one folder's name: names come from data, and must not lead out of the place that is written to."""
+    """A client's name as one folder's name: names come from data, and must not lead out of the place that is written
+    to."""
     quoted = urllib.parse.quote(client, safe=" ")
     return quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
 
@@ -130,7 +133,8 @@ def evaluate(folder: Path) -> dict[str, Any]:
     data = load_data(config)
     if config.siloed and make_method(config).personal and config.data.client_held_out > 0:
         raise ConfigError(
-            "this run's clients have models of their own and are measured on examples that their own nodes keep: see metrics of its rounds.jsonl"
+            "this run's clients have models of their own and are measured on examples that their own nodes keep: see "
+            "metrics of its rounds.jsonl"
         )
     checkpoint = load_checkpoint(folder, config, len(data.classes))
     device = "cuda" if torch.cuda.is_available() else "cpu"

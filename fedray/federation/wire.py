@@ -72,7 +72,8 @@ def unpack(packet: Packet) -> dict[str, Tensor]:
 class Header:
     """The part of a broadcast that is no tensor. `increments`: (version, resets, digest) of those that are live.
 
-    The digest is of the content: a round that is repeated after a coordinator's death may make another increment of the same version.
+    The digest is of the content: a round that is repeated after a coordinator's death may make another increment of the
+    same version.
     """
 
     round: int

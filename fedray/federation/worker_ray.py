@@ -1,4 +1,5 @@
-"""The Ray engine's workers: actors in one placement group. Apart from `pool_ray.py`, so that only they import a model."""
+"""The Ray engine's workers: actors in one placement group. Apart from `pool_ray.py`, so that only they import a
+model."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fedray.config import Config
 from fedray.errors import FedrayError
+from fedray.federation.channels.registry import quotes_errors
 from fedray.federation.logs import event, log_lines
-from fedray.federation.messages import Failure, Orders, Question, Report
+from fedray.federation.messages import Answered, Failure, Orders, Trained
 from fedray.federation.placement import Placement, said
+from fedray.federation.questions import Question
 from fedray.federation.wire import Header, Packet
 from fedray.federation.worker import Worker
 
@@ -29,17 +32,20 @@ class WorkerActor:
     """A `Worker` with its references resolved: increments are fetched only when this worker lacks them."""
 
     def __init__(self, make_worker: type[Worker], config: Config, device: str, threads: int, reads: Sequence[str] = ()):
-        # DeepSpeed's own word for it: logical GPUs in tests, and machines whose GPUs are not to be touched.
         log_lines(Path(config.output.dir).name, "worker")
+        # DeepSpeed's own word for it: logical GPUs in tests, and machines whose GPUs are not to be touched.
         device = "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else device
         try:
             self.worker = make_worker(config, device, threads, reads=reads)
         except Exception as error:
-            if not (config.siloed and config.privacy.on):
+            if not config.siloed or quotes_errors(config):
                 raise
             # Readers quote what they cannot read, and this error goes to the driver, another party's machine.
-            words = f"the data of {', '.join(reads)} could not be loaded ({type(error).__name__}); read them with the same config on their own machine to see why"
-            raise FedrayError(words) from None
+            raise FedrayError(
+                f"the data of {', '.join(reads)} could not be loaded ({type(error).__name__}); read them with the same "
+                "config "
+                "on their own machine to see why"
+            ) from None
 
     def describe(self) -> tuple:
         return self.worker.describe()
@@ -56,29 +62,25 @@ class WorkerActor:
         packet: Packet,
         increments: dict[int, Any],
         kept: Packet | None,
-        orders: Orders | None,
+        orders: Orders,
     ):
         done = self.worker.train(client, round, header, packet, lambda v: ray.get(increments[v]), kept, orders)
-        self._tell("trained", done[2], client, round=round + 1)
+        self._log("trained", done[2], client, round=round + 1)
         return done
 
     def ask(self, client: str, question: Question, kept: Packet | None):
         done = self.worker.ask(client, question, kept)
-        self._tell("answered", done[2], client, question=question.ask.name.lower())
+        self._log("answered", done[2], client, question=question.name.lower())
         return done
 
-    def _tell(self, name: str, report: Report | Failure, client: str, **fields: Any) -> None:
-        if self.worker.by_client:
-            return  # who is asked in a round is a secret sample, which epsilon rests on
+    def _log(self, name: str, report: Trained | Answered | Failure, client: str, **fields: Any) -> None:
+        if not self.worker.side.logs_clients:
+            return
         if isinstance(report, Failure):
             event(f"{name} not", logging.WARNING, client=client, cause=report.cause, **fields)
         else:
-            event(
-                name,
-                client=client,
-                seconds=report.seconds if not self.worker.private and name == "trained" else None,
-                **fields,
-            )
+            seconds = report.seconds or None if isinstance(report, Trained) else None
+            event(name, client=client, seconds=seconds, **fields)
 
     def evaluate(
         self,
@@ -96,8 +98,8 @@ class WorkerActor:
 def start_workers(
     config: Config, placement: Placement, group: PlacementGroup | None = None
 ) -> tuple[PlacementGroup, list[Any]]:
-    """The worker actors, one in each bundle of a placement group (default: a new one), on nodes with its home's labels. Raises FedrayError when
-    the cluster does not grant it in time."""
+    """The worker actors, one in each bundle of a placement group (default: a new one), on nodes with its home's labels.
+    Raises FedrayError when the cluster does not grant it in time."""
     timeout = config.worker.wait or GRANT_SECONDS
     bundle = {"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {})
     labels = [dict(home.labels) for home in placement.homes]
@@ -113,7 +115,8 @@ def start_workers(
             else ""
         )
         raise FedrayError(
-            f"the cluster did not grant {placement.workers} x {bundle}{where} within {timeout:.0f} s: other jobs hold it, or no node has that much"
+            f"the cluster did not grant {placement.workers} x {bundle}{where} within {timeout:.0f} s: other jobs hold "
+            "it, or no node has that much"
         )
     first = len(group.bundle_specs) - placement.workers  # a trial of a sweep may have a bundle of its own before them
     workers = [

@@ -38,6 +38,11 @@ def key(layer: Layer, factor: str) -> str:
     return f"{layer.name}.{factor}"
 
 
+def factor_of(name: str) -> str:
+    """The factor in a name that `key` made."""
+    return name.rsplit(".", 1)[1]
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a method must know of the model: its adapter, the adapted layers, the run's seed.
@@ -245,6 +250,11 @@ class Method(ABC):
     def keeps(self, spec: Spec) -> tuple[str, ...]:
         """Factors that stay with the client from round to round: each client has a model of its own."""
         return ()
+
+    @property
+    def keeps_factors(self) -> bool:
+        """Whether there are such factors."""
+        return type(self).keeps is not Method.keeps
 
     def init(self, spec: Spec, heads: Tensors | None = None, start: Tensors | None = None) -> State:
         """The state before round 1. `heads`: initial values of modules trained whole; `start`: the adapter's `started` factors (fp32).

@@ -1,8 +1,8 @@
 """The ledger: every release of every client's data, charged before it happens, on disk before it happens.
 
-A release is known by its draw: the hash of who adds the noise (the identity of its key) and of all inputs of the computation. A round that is
-repeated from the same inputs with the same key gives the same numbers, so it has the same draw and costs nothing; whatever
-differs is another draw, and is charged again.
+A release is known by its draw: the hash of who adds the noise (the identity of its key) and of all inputs of the
+computation. A round that is repeated from the same inputs with the same key gives the same numbers, so it has the same
+draw and costs nothing; whatever differs is another draw, and is charged again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,8 +37,8 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """Of one run. `plans`, `counts` (noised numbers of examples) and `keys` (identities) by client; with unit `client` all clients
-    share the entries of one name, EVERYONE. Kept in one file, replaced whole."""
+    """Of one run. `plans`, `counts` (noised numbers of examples) and `keys` (identities) by client; with unit `client`
+    all clients share the entries of one name, EVERYONE. Kept in one file, replaced whole."""
 
     run: str
     delta: float | None = None
@@ -62,7 +63,8 @@ class Ledger:
         return self.epsilon(client, [release]) <= plan.budget
 
     def _as_planned(self, client: str, more: Release) -> bool:
-        """Whether all of it, with `more`, is part of a plan that stays within its budget: then no epsilon need be worked out."""
+        """Whether all of it, with `more`, is part of a plan that stays within its budget: then no epsilon need be
+        worked out."""
         plan = self.plans[client]
         left = [*plan.before, plan.release(plan.steps)]
         for release in [*(e.release for e in self.entries.get(client, [])), more]:
@@ -106,6 +108,11 @@ class Ledger:
             for c, es in values.pop("entries").items()
         }
         return cls(**values, plans=plans, entries=entries)
+
+
+def new_ledger() -> Ledger:
+    """Of a run that has not begun, under a name that no other has."""
+    return Ledger(secrets.token_hex(8))
 
 
 def write_durably(path: Path, text: str) -> None:

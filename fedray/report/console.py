@@ -13,10 +13,10 @@ from rich.table import Table
 
 from fedray.compare import Result
 from fedray.data.tasks import TASKS
-from fedray.federation.run import Prepared
+from fedray.federation.prepare import Prepared
+from fedray.federation.statement import WEAK
 from fedray.plan import Plan, plan
 from fedray.privacy.keys import TEST_KEY
-from fedray.privacy.statement import WEAK
 from fedray.report.words import TITLES, number, share, size
 
 

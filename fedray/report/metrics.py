@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from fedray.federation.run import Prepared
+from fedray.federation.prepare import Prepared
 
 #: Every metric: kind, what it says, and the tags beside run, method and adapter.
 METRICS: dict[str, tuple[type, str, tuple[str, ...]]] = {

@@ -9,7 +9,8 @@ from typing import Any
 
 from fedray.config import Config
 from fedray.errors import ConfigError
-from fedray.federation.run import Listener, Prepared
+from fedray.federation.listening import Listener
+from fedray.federation.prepare import Prepared
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:

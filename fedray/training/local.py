@@ -27,8 +27,7 @@ from fedray.data.encoded import Encoded, encode
 from fedray.data.partition import FederatedData, load_data, public_data
 from fedray.data.tasks import TASKS, Example, Task
 from fedray.methods import View
-from fedray.privacy.keys import Key
-from fedray.privacy.plan import Mechanism
+from fedray.privacy.private import Private
 from fedray.training.engine import StepEngine, make_engine
 from fedray.training.model import load_model, load_tokenizer
 
@@ -47,16 +46,6 @@ class LocalResult:
     base_lost: float = 0.0
     """Frobenius norm of the part of the base update that the weights' dtype could not hold."""
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Private:
-    """How a client's steps of a round are made private. `purpose`: what its random numbers are for; other inputs must have another."""
-
-    key: Key
-    purpose: tuple[str | int, ...]
-    rate: float
-    mechanism: Mechanism
 
 
 def learning_rate(config: FederationSection, round: int, step: int) -> float:

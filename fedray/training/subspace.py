@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +22,7 @@ from fedray import seeding
 from fedray.adapters import attach
 from fedray.adapters.base import Layer
 from fedray.data.tasks import Example
-from fedray.privacy.keys import Stream
+from fedray.privacy.private import SketchNoise
 
 if TYPE_CHECKING:
     from fedray.training.local import LocalTrainer
@@ -53,17 +52,8 @@ def gaussian_tests(layers: Sequence[Layer], oversample: int, seed: int) -> dict[
     return tests
 
 
-@dataclass(frozen=True)
-class Noise:
-    """Of a private sketch: standard deviation (the sensitivity is 1), its numbers, and what the sum is divided by."""
-
-    deviation: float
-    stream: Stream
-    expected: float
-
-
 def range_sketch(
-    trainer: LocalTrainer, examples: Sequence[Example], tests_nq: dict[str, Tensor], noise: Noise | None = None
+    trainer: LocalTrainer, examples: Sequence[Example], tests_nq: dict[str, Tensor], noise: SketchNoise | None = None
 ) -> dict[str, Tensor]:
     """G Omega (m x q) of every layer in `tests_nq`; linear in G, so clients' sketches add up. `examples`: with noise, a Poisson sample."""
     return _sketch(
@@ -77,7 +67,7 @@ def range_sketch(
 
 
 def row_sketch(
-    trainer: LocalTrainer, examples: Sequence[Example], bases_mq: dict[str, Tensor], noise: Noise | None = None
+    trainer: LocalTrainer, examples: Sequence[Example], bases_mq: dict[str, Tensor], noise: SketchNoise | None = None
 ) -> dict[str, Tensor]:
     """Q^T G (q x n) of every layer in `bases_mq`; linear too."""
     return _sketch(
@@ -91,7 +81,12 @@ def row_sketch(
 
 
 def _sketch(
-    trainer: LocalTrainer, examples: Sequence[Example], sides: dict[str, Tensor], product, shape, noise: Noise | None
+    trainer: LocalTrainer,
+    examples: Sequence[Example],
+    sides: dict[str, Tensor],
+    product,
+    shape,
+    noise: SketchNoise | None,
 ) -> dict[str, Tensor]:
     sides = {name: side.to(trainer.device) for name, side in sides.items()}
     shapes = {layer.name: shape(layer, sides[layer.name].shape[1]) for layer in trainer.layers if layer.name in sides}

@@ -1,0 +1,226 @@
+"""What the two private channels share: the ledger, charged and on disk before anything is told, and the clients' half
+of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedray.errors import ConfigError, PrivacyError
+from fedray.federation.channels.base import Carrier, Context
+from fedray.federation.channels.plain import Plain, PlainSide, cause_of, refusal
+from fedray.federation.messages import PUBLIC, Answered, Failure, Outcome, Trained
+from fedray.federation.questions import Question, StartFromWeights, forget_keys
+from fedray.federation.wire import Packet
+from fedray.privacy.keys import KeyStore
+from fedray.privacy.ledger import Ledger, new_ledger
+from fedray.privacy.planning import clip_of, plans_for
+
+if TYPE_CHECKING:
+    from fedray.config import Config
+    from fedray.federation.record import RoundRecord
+    from fedray.federation.wire import Message
+    from fedray.privacy.private import Private
+
+
+# --- the config's check ------------------------------------------------------------------------------------------
+
+#: Beside the checkpoints.
+LEDGER = "ledger.json"
+
+#: Which privacy keys belong to which unit.
+_OPTIONS = {"count_noise": "example", "subspace_fraction": "example", "adaptive_clip": "client"}
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for what reads the clients' data without noise, or would say that it does not."""
+    privacy = config.privacy
+    if privacy.epsilon is not None and privacy.sweep_epsilon is not None and privacy.epsilon > privacy.sweep_epsilon:
+        raise ValueError(
+            f"privacy.epsilon {privacy.epsilon:g} of one run is above privacy.sweep_epsilon {privacy.sweep_epsilon:g} "
+            "of all "
+            "of them: lower it"
+        )
+    for option, unit in _OPTIONS.items():
+        if getattr(privacy, option) is not None and privacy.unit != unit:
+            raise ValueError(f"privacy.{option} belongs to privacy.unit {unit}, not to {privacy.unit}: leave it out")
+    _check_subspace(config)
+    if config.data.client_held_out > 0:
+        raise ValueError(
+            "data.client_held_out would send metrics of the clients' own examples without noise: leave it out in a "
+            "private "
+            "run"
+        )
+    if not isinstance(config.adapter.rank, int):
+        raise ValueError(
+            "adapter.rank that differs between clients does not fit privacy: noise would fill what smaller clients do "
+            "not "
+            "have; use one rank"
+        )
+
+
+def _check_subspace(config: Config) -> None:
+    privacy, adapter = config.privacy, config.adapter
+    if adapter.subspace in ("gradient", "gradient-raw"):
+        raise ValueError(
+            f"adapter.subspace {adapter.subspace} reads the clients' data without noise, and no noise in training "
+            "takes that "
+            "back: use private, public or weights"
+        )
+    if adapter.subspace != "private":
+        if privacy.subspace_fraction is not None:
+            raise ValueError("privacy.subspace_fraction belongs to adapter.subspace private: leave it out")
+        return
+    if privacy.unit == "client":
+        raise ValueError(
+            "adapter.subspace private protects examples, not clients: use public or weights with privacy.unit client"
+        )
+    for option in ("subspace_oversample", "subspace_passes"):
+        if getattr(adapter, option) is not None:
+            raise ValueError(
+                f"adapter.{option} does not fit adapter.subspace private, which has no columns or passes beyond the "
+                "needed: "
+                "leave it out"
+            )
+
+
+def check_ledger(name: str | None, checkpoint: Path) -> None:
+    """Raises ConfigError for checkpoints without their ledger; `name`: of the run directory."""
+    if any(checkpoint.glob("round-*")) and not (checkpoint / LEDGER).is_file():
+        raise ConfigError(
+            f"output.dir '{name}' has lost its checkpoint/{LEDGER}, so nobody knows what it has spent: bring the file "
+            "back, or "
+            "start another run"
+        )
+
+
+# --- the server's half -------------------------------------------------------------------------------------------
+
+
+class Accounted(Plain):
+    """A channel whose every release is in a ledger. The ledger lies with the checkpoints; keys never do: a run
+    directory may be given away."""
+
+    def __init__(self, context: Context, carrier: Carrier, ledger: Ledger):
+        super().__init__(context, carrier)
+        self.ledger, self._path = ledger, context.folder / LEDGER
+        self.store = KeyStore(self.config.privacy.key_dir)
+
+    def save(self) -> None:
+        """The ledger is on disk when this returns."""
+        self.ledger.save(self._path)
+
+    # --- before round 1 and after the last ---
+
+    def begin(self) -> None:
+        """Plans from counts, once. Raises ConfigError as `plans_for`, ClientError when a client fails."""
+        if self.ledger.plans:
+            return
+        plans = plans_for(self.config, self.counts())
+        self.ledger.plans, self.ledger.delta = plans, next(iter(plans.values())).delta
+        self.ledger.clip = clip_of(self.config)
+        self.save()
+
+    def counts(self) -> Mapping[str, float]:
+        """What the plans are made from, by client."""
+        raise NotImplementedError
+
+    def begun(self) -> dict[str, Any]:
+        return {"epsilon": self.epsilons(), "delta": self.ledger.delta}
+
+    def end(self) -> None:
+        """Clients remove their noise keys, so that nobody can take the noise away again."""
+        self.context.pool.ask(forget_keys(self.ledger.run, self.context.clients), self.context.clients, {}, None)
+
+    # --- a round ---
+
+    def spent(self, round: int, message: Message) -> list[dict[str, str]]:
+        """The clients that a round would take over their budget, and why they are left out, in client order."""
+        raise NotImplementedError
+
+    def annotate(self, record: RoundRecord, message: Message, last: bool) -> RoundRecord:
+        record = record.replace(epsilon=self.epsilons())
+        spent = [] if last else self.spent(record.round, message)
+        if len(spent) < len(self.context.clients):
+            return record
+        return record.replace(stopped=f"client '{spent[0]['client']}' and all others: {spent[0]['reason']}")
+
+    def epsilons(self) -> dict[str, float]:
+        """What each client has spent so far, at the ledger's delta."""
+        raise NotImplementedError
+
+    def beyond_budget(self, name: str) -> str:
+        """Why an account may not be charged for another round."""
+        budget, spent = self.ledger.plans[name].budget, self.ledger.epsilon(name)
+        return f"another round would take it beyond its budget of epsilon {budget:g} (spent: {spent:.4g})"
+
+    # --- keys ---
+
+    def note(self, outcomes: Sequence[Outcome]) -> list[str]:
+        """A key that a test has fixed voids the run's guarantee for good, whenever it was used. A client that has
+        another key than the ledger knows draws other noise from now on: its next draw is another, and is charged."""
+        before = self.ledger.fixed, dict(self.ledger.keys)
+        reports = [o.report for o in outcomes]
+        self.ledger.fixed |= any(r.key_is_fixed for r in reports if not isinstance(r, Failure))
+        lost = {r.client: r.key for r in reports if isinstance(r, Failure) and r.key}
+        self.ledger.keys |= lost
+        if (self.ledger.fixed, self.ledger.keys) != before:
+            self.save()
+        return list(lost)
+
+
+def open_ledger(context: Context) -> Ledger:
+    """The run's ledger, or a new one with a name for the run that keys are filed under."""
+    return Ledger.load(context.folder / LEDGER) or new_ledger()
+
+
+def ledger_of(folder: Path) -> Ledger:
+    """The ledger in a run directory. Raises ConfigError where there is none."""
+    ledger = Ledger.load(Path(folder) / "checkpoint" / LEDGER)
+    if ledger is None:
+        raise ConfigError(f"'{folder}' is no private run: it has no ledger")
+    return ledger
+
+
+def forget(config: Config, folder: Path) -> int:
+    """Remove this machine's noise keys of the run in a run directory; how many there were. Raises ConfigError for a run
+    without privacy."""
+    return KeyStore(config.privacy.key_dir).forget_run(ledger_of(folder).run)
+
+
+# --- the client's half -------------------------------------------------------------------------------------------
+
+
+class PrivateSide(PlainSide):
+    """A client whose sizes, losses, times and errors' words stay where they are, and that answers no question that its
+    own config does not have."""
+
+    #: Questions that the guarantee has.
+    admitted: tuple[type[Question], ...] = (StartFromWeights,)
+
+    def check_question(self, client: str, question: Question) -> None:
+        admitted = isinstance(question, self.admitted) or self.sealer.answers(question)
+        if client != PUBLIC and not admitted:
+            raise refusal(question)
+
+    def report(self, client: str, result: Any, nbytes: int, private: Private | None) -> Trained:
+        fixed = private is not None and private.key.fixed
+        return Trained(client, 0, None, result.base_lost, 0.0, nbytes, fixed)
+
+    def answered(self, client: str, question: Question, packet: Packet) -> Answered:
+        return Answered(client, 0, packet.nbytes)
+
+    def check_evaluation(self, part: str) -> None:
+        if part != "test":
+            raise PrivacyError(f"the coordinator asked for metrics of {part} examples, which this run keeps private")
+
+    def failure(self, client: str, error: Exception) -> Failure:
+        """An error's own words stay here, in the worker's log: they may quote data."""
+        if isinstance(error, (PrivacyError, FloatingPointError)):
+            return Failure(client, cause_of(error), "")
+        logging.getLogger("fedray").error("client %s failed", client, exc_info=error)
+        kind = type(error).__name__
+        words = "its words are in the log of the worker that served it, since they may quote data"
+        return Failure(client, f"{kind}; {words}", "")

@@ -1,0 +1,274 @@
+"""The protocols of a round: what a channel, its carrier and the client's side of both do. `plain` is the simplest of
+each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from fedray.federation.messages import Answered, Failure, Orders, Outcome, Trained
+from fedray.federation.questions import Question
+from fedray.federation.wire import Message, Packet
+from fedray.methods import Method, Spec, Update, View
+from fedray.privacy.keys import KeyStore
+
+if TYPE_CHECKING:
+    from fedray.config import Config
+    from fedray.data.encoded import Encoded
+    from fedray.errors import FedrayError
+    from fedray.federation.record import RoundRecord
+    from fedray.privacy.private import Private, SketchNoise
+
+Tensors = Mapping[str, Tensor]
+
+
+class Pool(Protocol):
+    """The workers, whatever they are."""
+
+    def publish(self, message: Message) -> Any:
+        """Make a broadcast available to all workers; returns a handle."""
+
+    def train(
+        self,
+        handle: Any,
+        round: int,
+        clients: Sequence[str],
+        kept: Mapping[str, Any],
+        deadline: float | None,
+        orders: Mapping[str, Orders],
+    ) -> list[Outcome]:
+        """Run the clients' round; outcomes in the order of `clients`, with failures and late clients among them."""
+
+    def ask(
+        self, question: Question, clients: Sequence[str], kept: Mapping[str, Any], deadline: float | None
+    ) -> list[Outcome]:
+        """Put a question to the clients; answers are the outcomes' `update`."""
+
+    def fetch(self, update: Any) -> Packet:
+        """One client's update, when it is its turn to be added."""
+
+    def evaluate(self, handle: Any, part: str, client: str | None, kept: Any = None) -> tuple[list[dict], float]:
+        """Statistics of all examples in a fixed order, and what the base's dtype lost."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a channel knows of its run. `folder`: of the checkpoints. `clients`: all, in the run's order."""
+
+    config: Config
+    clients: tuple[str, ...]
+    pool: Pool
+    method: Method
+    folder: Path
+
+    def ask(self, question: Question, clients: Sequence[str]) -> list[Outcome]:
+        """Within the round's deadline."""
+        return self.pool.ask(question, clients, {}, self.config.federation.deadline)
+
+    def weight_of(self, examples: float) -> float:
+        """What a client of so many examples counts with."""
+        return examples if self.config.by_examples else 1.0
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Who takes part in a round. `left_out`: client and reason of those who may not. `failed`: who of the cohort could
+    not even begin. `opened`: what the carrier has agreed with the cohort."""
+
+    cohort: list[str]
+    left_out: list[dict[str, str]] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
+    opened: Any = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """A round's call for training, the same for every attempt. `round` counts from 0; `kept`: by client."""
+
+    round: int
+    message: Message
+    handle: Any
+    kept: Mapping[str, Any]
+    admission: Admission
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One client's answer as the start takes it: what it counts with, a call that fetches it (one client's at a time is
+    in memory), and the bytes that it moved."""
+
+    client: str
+    weight: float
+    tensors: Callable[[], Mapping[str, Tensor]]
+    up: int
+    down: int = 0
+
+
+@dataclass(frozen=True)
+class Intake:
+    """What of a round's updates reaches the method. `up`, `down`: bytes.
+
+    `updates` may be read once, in the order of the clients; where they are one sum, `rounding` is a bound of what fixed
+    point took from it (Frobenius norm), and `lost` that and fp32's rounding, relative to the sum.
+    """
+
+    updates: Iterable[Update]
+    up: int
+    down: int = 0
+    rounding: float | None = None
+    lost: float | None = None
+
+
+class Carrier(Protocol):
+    """How vectors travel from clients to the server."""
+
+    def open(self, cohort: Sequence[str]) -> tuple[Any, list[Failure]]:
+        """Before the clients work: what was agreed with them, and who could not."""
+
+    def seal(
+        self, opened: Any, orders: Mapping[str, Orders], weight: Callable[[str], float | None]
+    ) -> dict[str, Orders]:
+        """The orders for vectors that travel so. `weight`: what a client's vector counts with; None: only it knows."""
+
+    def collect(
+        self, opened: Any, round: int, outcomes: Sequence[Outcome], weight: Callable[[Outcome], float], mean: bool
+    ) -> Intake:
+        """The updates of those who reported. `mean`: whether what comes as one is to be their mean, or their sum."""
+
+    def ask(self, question: Question, clients: Sequence[str], channel: Channel) -> list[Answer]:
+        """Each client's answer, or one for their mean. Raises ClientError when a client fails."""
+
+    def farewell(self, clients: Sequence[str]) -> Question | None:
+        """The question that ends a run whose guarantee has none of its own."""
+
+
+class Channel(Protocol):
+    """The server's half of a guarantee. Rounds count from 0."""
+
+    def resume(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Go on after these records."""
+
+    def begin(self) -> None:
+        """Before anything is asked: keys, counts, plans. A second call changes nothing."""
+
+    def admit(self, round: int, message: Message) -> Admission | None:
+        """The round's cohort; None when no client may take part in another round."""
+
+    def train(self, call: Training, clients: Sequence[str]) -> list[Outcome]:
+        """One attempt: an outcome for each client, charged for before it is told to work."""
+
+    def ask(self, question: Question, clients: Sequence[str]) -> list[Answer]:
+        """Answers before round 1. Raises ClientError when a client fails."""
+
+    def collect(self, call: Training, outcomes: Sequence[Outcome], reference: Callable[[], Tensors]) -> Intake:
+        """The updates that the method sees. `reference`: what a client would send that had not trained."""
+
+    def annotate(self, record: RoundRecord, message: Message, last: bool) -> RoundRecord:
+        """What the guarantee says of a round, and withholds. `message`: of the next round, which there is none of if
+        `last`."""
+
+    def begun(self) -> dict[str, Any]:
+        """What record 0 says of the guarantee."""
+
+    def sealed_weight(self, client: str) -> float | None:
+        """What a client multiplies a vector by that goes into a sum; None: by its own number of examples, which is no
+        secret."""
+
+    def answer_weight(self, report: Answered) -> float:
+        """What an answer before round 1 counts with."""
+
+    def reason(self, failure: Failure) -> str:
+        """A failure as a person may read it."""
+
+    def error(self, round: int, decision: str, failures: Sequence[Failure]) -> FedrayError:
+        """What to raise when a round is given up."""
+
+    def note(self, outcomes: Sequence[Outcome]) -> list[str]:
+        """Look at what clients say of their keys; who has another key now."""
+
+    def end(self) -> None:
+        """The run is over."""
+
+
+class Sealer(Protocol):
+    """The client's half of a carrier."""
+
+    def seal(self, client: str, tensors: Tensors, orders: Orders) -> Packet:
+        """The vector as it travels."""
+
+    def answers(self, question: Question) -> bool:
+        """Whether the question is one of the carrier's own."""
+
+
+class Trainer(Protocol):
+    """What a client's side needs of the training: see `fedray.training.local.LocalTrainer`."""
+
+    config: Config
+
+    def examples(self, part: str, client: str = "") -> Encoded: ...
+    def gradient_examples(self, client: str | None, count: int) -> Sequence[Any]: ...
+    def start_from_weights(self, adapter: Any) -> dict[str, Tensor]: ...
+
+
+class ClientSide(Protocol):
+    """The client's half of a guarantee, at its worker. Raises PrivacyError where it is asked to break it."""
+
+    trainer: Any
+    method: Method
+    spec: Spec
+    keys: KeyStore
+    sealer: Sealer
+    #: Whether logs may say which client was asked: not where that is a secret sample.
+    logs_clients: bool
+
+    def protect(self, client: str, round: int, inputs: Callable[[], str], orders: Orders) -> Private | None:
+        """How the steps of a round are to be made private. `inputs`: gives a digest of all that they follow from."""
+
+    def send(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Packet:
+        """What is sent of what was trained, as it travels."""
+
+    def report(self, client: str, result: Any, nbytes: int, private: Private | None) -> Trained:
+        """What is said beside it."""
+
+    def respond(self, client: str, question: Question, kept: Packet | None) -> tuple[Packet | None, Any]:
+        """The answer to a question as it travels, and what is said beside it."""
+
+    def plain_examples(self, client: str, count: int) -> Sequence[Any]:
+        """The client's examples that a gradient without noise is taken over."""
+
+    def sketched(self, question: Any, client: str) -> tuple[Sequence[Any], Tensors, SketchNoise | None]:
+        """The examples that a sketch is taken over, its sides, and its noise."""
+
+    def check_evaluation(self, part: str) -> None:
+        """Whether metrics of these examples may leave."""
+
+    def failure(self, client: str, error: Exception) -> Failure:
+        """An error as it is told."""
+
+
+@dataclass(frozen=True)
+class Released:
+    """A line of `privacy.json`: something that crosses a client's border, when, under which guarantee, and made
+    where."""
+
+    what: str
+    when: str
+    guarantee: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A line of `privacy.json`: something that is not guaranteed, how much it matters, and where it follows from."""
+
+    severity: str
+    what: str
+    place: str
+
+
+NO_KEPT: Mapping[str, Any] = MappingProxyType({})

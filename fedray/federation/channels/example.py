@@ -1,0 +1,430 @@
+"""Example-level differential privacy: each training example is protected, against everyone but its own client's
+machine.
+
+Each client adds all its noise itself, from a key that it keeps. The server plans from noised counts, charges a client's
+account before it tells the client to work, and leaves out who cannot afford a round. A client checks its orders against
+its own config and its true count, whoever gives them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedray.errors import ClientError, ConfigError, PrivacyError
+from fedray.federation.channels.accounted import Accounted, PrivateSide
+from fedray.federation.channels.base import Admission, Answer, Limit, Released, Training
+from fedray.federation.channels.plain import raised
+from fedray.federation.failures import WORKER_ATTEMPTS
+from fedray.federation.messages import NO_ORDERS, PUBLIC, Answered, Failure, Orders, Outcome
+from fedray.federation.questions import (
+    ForgetKeys,
+    MethodQuestion,
+    Question,
+    Sketch,
+    StartFromWeights,
+)
+from fedray.federation.wire import Message, Packet, inputs_digest
+from fedray.privacy.accountant import Release, epsilon
+from fedray.privacy.keys import Key
+from fedray.privacy.ledger import draw_of
+from fedray.privacy.plan import Mechanism, default_delta, round_up
+from fedray.privacy.planning import (
+    SKETCH_CLIP,
+    SUBSPACE_RELEASES,
+    clip_of,
+    count_noise,
+    releases_before,
+    subspace_rate,
+    subspace_share,
+)
+from fedray.privacy.private import Private, SketchNoise
+
+if TYPE_CHECKING:
+    from fedray.config import Config
+    from fedray.federation.channels.base import ClientSide
+
+
+# --- the config's check ------------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for what would let one example move more than the clip."""
+    for name, dropout in (("model.dropout", config.model.dropout), ("adapter.dropout", config.adapter.dropout)):
+        if dropout:
+            # Its masks are laid out over the batch: one example more shifts those of all others, and the sum moves by
+            # more than the clip.
+            raise ValueError(
+                f"{name} {dropout:g} would let one example change what every other one adds, beyond what privacy.clip "
+                "bounds: set it to 0 in a private run"
+            )
+
+
+def check_rows(config: Config, rows: Mapping[str, int]) -> None:
+    """Raises ConfigError for a client with fewer rows than a private step divides by, where rows are what is
+    protected."""
+    for client, count in rows.items():
+        if config.model.task == "classification" and count < (batch := config.client(client).batch_size):
+            raise ConfigError(too_few(client, batch))
+
+
+def too_few(client: str, batch: int) -> str:
+    """Why a client cannot take private steps."""
+    return (
+        f"client '{client}' has fewer examples than its batch_size {batch}, by which a private step divides: lower it"
+    )
+
+
+# --- its lines of privacy.json -----------------------------------------------------------------------------------
+
+#: Whose key the noise comes from, and what the coordinator learns of what stays with a client.
+KEY_HOLDER, KEPT = "client's", "a function of DP-SGD steps alone"
+
+
+def unit(config: Config) -> str:
+    """What is protected."""
+    if config.model.task == "causal-lm" and config.data.completion is None:
+        return (
+            f"one sequence of at most {config.data.max_length} tokens; a longer text is several units, and so is a "
+            "person with "
+            "several texts"
+        )
+    return "one row of the training data; a person with several rows is several units"
+
+
+def trust(sees: str) -> str:
+    """Against whom the guarantee holds; what the coordinator sees of updates does not matter."""
+    return (
+        "against everyone but the client's own machine, the coordinator and the other clients included: each client "
+        "adds all "
+        "its noise itself"
+    )
+
+
+def released(config: Config, how: str) -> list[Released]:
+    """What crosses a client's border. `how`: what its carrier does to vectors."""
+    lines = [
+        Released(
+            "its number of examples",
+            "once",
+            "Gaussian noise, charged (count)",
+            "federation/channels/example.py, NoisedCount",
+        )
+    ]
+    if config.adapter.subspace == "private":
+        lines.append(
+            Released(
+                f"two sketches of its gradient{how}",
+                "once",
+                "normalised example by example, Gaussian noise, charged (subspace)",
+                "training/subspace.py",
+            )
+        )
+    lines.append(
+        Released(
+            f"its trained factors and heads{how}",
+            "each round it is drawn in",
+            "functions of DP-SGD steps alone, charged (training)",
+            "privacy/dpsgd.py",
+        )
+    )
+    return lines
+
+
+def limits(config: Config) -> list[Limit]:
+    """What this guarantee does not cover."""
+    return [
+        Limit(
+            "low",
+            "A round repeated on another kind of machine or with other threads has the same noise and other last bits: "
+            "their "
+            "difference is noise-free rounding",
+            "federation/worker.py, train",
+        ),
+        Limit(
+            "medium",
+            "A coordinator that asks for more rounds than it charges: a client checks the noise, clip and rate of its "
+            "orders, "
+            "and keeps no count of rounds",
+            "federation/channels/example.py, check_round",
+        ),
+    ]
+
+
+# --- questions that only this guarantee has ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KeyIdentity(Question):
+    """Which key the client's noise will come from; the identity comes beside the answer, as with every private
+    answer."""
+
+    name = "KEY"
+    what = "the identity of its noise key"
+
+    def answer(self, side: ClientSide, client: str, kept: Packet | None) -> Mapping[str, Tensor]:
+        return {}
+
+
+@dataclass(frozen=True)
+class NoisedCount(Question):
+    """How many training examples the client has, with Gaussian noise, rounded."""
+
+    name = "COUNT"
+    what = "its noised number of examples"
+
+    def answer(self, side: Any, client: str, kept: Packet | None) -> Mapping[str, Tensor]:
+        return {"count": side.noised_count(client, self.orders[client])}
+
+
+# --- the server's half -------------------------------------------------------------------------------------------
+
+
+class Example(Accounted):
+    """Each client has an account: what it has released, of which draws of noise."""
+
+    def counts(self) -> Mapping[str, float]:
+        """Each client's noised number of examples, asked for once and charged before it is told."""
+        ledger, clients = self.ledger, self.context.clients
+        self.save()  # the run's name first: the keys that the question makes are filed under it
+        orders = {client: Orders(ledger.run) for client in clients}
+        for client, report in self._asked(KeyIdentity(orders=orders)):
+            ledger.keys[client], ledger.fixed = report.key, ledger.fixed or report.key_is_fixed
+        noise = count_noise(self.config)
+        for client in clients:
+            ledger.charge(client, self._draw(client, "count"), Release("count", noise), 0)
+        self.save()
+        orders = {client: Orders(ledger.run, ledger.keys[client], noise=noise) for client in clients}
+        for answer in self.carrier.ask(NoisedCount(orders=orders), clients, self):
+            least = float(self.config.client(answer.client).batch_size)
+            ledger.counts[answer.client] = max(least, answer.tensors()["count"].item())
+        return ledger.counts
+
+    def _asked(self, question: Question) -> Iterator[tuple[str, Answered]]:
+        """What every client says beside its answer. Raises ClientError when one fails."""
+        for outcome in self.context.pool.ask(question, self.context.clients, {}, None):
+            yield outcome.client, raised(outcome)
+
+    def ask(self, question: Question, clients: Sequence[str]) -> list[Answer]:
+        if isinstance(question, Sketch) and PUBLIC not in clients:
+            question = replace(question, orders=self._sketch_orders(question))
+        return super().ask(question, clients)
+
+    def _sketch_orders(self, question: Sketch) -> dict[str, Orders]:
+        """What every client is told for one of the subspace's releases, whose noise follows from the question."""
+        ledger, told = self.ledger, {}
+        for client in self.context.clients:
+            (both,) = (r for r in ledger.plans[client].before if r.what == "subspace")
+            release = replace(both, steps=1)
+            draw = self._draw(client, "subspace", question.name, question.digest)
+            if not ledger.affords(client, draw, release):
+                raise ClientError(client, self.beyond_budget(client))
+            ledger.charge(client, draw, release, 0)
+            rate, noise, count = release.rate, release.noise, ledger.counts[client]
+            told[client] = Orders(ledger.run, ledger.keys[client], rate, noise, SKETCH_CLIP, rate * count)
+        self.save()
+        return told
+
+    # --- a round ---
+
+    def admit(self, round: int, message: Message) -> Admission | None:
+        left_out = self.spent(round, message)
+        names = {out["client"] for out in left_out}
+        able = [c for c in self.context.clients if c not in names]
+        return self.opened(Admission(self.drawn(round, able), left_out)) if able else None
+
+    def spent(self, round: int, message: Message) -> list[dict[str, str]]:
+        """A client that was charged for the same round before a kill has paid for it."""
+        out = [
+            client
+            for client in self.context.clients
+            if not self.ledger.affords(client, self._round_draw(client, round, message), self._round_of(client))
+        ]
+        return [{"client": client, "reason": self.beyond_budget(client)} for client in out]
+
+    def train(self, call: Training, clients: Sequence[str]) -> list[Outcome]:
+        """A client that has lost its noise key is charged for another draw, if it can afford it, and asked again."""
+        outcomes: dict[str, Outcome] = {}
+        for attempt in range(WORKER_ATTEMPTS):
+            orders, refused = self._orders(call, [c for c in clients if c not in outcomes])
+            outcomes |= refused
+            told = self.told(call, orders)
+            lost = self.note(told)
+            again = lost if attempt < WORKER_ATTEMPTS - 1 else []
+            outcomes |= {o.client: o for o in told if o.client not in again}
+            if not again:
+                break
+        return [outcomes[c] for c in clients]
+
+    def _orders(self, call: Training, clients: Sequence[str]) -> tuple[dict[str, Orders], dict[str, Outcome]]:
+        """What each client is told for its round, charged and on disk before it is told, and who cannot afford it."""
+        ledger, told, refused = self.ledger, {}, {}
+        for client in clients:
+            plan, release = ledger.plans[client], self._round_of(client)
+            draw = self._round_draw(client, call.round, call.message)
+            if not ledger.affords(client, draw, release):
+                refused[client] = Outcome(client, Failure(client, self.beyond_budget(client), ""))
+                continue
+            ledger.charge(client, draw, release, call.round + 1)
+            key = ledger.keys[client]
+            told[client] = Orders(ledger.run, key, plan.rate, plan.noise, plan.clip, plan.expected)
+        self.save()
+        return told, refused
+
+    def _round_of(self, client: str) -> Release:
+        return self.ledger.plans[client].release(self.config.client(client).local_steps)
+
+    def _round_draw(self, client: str, round: int, message: Message) -> str:
+        return self._draw(client, "round", round, inputs_digest(message.header, message.packet_of(client)))
+
+    def _draw(self, client: str, *inputs: str | int) -> str:
+        return draw_of(self.ledger.keys[client], self.ledger.run, client, *inputs)
+
+    # --- what clients count with, and have spent ---
+
+    def weight(self, outcome: Outcome) -> float:
+        return self.context.weight_of(self.ledger.counts[outcome.client])
+
+    def sealed_weight(self, client: str) -> float | None:
+        return self.context.weight_of(self.ledger.counts[client])
+
+    def answer_weight(self, report: Answered) -> float:
+        return self.context.weight_of(self.ledger.counts.get(report.client, 1.0))
+
+    def epsilons(self) -> dict[str, float]:
+        clients = self.context.clients
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # a quarter of a second each, most of it in NumPy
+            return dict(zip(clients, pool.map(self.ledger.epsilon, clients), strict=True))
+
+
+# --- the client's half -------------------------------------------------------------------------------------------
+
+
+class ExampleSide(PrivateSide):
+    """A client that clips and noises what its examples say, whoever asks."""
+
+    admitted = (StartFromWeights, ForgetKeys, MethodQuestion, KeyIdentity, NoisedCount)
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._fingerprints: dict[str, bytes] = {}
+        if self.config.adapter.subspace == "private":
+            self.admitted = (*self.admitted, Sketch)
+
+    def key(self, client: str, orders: Orders) -> Key:
+        """The key of the client's noise. Raises KeyLostError where it is not the one that the ledger knows."""
+        # Changed data are met like a lost key: other noise, and a new charge.
+        key = self.keys.key(orders.run, client).bound(self._fingerprint(client))
+        if orders.key and key.identity != orders.key:
+            raise KeyLostError(key.identity)
+        return key
+
+    def _fingerprint(self, client: str) -> bytes:
+        if client not in self._fingerprints:
+            self._fingerprints[client] = self.trainer.examples("train", client).digest()
+        return self._fingerprints[client]
+
+    def protect(self, client: str, round: int, inputs: Callable[[], str], orders: Orders) -> Private:
+        key = self.key(client, orders)
+        check_round(self.config, client, len(self.trainer.examples("train", client)), orders)
+        purpose = ("round", client, round, inputs(), *orders.shape())
+        return Private(key, purpose, orders.rate, Mechanism(orders.clip, orders.noise, orders.expected))
+
+    def sketched(self, question: Sketch, client: str) -> tuple[Sequence[Any], Mapping[str, Tensor], SketchNoise | None]:
+        if client == PUBLIC:
+            return super().sketched(question, client)
+        orders, every = question.orders[client], self.trainer.examples("train", client)
+        key = self.key(client, orders)
+        purpose = ("subspace", client, question.name, question.digest, *orders.shape())
+        check_sketch(self.config, client, len(every), orders)
+        picked = [every[i] for i in key.stream("sample", *purpose).sample(len(every), orders.rate)]
+        noise = SketchNoise(orders.noise, key.stream("noise", *purpose), orders.expected)
+        return picked, question.given(self), noise
+
+    def noised_count(self, client: str, orders: Orders) -> Tensor:
+        """The client's number of examples with its noise, rounded: one number."""
+        count, batch = len(self.trainer.examples("train", client)), self.config.client(client).batch_size
+        if self.config.siloed and count < batch:
+            raise PrivacyError(too_few(client, batch))
+        noise = self.key(client, orders).stream("count", client).normals(1).item() * count_noise(self.config)
+        return torch.tensor([count + noise]).round()
+
+    def answered(self, client: str, question: Question, packet: Packet) -> Answered:
+        orders = question.orders.get(client, NO_ORDERS)
+        if not orders.run or isinstance(question, ForgetKeys):
+            return Answered(client, 0, packet.nbytes)
+        key = self.key(client, orders)
+        return Answered(client, 0, packet.nbytes, key.identity, key.fixed)
+
+    def failure(self, client: str, error: Exception) -> Failure:
+        if isinstance(error, KeyLostError):
+            return Failure(client, "its noise key was lost, or its data are others", "", error.identity)
+        return super().failure(client, error)
+
+
+class KeyLostError(Exception):
+    """The client's key, bound to its data, is not the one that the ledger knows."""
+
+    def __init__(self, identity: str):
+        super().__init__(identity)
+        self.identity = identity
+
+
+def least_count(config: Config, client: str, count: int) -> float:
+    """The smallest number of examples that the coordinator may plan with. The count it has is noised, maybe under a key
+    that was lost since: it is taken to be within nine standard deviations."""
+    return max(float(config.client(client).batch_size), count - 9 * count_noise(config))
+
+
+def check_round(config: Config, client: str, count: int, orders: Orders) -> None:
+    """A client's own look at its orders for a round: with its own config and its true count, the whole run must stay
+    within the budget. Raises PrivacyError; nothing is computed then."""
+    privacy, section, least = config.privacy, config.client(client), least_count(config, client, count)
+    _check_shape(orders, clip_of(config), privacy.noise, round_up(section.batch_size / least))
+    if privacy.epsilon is None or privacy.noise is not None:
+        return
+    delta = _delta(config, least)
+    # At the rate of the count that these orders were made from.
+    before = releases_before(config, max(least, orders.expected / orders.rate), delta)
+    steps = config.federation.rounds * section.local_steps
+    _check_spent(epsilon([*before, Release("training", orders.noise, orders.rate, steps)], delta), privacy.epsilon)
+
+
+def check_sketch(config: Config, client: str, count: int, orders: Orders) -> None:
+    """The same for the sketches of a private subspace. Raises PrivacyError."""
+    least, share = least_count(config, client, count), subspace_share(config)
+    # With both given, epsilon shares out what the subspace may spend, and the noise is of training alone.
+    noise = config.privacy.noise if share is None else None
+    _check_shape(orders, SKETCH_CLIP, noise, subspace_rate(config, least))
+    if share is not None:
+        release = Release("subspace", orders.noise, orders.rate, SUBSPACE_RELEASES)
+        _check_spent(epsilon([release], _delta(config, least)), share)
+
+
+def _delta(config: Config, least: float) -> float:
+    return config.privacy.delta if config.privacy.delta is not None else default_delta(least)
+
+
+def _check_shape(orders: Orders, clip: float, noise: float | None, most: float) -> None:
+    if orders.clip != clip or (noise is not None and orders.noise != noise):
+        raise PrivacyError(
+            "the coordinator ordered another clip or noise than the client's own config has: it sends nothing"
+        )
+    if orders.rate > most:
+        raise PrivacyError(
+            "the coordinator ordered a higher sampling rate than the client's own count gives: it sends nothing"
+        )
+
+
+def _check_spent(spent: float, budget: float) -> None:
+    if spent > budget:
+        raise PrivacyError(
+            f"the coordinator ordered noise with which the run would spend epsilon {spent:.3g} of {budget:g}: it sends "
+            "nothing"
+        )

@@ -1,0 +1,270 @@
+"""No guarantee: every update comes to the coordinator as it is, one at a time. What the other channels change is
+here."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedray import seeding
+from fedray.errors import ClientError, FedrayError, PrivacyError, RoundError
+from fedray.federation.channels.base import (
+    Admission,
+    Answer,
+    Carrier,
+    Channel,
+    Context,
+    Intake,
+    Sealer,
+    Tensors,
+    Training,
+)
+from fedray.federation.messages import (
+    NO_ORDERS,
+    PUBLIC,
+    Answered,
+    Failure,
+    Orders,
+    Outcome,
+    Trained,
+)
+from fedray.federation.questions import Question, ValueQuestion
+from fedray.federation.wire import Message, Packet, pack, unpack
+from fedray.methods import Method, Spec, Update, View
+from fedray.privacy.keys import KeyStore
+
+if TYPE_CHECKING:
+    from fedray.config import Config
+    from fedray.federation.record import RoundRecord
+    from fedray.privacy.private import Private, SketchNoise
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for settings of a guarantee that would protect nothing, since none is asked for."""
+    privacy = config.privacy
+    bound = ("delta", "clip", "count_noise", "subspace_fraction", "adaptive_clip")
+    given = [name for name in bound if getattr(privacy, name) is not None]
+    if given or privacy.unit != "example":
+        name = given[0] if given else "unit"
+        raise ValueError(
+            f"privacy.{name} without privacy.epsilon would protect nothing: give privacy.epsilon (or privacy.noise)"
+        )
+    if config.adapter.subspace == "private":
+        raise ValueError("adapter.subspace private needs privacy.epsilon, or privacy.noise")
+
+
+#: What it does to vectors, and what the coordinator sees of updates; `secure` has others.
+HOW, SEES = "", "sees each client's clipped update"
+
+
+# --- the server's half -------------------------------------------------------------------------------------------
+
+
+class Open:
+    """The carrier that shows each vector: one client's at a time is in memory."""
+
+    def __init__(self, context: Context):
+        self.context = context
+
+    def open(self, cohort: Sequence[str]) -> tuple[Any, list[Failure]]:
+        return None, []
+
+    def seal(
+        self, opened: Any, orders: Mapping[str, Orders], weight: Callable[[str], float | None]
+    ) -> dict[str, Orders]:
+        return dict(orders)
+
+    def collect(
+        self, opened: Any, round: int, outcomes: Sequence[Outcome], weight: Callable[[Outcome], float], mean: bool
+    ) -> Intake:
+        def updates() -> Iterator[Update]:
+            for outcome in outcomes:
+                yield Update(outcome.client, weight(outcome), unpack(self.context.pool.fetch(outcome.update)))
+
+        return Intake(updates(), sum(o.report.nbytes for o in outcomes if isinstance(o.report, Trained)))
+
+    def ask(self, question: Question, clients: Sequence[str], channel: Channel) -> list[Answer]:
+        answers = []
+        for outcome in self.context.pool.ask(question, clients, {}, None):
+            channel.note([outcome])
+            report = raised(outcome)
+            fetch = partial(self.context.pool.fetch, outcome.update)
+            weight = channel.answer_weight(report)
+            answers.append(Answer(report.client, weight, lambda fetch=fetch: unpack(fetch()), report.nbytes))
+        return answers
+
+    def farewell(self, clients: Sequence[str]) -> Question | None:
+        return None
+
+
+def raised(outcome: Outcome) -> Answered:
+    """What came with an answer before round 1. Raises ClientError for a failure: the start needs every client."""
+    report = outcome.report
+    if isinstance(report, Failure):
+        raise ClientError(report.client, f"{report.cause} (before round 1)", report.details)
+    assert isinstance(report, Answered)
+    return report
+
+
+class Plain:
+    """The channel without a guarantee, and what the others share."""
+
+    def __init__(self, context: Context, carrier: Carrier):
+        self.context, self.config, self.carrier = context, context.config, carrier
+
+    # --- before round 1 and after the last ---
+
+    def resume(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing of it is in the records."""
+
+    def begin(self) -> None:
+        """Nothing is needed."""
+
+    def begun(self) -> dict[str, Any]:
+        return {}
+
+    def ask(self, question: Question, clients: Sequence[str]) -> list[Answer]:
+        return self.carrier.ask(question, clients, self)
+
+    def end(self) -> None:
+        if (question := self.carrier.farewell(self.context.clients)) is not None:
+            self.context.pool.ask(question, self.context.clients, {}, None)
+
+    # --- a round ---
+
+    def admit(self, round: int, message: Message) -> Admission | None:
+        return self.opened(Admission(self.drawn(round, self.context.clients)))
+
+    def drawn(self, round: int, clients: Sequence[str]) -> list[str]:
+        """The cohort out of those clients, in their order: a function of the seed and the round."""
+        size = min(self.config.federation.cohort or len(clients), len(clients))
+        generator = seeding.generator(self.config.seed, "cohort", round)
+        order = torch.randperm(len(clients), generator=generator)[:size]
+        return [clients[i] for i in sorted(order.tolist())]
+
+    def opened(self, admission: Admission) -> Admission:
+        """The admission with what the carrier has agreed with its cohort."""
+        opened, failed = self.carrier.open(admission.cohort)
+        return replace(admission, opened=opened, failed=failed)
+
+    def train(self, call: Training, clients: Sequence[str]) -> list[Outcome]:
+        return self.told(call, dict.fromkeys(clients, NO_ORDERS))
+
+    def told(self, call: Training, orders: Mapping[str, Orders]) -> list[Outcome]:
+        """The outcomes of clients that were told to train by these orders."""
+        orders = self.carrier.seal(call.admission.opened, orders, self.sealed_weight)
+        deadline = self.config.federation.deadline
+        return self.context.pool.train(call.handle, call.round, list(orders), call.kept, deadline, orders)
+
+    def weight(self, outcome: Outcome) -> float:
+        """What a client's update counts with."""
+        assert isinstance(outcome.report, Trained)
+        return self.context.weight_of(float(outcome.report.examples))
+
+    def sealed_weight(self, client: str) -> float | None:
+        return None if self.config.by_examples else 1.0
+
+    def answer_weight(self, report: Answered) -> float:
+        return self.context.weight_of(float(report.examples)) if report.examples else 1.0
+
+    def collect(self, call: Training, outcomes: Sequence[Outcome], reference: Callable[[], Tensors]) -> Intake:
+        return self.carrier.collect(call.admission.opened, call.round, outcomes, self.weight, mean=True)
+
+    def annotate(self, record: RoundRecord, message: Message, last: bool) -> RoundRecord:
+        return record
+
+    # --- failures and keys ---
+
+    def note(self, outcomes: Sequence[Outcome]) -> list[str]:
+        return []
+
+    def reason(self, failure: Failure) -> str:
+        return f"client '{failure.client}': {failure.cause}"
+
+    def error(self, round: int, decision: str, failures: Sequence[Failure]) -> FedrayError:
+        if len(failures) == 1 and self.config.federation.quorum == 1.0:
+            cause = f"{failures[0].cause} (round {round + 1})"
+            return ClientError(failures[0].client, cause, failures[0].details)
+        return RoundError(f"round {round + 1}: {decision}", "\n".join(f.details for f in failures))
+
+
+# --- the client's half -------------------------------------------------------------------------------------------
+
+
+class Packed:
+    """Vectors as they are."""
+
+    def seal(self, client: str, tensors: Tensors, orders: Orders) -> Packet:
+        return pack(tensors)
+
+    def answers(self, question: Question) -> bool:
+        return False
+
+
+class PlainSide:
+    """A client that keeps nothing to itself."""
+
+    logs_clients = True
+
+    def __init__(self, trainer: Any, method: Method, spec: Spec, keys: KeyStore, sealer: Sealer):
+        self.trainer, self.method, self.spec, self.keys, self.sealer = trainer, method, spec, keys, sealer
+        self.config: Config = trainer.config
+
+    def protect(self, client: str, round: int, inputs: Callable[[], str], orders: Orders) -> Private | None:
+        return None
+
+    def changed(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Tensors:
+        """What is sent of what was trained."""
+        return self.method.upload(self.spec, client, dict(trained), round)
+
+    def send(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Packet:
+        return self.sealer.seal(client, self.changed(client, round, view, trained, orders), orders)
+
+    def report(self, client: str, result: Any, nbytes: int, private: Private | None) -> Trained:
+        return Trained(client, result.examples, result.loss, result.base_lost, result.seconds, nbytes)
+
+    def respond(self, client: str, question: Question, kept: Packet | None) -> tuple[Packet | None, Answered]:
+        self.check_question(client, question)
+        if isinstance(question, ValueQuestion):
+            return None, Answered(client, value=question.value(self, client))
+        packet = self.sealer.seal(client, question.answer(self, client, kept), question.orders.get(client, NO_ORDERS))
+        return packet, self.answered(client, question, packet)
+
+    def answered(self, client: str, question: Question, packet: Packet) -> Answered:
+        """What is said beside an answer."""
+        tells = question.tells_size and client != PUBLIC
+        return Answered(client, len(self.trainer.examples("train", client)) if tells else 0, packet.nbytes)
+
+    def check_question(self, client: str, question: Question) -> None:
+        """Raises PrivacyError for a question that this run does not have: the coordinator may not bring it up."""
+        if isinstance(question, ValueQuestion) and not self.sealer.answers(question):
+            raise refusal(question)
+
+    def plain_examples(self, client: str, count: int) -> Sequence[Any]:
+        return self.trainer.gradient_examples(client if client != PUBLIC else None, count)
+
+    def sketched(self, question: Any, client: str) -> tuple[Sequence[Any], Mapping[str, Tensor], SketchNoise | None]:
+        return self.plain_examples(client, question.examples), question.given(self), None
+
+    def check_evaluation(self, part: str) -> None:
+        """All metrics may leave."""
+
+    def failure(self, client: str, error: Exception) -> Failure:
+        return Failure(client, cause_of(error), traceback.format_exc())
+
+
+def refusal(question: Question) -> PrivacyError:
+    """For a question that the client's own config does not have."""
+    return PrivacyError(f"the coordinator asked for {question.what}, which this run keeps private: it sends nothing")
+
+
+def cause_of(error: Exception) -> str:
+    """An error in one line: its own words where they are a sentence for a person, else with its type."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (FloatingPointError, ValueError)) and text else f"{type(error).__name__}: {text}"

@@ -1,0 +1,112 @@
+"""Which channel a config asks for, put together: the server's half, the client's half, the checks, what is said of
+it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedray.federation.channels import accounted, client, example, plain, secure
+from fedray.federation.channels.base import Carrier, Channel, ClientSide, Context, Limit, Released, Sealer
+from fedray.methods import Method, Spec
+from fedray.privacy.keys import KeyStore
+
+if TYPE_CHECKING:
+    from fedray.config import Config
+
+
+def make_channel(context: Context) -> Channel:
+    """The server's half of a run: its guarantee over its carrier."""
+    privacy = context.config.privacy
+    if not privacy.on:
+        return plain.Plain(context, _carrier(context, secrets.token_hex(8)))
+    ledger = accounted.open_ledger(context)
+    guarantee = client.Client if privacy.unit == "client" else example.Example
+    return guarantee(context, _carrier(context, ledger.run), ledger)
+
+
+def _carrier(context: Context, run: str) -> Carrier:
+    return secure.SecureSums(context, run) if context.config.privacy.secure_aggregation else plain.Open(context)
+
+
+def make_side(trainer: Any, method: Method, spec: Spec) -> ClientSide:
+    """The client's half, at a worker with this trainer."""
+    privacy = trainer.config.privacy
+    keys = KeyStore(privacy.key_dir)
+    sealer: Sealer = plain.Packed()
+    if privacy.secure_aggregation:
+        sealer = secure.Masked(keys, lambda name: len(trainer.examples("train", name)))
+    sides = {"client": client.ClippingSide, "example": example.ExampleSide}
+    return (sides[privacy.unit] if privacy.on else plain.PlainSide)(trainer, method, spec, keys, sealer)
+
+
+def check(config: Config, method: Method) -> None:
+    """Raises ValueError, with the reason, for what would not be private, or would say so and not be."""
+    privacy = config.privacy
+    if privacy.secure_threshold is not None and not privacy.secure_aggregation:
+        raise ValueError("privacy.secure_threshold belongs to privacy.secure_aggregation: switch it on")
+    if privacy.secure_aggregation:
+        secure.check(config, method)
+    if not privacy.on:
+        plain.check(config)
+        return
+    accounted.check(config)
+    if privacy.unit == "client":
+        client.check(config, method)
+    else:
+        example.check(config)
+
+
+def check_clients(config: Config, least: int, rows: Mapping[str, int]) -> None:
+    """Raises ConfigError for too few clients a round (`least`: of the cohort), or too few rows of training data at a
+    client (`rows`: as far as they are known)."""
+    if config.privacy.secure_aggregation:
+        secure.check_cohort(least)
+    if config.privacy.on and config.privacy.unit == "example":
+        example.check_rows(config, rows)
+
+
+def check_resumable(config: Config, checkpoint: Path) -> None:
+    """Raises ConfigError for a run whose ledger is gone from its checkpoints."""
+    if config.privacy.on:
+        accounted.check_ledger(config.output.dir, checkpoint)
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a run's channel says of itself in `privacy.json`: what is protected and against whom, whose key the noise
+    comes from, what left each client under its guarantee, and for its carrier's sake, what the coordinator learns of
+    what stays with a client, and what is not covered."""
+
+    unit: str
+    trust: str
+    key_holder: str
+    released: list[Released]
+    carried: list[Released]
+    kept: str
+    limits: list[Limit]
+
+
+def words_of(config: Config) -> Words:
+    """Of a private run."""
+    summed = config.privacy.secure_aggregation
+    how, sees = (secure.HOW, secure.SEES) if summed else (plain.HOW, plain.SEES)
+    carried, limits = (secure.released(), secure.limits(config)) if summed else ([], [])
+    part = client if config.privacy.unit == "client" else example
+    return Words(
+        part.unit(config),
+        part.trust(sees),
+        part.KEY_HOLDER,
+        part.released(config, how),
+        carried,
+        part.KEPT,
+        part.limits(config) + limits,
+    )
+
+
+def quotes_errors(config: Config) -> bool:
+    """Whether the words of an error that a client's data raise may leave its machine."""
+    return not config.privacy.on

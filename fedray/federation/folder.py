@@ -1,0 +1,106 @@
+"""Where a run's results go, and whether a run may go on there."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedray.config import BUILTIN, Config
+from fedray.errors import ConfigError
+from fedray.federation.channels.registry import check_resumable
+from fedray.federation.results import read_run_config
+
+#: Set by Ray for the entrypoint of a submitted job.
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+def rooted(config: Config) -> Config:
+    """The config with absolute local paths: a run directory can then be read from anywhere."""
+
+    def full(path: str | None) -> str | None:
+        return os.path.abspath(path) if path is not None and path != BUILTIN and Path(path).exists() else path
+
+    clients = config.clients
+    if not config.siloed:  # a path of a client with node_labels is of its own nodes
+        clients = {n: c.model_copy(update={"source": full(c.source)}) for n, c in clients.items()}
+    adapter = config.adapter.model_copy(update={"subspace_source": full(config.adapter.subspace_source)})
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": full(config.model.path)}),
+            "data": config.data.model_copy(update={"source": full(config.data.source)}),
+            "adapter": adapter,
+            "clients": clients,
+        }
+    )
+
+
+def check_lasting(key: str, path: str | None) -> None:
+    """Raises ConfigError for results of a submitted job that would lie in its unpacked package, which Ray removes."""
+    if JOB in os.environ and (path is None or not os.path.isabs(path)):
+        raise ConfigError(
+            f"{key} of a submitted job must be an absolute path on storage that stays: its working directory is "
+            "removed by "
+            "Ray"
+        )
+
+
+def run_folder(config: Config) -> tuple[Path, bool]:
+    """The run directory and whether a run there goes on. Raises ConfigError when it holds anything else."""
+    if config.output.dir is None:
+        if config.output.resume:
+            raise ConfigError("output.resume needs output.dir, the directory of the run that is to go on")
+        name = f"{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        return Path("runs", name).absolute(), False
+    folder = Path(config.output.dir).absolute()
+    _check_place(folder, config.output.dir)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return folder, False
+    _check_same_run(folder, config)
+    return folder, True
+
+
+def _check_place(folder: Path, name: str) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output.dir '{name}' is a file: choose a directory")
+    parent = next(p for p in folder.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"output.dir '{name}' cannot be made: {parent} is no directory that can be written to")
+
+
+def _check_same_run(folder: Path, config: Config) -> None:
+    name = config.output.dir
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"output.dir '{name}' is not empty and holds no run: choose another")
+    if not config.output.resume:
+        raise ConfigError(f"output.dir '{name}' holds another run: choose another, or go on with it by --output.resume")
+    different = differences(read_run_config(folder), config)
+    check_resumable(config, folder / "checkpoint")
+    if different:
+        key, before, now = different
+        raise ConfigError(
+            f"output.dir '{name}' holds a run with another {key} ({before}, now {now}): give the same to resume it, or "
+            "another directory"
+        )
+
+
+def differences(old: Config, new: Config) -> tuple[str, Any, Any] | None:
+    """The first key that a resumed run may not change, with both values: where it runs and writes may, what it computes
+    may not."""
+    where: Any = {"output": True, "worker": True, "engine": True, "clients": {"__all__": {"node_labels"}}}
+    before, now = (dict(_flat(c.model_dump(mode="json", exclude=where))) for c in (old, new))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            return key, before.get(key), now.get(key)
+    return None
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values under dotted keys."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,26 @@
+"""What stays with a client from round to round, as named tensors: its optimizer's state and factors of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+_FACTORS, _OPTIMIZER = "own/", "optimizer/"
+
+Tensors = Mapping[str, Tensor]
+
+
+def kept_tensors(factors: Tensors, optimizer: Tensors) -> dict[str, Tensor]:
+    """Both under one roof."""
+    return {f"{_OPTIMIZER}{n}": t for n, t in optimizer.items()} | {f"{_FACTORS}{n}": t for n, t in factors.items()}
+
+
+def factors_kept(kept: Tensors) -> dict[str, Tensor]:
+    """The factors among what was kept."""
+    return {n.removeprefix(_FACTORS): t for n, t in kept.items() if n.startswith(_FACTORS)}
+
+
+def optimizer_kept(kept: Tensors) -> dict[str, Tensor]:
+    """The optimizer's state among what was kept."""
+    return {n.removeprefix(_OPTIMIZER): t for n, t in kept.items() if n.startswith(_OPTIMIZER)}
