@@ -145,7 +145,8 @@ def look(folder: Path) -> dict[str, Any]:
         "config keys": digest(shape_of(config)),
         "files": sorted({re.sub(r"tfevents.*", "tfevents", str(p.relative_to(folder))) for p in folder.rglob("*.*")}),
         "adapter": {
-            str(p.relative_to(folder)): digest(p.read_bytes()) for p in sorted(folder.rglob("adapter_model.safetensors"))
+            str(p.relative_to(folder)): digest(p.read_bytes())
+            for p in sorted(folder.rglob("adapter_model.safetensors"))
         },
     }
     if (folder / "privacy.json").is_file():

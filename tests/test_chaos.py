@@ -11,8 +11,10 @@ import pytest
 import ray
 from test_federation import rounds, run, same_bits
 
-from fedray.federation import run as runs
-from fedray.federation.run import Silent, execute, prepare
+from fedray.federation import run_ray as runs
+from fedray.federation.listening import Silent
+from fedray.federation.prepare import prepare
+from fedray.federation.run import execute
 
 
 @pytest.mark.parametrize("engine", ["ray", pytest.param("inline", marks=pytest.mark.slow)])

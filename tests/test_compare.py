@@ -14,7 +14,8 @@ from fedray.cli import main
 from fedray.config import read_config
 from fedray.data.partition import load_data
 from fedray.errors import ConfigError, FedrayError
-from fedray.federation.run import execute, prepare
+from fedray.federation.prepare import prepare
+from fedray.federation.run import execute
 
 
 @pytest.fixture

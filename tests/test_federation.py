@@ -19,7 +19,8 @@ from fedray.data.partition import load_data
 from fedray.errors import ClientError, ConfigError, RoundError
 from fedray.federation import pool_inline, results, worker_ray
 from fedray.federation.messages import Failure
-from fedray.federation.run import execute, prepare
+from fedray.federation.prepare import prepare
+from fedray.federation.run import execute
 from fedray.federation.worker import Worker
 from fedray.methods import View
 from fedray.training.local import LocalTrainer

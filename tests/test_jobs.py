@@ -19,8 +19,9 @@ from pathlib import Path
 import pytest
 
 from fedray.config import from_dict, read_config
+from fedray.federation.prepare import prepare
 from fedray.federation.results import read_rounds
-from fedray.federation.run import execute, prepare
+from fedray.federation.run import execute
 from fedray.report.metrics import METRICS
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from fedray.config import from_dict, read_config
 from fedray.errors import ConfigError
-from fedray.federation.run import execute, prepare
+from fedray.federation.prepare import prepare
+from fedray.federation.run import execute
 from fedray.report.metrics import METRICS, RayMetrics
 from fedray.report.track import Several, TensorBoard, flat, numbers, trackers
 

@@ -8,7 +8,8 @@ from pairs import PAIRS
 
 from fedray.cli import main
 from fedray.config import read_config
-from fedray.federation.run import execute, prepare
+from fedray.federation.prepare import prepare
+from fedray.federation.run import execute
 from fedray.methods import METHODS
 from fedray.plan import plan
 from fedray.training.model import shape_names

@@ -16,12 +16,12 @@ from scipy import stats
 
 from fedray.config import from_dict
 from fedray.errors import ConfigError
-from fedray.federation.guard import plans_for
 from fedray.privacy import client_level
 from fedray.privacy.accountant import Release, epsilon
 from fedray.privacy.keys import TEST_KEY, Key, KeyStore
 from fedray.privacy.ledger import Ledger, draw_of
 from fedray.privacy.plan import PRECISION, PrivacyPlan, calibrate, default_delta, round_up
+from fedray.privacy.planning import plans_for
 
 KEY = Key(bytes(range(32)))
 

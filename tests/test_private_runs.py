@@ -14,13 +14,19 @@ from test_federation import final_tensors, options, rounds, run, sabotaged, same
 from fedray.cli import main
 from fedray.config import from_dict
 from fedray.errors import ClientError, ConfigError, PrivacyError, RoundError
-from fedray.federation import pool_inline, worker
+from fedray.federation import pool_inline
+from fedray.federation import round as rounds_of
+from fedray.federation.channels.client import ClippingSide
+from fedray.federation.channels.example import Example, NoisedCount
+from fedray.federation.channels.plain import Plain
+from fedray.federation.channels.secure import Masked
 from fedray.federation.coordinator import Coordinator
-from fedray.federation.guard import Guard
-from fedray.federation.messages import Ask
-from fedray.federation.run import execute, prepare
+from fedray.federation.prepare import prepare
+from fedray.federation.questions import DenseGradient, RangeSketch, RowSketch
+from fedray.federation.run import execute
+from fedray.federation.wire import pack
 from fedray.plan import plan
-from fedray.privacy import secure_sum
+from fedray.privacy import client_level, secure_sum
 from fedray.privacy.accountant import epsilon
 from fedray.privacy.keys import TEST_KEY, KeyStore
 from fedray.privacy.ledger import EVERYONE, Ledger
@@ -131,31 +137,31 @@ def test_killed_at_any_moment_of_a_round_the_ledger_says_the_same(make_config, m
     given = dict(method__name="ffa", privacy={"epsilon": 3.0}, federation__rounds=3)
     whole = run(make_config(**given))
 
-    def dying(method, which):
-        calls, real = [], getattr(Coordinator, method)
+    def dying(owner, name, which):
+        calls, real = [], getattr(owner, name)
 
-        def dies(self, *args, **kw):
+        def dies(*args, **kw):
             calls.append(1)
             if len(calls) == which:
                 raise KeyboardInterrupt
-            return real(self, *args, **kw)
+            return real(*args, **kw)
 
         return dies
 
     # The last round takes the whole budget: it must be affordable again.
-    for method, which in (
-        ("_ask_to_train", 2),
-        ("_updates", 2),
-        ("_publish", 3),
-        ("_evaluate", 3),
-        ("_save", 2),
-        ("_ask_to_train", 3),
-        ("_updates", 3),
-        ("_save", 3),
+    for owner, name, which in (
+        (Example, "train", 2),
+        (Plain, "collect", 2),
+        (Coordinator, "publish", 3),
+        (rounds_of, "evaluate", 2),
+        (Coordinator, "_save", 2),
+        (Example, "train", 3),
+        (Plain, "collect", 3),
+        (Coordinator, "_save", 3),
     ):
         config = make_config(**given)
         with monkeypatch.context() as patch:
-            patch.setattr(Coordinator, method, dying(method, which))
+            patch.setattr(owner, name, dying(owner, name, which))
             with pytest.raises(KeyboardInterrupt):
                 run(config)
         folder = run(resumed(config))
@@ -193,7 +199,7 @@ def test_a_key_that_is_lost_in_a_round_is_charged_for_another_draw(make_config, 
 
     def loses(self, handle, round, clients, *args):
         if round == 1 and not lost:  # after the charge, before the work
-            lost.append(self.worker._keys.folder)
+            lost.append(self.worker.side.keys.folder)
             for path in lost[0].rglob(key_file("client-1")):
                 path.unlink()
         return real(self, handle, round, clients, *args)
@@ -222,7 +228,7 @@ def test_a_client_that_cannot_pay_for_another_draw_is_left_out(make_config, monk
 
     def loses(self, handle, round, clients, *args):
         if round == 2 and not done:
-            done.extend(path.unlink() for path in self.worker._keys.folder.rglob(key_file("client-1")))
+            done.extend(path.unlink() for path in self.worker.side.keys.folder.rglob(key_file("client-1")))
         return real(self, handle, round, clients, *args)
 
     monkeypatch.setattr(pool_inline.InlinePool, "train", loses)
@@ -442,16 +448,16 @@ def test_a_secure_run_equals_the_plain_one_within_the_fixed_point_step(make_conf
 
 def test_the_coordinator_of_a_secure_run_never_holds_an_update(make_config, monkeypatch):
     seen, clear = [], []
-    real_fetch, real_pack = pool_inline.InlinePool.fetch, worker.Worker._packed
+    real_fetch, real_seal = pool_inline.InlinePool.fetch, Masked.seal
 
-    def packed(self, client, tensors, orders):
+    def sealed(self, client, tensors, orders):
         clear.append(torch.cat([t.double().reshape(-1) for _, t in sorted(tensors.items())]))
-        return real_pack(self, client, tensors, orders)
+        return real_seal(self, client, tensors, orders)
 
     monkeypatch.setattr(
         pool_inline.InlinePool, "fetch", lambda self, update: seen.append(real_fetch(self, update)) or seen[-1]
     )
-    monkeypatch.setattr(worker.Worker, "_packed", packed)
+    monkeypatch.setattr(Masked, "seal", sealed)
     folder = run(make_config(method__name="ffa", privacy={"secure_aggregation": True}, federation__rounds=2))
     assert len(seen) == len(clear) == 6
     everything = np.concatenate([np.frombuffer(packet.vector.tobytes(), dtype=np.uint8) for packet in seen])
@@ -554,12 +560,12 @@ def test_the_run_directory_says_what_left_and_what_is_not_guaranteed(make_config
 def test_a_client_does_not_follow_orders_that_its_own_config_does_not_allow(make_config, monkeypatch):
     for change in ({"noise": 0.3}, {"clip": 50.0}, {"rate": 1.0}):
 
-        def generous(self, round, message, clients, real=Guard.orders, change=change):
-            orders, refused = real(self, round, message, clients)
+        def generous(self, call, clients, real=Example._orders, change=change):
+            orders, refused = real(self, call, clients)
             return {c: dataclasses.replace(o, **change) for c, o in orders.items()}, refused
 
         with monkeypatch.context() as patch:
-            patch.setattr(Guard, "orders", generous)
+            patch.setattr(Example, "_orders", generous)
             with pytest.raises(RoundError, match="the coordinator ordered .* it sends nothing"):
                 run(make_config(method__name="ffa", privacy={"epsilon": 3.0, "count_noise": 2.0}))
     subspace = {"method__name": "fed-sb", "adapter": {"kind": "lora-sb", "rank": 2, "subspace": "private"}}
@@ -570,24 +576,24 @@ def test_a_client_does_not_follow_orders_that_its_own_config_does_not_allow(make
         ({"epsilon": 3.0}, {"rate": 1.1}),
     ):
 
-        def generous_start(self, *question, real=Guard.subspace_orders, change=change):
+        def generous_start(self, *question, real=Example._sketch_orders, change=change):
             return {c: dataclasses.replace(o, **change) for c, o in real(self, *question).items()}
 
         with monkeypatch.context() as patch:
-            patch.setattr(Guard, "subspace_orders", generous_start)
+            patch.setattr(Example, "_sketch_orders", generous_start)
             with pytest.raises(ClientError, match="the coordinator ordered .* it sends nothing"):
                 run(make_config(**subspace, privacy=privacy | {"count_noise": 2.0}))
 
     # Noise that would be enough if the bases had cost nothing is not enough after them.
-    def as_if_free(self, round, message, clients, real=Guard.orders):
-        orders, refused = real(self, round, message, clients)
+    def as_if_free(self, call, clients, real=Example._orders):
+        orders, refused = real(self, call, clients)
         plan = self.ledger.plans["client-0"]
         noise = calibrate(plan.rate, plan.steps, plan.delta, plan.budget, [r for r in plan.before if r.what == "count"])
         assert noise < plan.noise
         return {c: dataclasses.replace(o, noise=noise) for c, o in orders.items()}, refused
 
     with monkeypatch.context() as patch:
-        patch.setattr(Guard, "orders", as_if_free)
+        patch.setattr(Example, "_orders", as_if_free)
         with pytest.raises(
             RoundError,
             match="the coordinator ordered noise with which the run would spend epsilon .* of 3: it sends nothing",
@@ -596,7 +602,6 @@ def test_a_client_does_not_follow_orders_that_its_own_config_does_not_allow(make
 
 
 def test_a_client_answers_no_question_that_a_private_run_does_not_have(make_config):
-    from fedray.federation.messages import Question
     from fedray.federation.worker import Worker
 
     for private, adapter in (
@@ -604,10 +609,9 @@ def test_a_client_answers_no_question_that_a_private_run_does_not_have(make_conf
         ({"noise": 1.0, "unit": "client", "delta": 0.1}, {"kind": "lora-sb", "rank": 2}),
     ):
         worker = Worker(make_config(method__name="fed-sb", adapter=adapter, privacy=private), "cpu", 1)
-        for ask in (Ask.DENSE, Ask.RANGE, Ask.ROWS):
-            packet, _, failure = worker.ask(
-                "client-0", Question(ask, layers=tuple(x.name for x in worker.trainer.layers)), None
-            )
+        layers = tuple(x.name for x in worker.trainer.layers)
+        for question in (DenseGradient(layers, 4), RangeSketch(None, 4), RowSketch(pack({}), 4)):
+            packet, _, failure = worker.ask("client-0", question, None)
             assert packet is None and "which this run keeps private: it sends nothing" in failure.cause
         for part in ("train", "held-out"):
             with pytest.raises(PrivacyError, match=f"metrics of {part} examples"):
@@ -620,8 +624,8 @@ def test_a_key_lost_during_the_start_is_charged_anew_when_the_run_goes_on(make_c
     real, lost = pool_inline.InlinePool.ask, []
 
     def loses(self, question, clients, *args):
-        if question.ask is Ask.ROWS and not lost:
-            lost.extend(path.unlink() for path in self.worker._keys.folder.rglob(key_file("client-1")))
+        if isinstance(question, RowSketch) and not lost:
+            lost.extend(path.unlink() for path in self.worker.side.keys.folder.rglob(key_file("client-1")))
         return real(self, question, clients, *args)
 
     monkeypatch.setattr(pool_inline.InlinePool, "ask", loses)
@@ -649,14 +653,14 @@ def test_data_that_changed_before_a_run_goes_on_never_meet_the_same_noise(make_c
         privacy={"noise": 1.0},
     )
 
-    def dies(self, round, message, clients, real=Guard.orders):  # after the round is charged, before its answer is kept
-        told = real(self, round, message, clients)
-        if round == 1:
+    def dies(self, call, clients, real=Example._orders):  # after the round is charged, before its answer is kept
+        told = real(self, call, clients)
+        if call.round == 1:
             raise KeyboardInterrupt
         return told
 
     with monkeypatch.context() as patch:
-        patch.setattr(Guard, "orders", dies)
+        patch.setattr(Example, "_orders", dies)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     before = prepare(resumed(config)).data.train
@@ -680,17 +684,16 @@ def test_a_kill_while_counts_are_asked_for_charges_each_count_once(make_config, 
         method__name="ffa",
         privacy={"noise": 1.0},
     )
-    real, counts = worker.Worker._answer, []
+    real, counts = NoisedCount.answer, []
 
-    def dies(self, client, question, *rest):
-        told = real(self, client, question, *rest)
-        if question.ask is Ask.COUNT:
-            counts.append((client, told["count"].item()))
-            if len(counts) == 2:
-                raise KeyboardInterrupt
+    def dies(self, side, client, kept):
+        told = real(self, side, client, kept)
+        counts.append((client, told["count"].item()))
+        if len(counts) == 2:
+            raise KeyboardInterrupt
         return told
 
-    monkeypatch.setattr(worker.Worker, "_answer", dies)
+    monkeypatch.setattr(NoisedCount, "answer", dies)
     with pytest.raises(KeyboardInterrupt):
         run(config)
     again = run(resumed(config))
@@ -713,16 +716,14 @@ def test_a_kill_while_counts_are_asked_for_charges_each_count_once(make_config, 
 
 def test_what_clients_say_of_the_clip_moves_by_a_half_for_one_client(make_config, monkeypatch):
     """The noise on it is paid for with sensitivity 1/2 (Andrew et al., 2021)."""
-    from fedray.federation import guard
-
     told, sent = [], []
-    real, clipped = guard.client_level.next_clip, worker.Worker._clipped
+    real, clipped = client_level.next_clip, ClippingSide.changed
     monkeypatch.setattr(
-        guard.client_level,
+        client_level,
         "next_clip",
         lambda clip, q, within, *rest: told.append(within) or real(clip, q, within, *rest),
     )
-    monkeypatch.setattr(worker.Worker, "_clipped", lambda self, *args: sent.append(clipped(self, *args)) or sent[-1])
+    monkeypatch.setattr(ClippingSide, "changed", lambda self, *args: sent.append(clipped(self, *args)) or sent[-1])
     for secure in (False, True):
         told.clear(), sent.clear()
         folder = run(
@@ -737,7 +738,7 @@ def test_what_clients_say_of_the_clip_moves_by_a_half_for_one_client(make_config
                 },
             )
         )
-        bits = [s[guard.client_level.WITHIN].item() for s in sent]
+        bits = [s[client_level.WITHIN].item() for s in sent]
         assert len(bits) == 9 and set(bits) <= {0.5, -0.5}
         assert told == pytest.approx([sum(bits[i : i + 3]) for i in (0, 3, 6)], abs=1e-6) and len(rounds(folder)) == 3
 
@@ -821,16 +822,16 @@ def test_a_secure_sum_is_not_opened_again_of_others_parts(make_config, monkeypat
     config = make_config(
         method__name="ffa", privacy={"secure_aggregation": True}, federation__quorum=0.5, federation__clients=4
     )
-    real, calls = Coordinator._publish, []
+    real, calls = Coordinator.publish, []
 
-    def dies(self):  # opened and aggregated, not saved
+    def dies(self, state):  # opened and aggregated, not saved
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(self)
+        return real(self, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Coordinator, "_publish", dies)
+        patch.setattr(Coordinator, "publish", dies)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     with monkeypatch.context() as patch:
@@ -899,6 +900,7 @@ def test_plan_shows_noise_steps_epsilon_and_signal_before_anything_runs(make_con
 def test_private_sketches_have_sensitivity_one(make_config):
     """Take any one example out: the noiseless sum moves by at most 1, over all layers together."""
     from fedray.privacy.keys import Key
+    from fedray.privacy.private import SketchNoise
     from fedray.training import subspace
 
     trainer = LocalTrainer(make_config(task="classification", adapter__rank=3, privacy={"noise": 1.0}), "cpu", 1)
@@ -907,7 +909,7 @@ def test_private_sketches_have_sensitivity_one(make_config):
     sides = subspace.gaussian_tests(trainer.layers, 0, 0)
 
     def total(given, sketch=subspace.range_sketch, sides=sides):
-        told = sketch(trainer, given, sides, subspace.Noise(0.0, Key(b"k" * 32).stream("x"), 1.0))
+        told = sketch(trainer, given, sides, SketchNoise(0.0, Key(b"k" * 32).stream("x"), 1.0))
         return torch.cat([t.double().flatten() for t in told.values()])
 
     bases = {n: torch.linalg.qr(torch.randn(next(x for x in trainer.layers if x.name == n).m, 3)).Q for n in sides}

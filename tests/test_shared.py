@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedray.config import read_config
 from fedray.federation import results
-from fedray.federation.run import execute, prepare
+from fedray.federation.prepare import prepare
+from fedray.federation.run import execute
 from fedray.training.local import LocalTrainer
 
 EXAMPLE = (

@@ -14,9 +14,9 @@ import pytest
 from fedray.config import from_dict, read_config
 from fedray.data.partition import load_data
 from fedray.errors import ConfigError
+from fedray.federation.folder import differences
 from fedray.federation.placement import Node, matches, place_silos
 from fedray.federation.pool_ray import RayPool
-from fedray.federation.run import differences
 
 ROOT = Path(__file__).parent.parent
 

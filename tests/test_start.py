@@ -10,8 +10,10 @@ from test_federation import run, same_bits
 from fedray.adapters import attach
 from fedray.config import read_config
 from fedray.federation import results, start
-from fedray.federation.messages import Ask, Question
-from fedray.federation.run import execute, prepare
+from fedray.federation.channels.base import Answer
+from fedray.federation.prepare import prepare
+from fedray.federation.questions import DenseGradient
+from fedray.federation.run import execute
 from fedray.federation.wire import pack, unpack
 from fedray.federation.worker import Worker
 from fedray.training import subspace
@@ -56,11 +58,14 @@ def centralised(trainer, examples) -> dict[str, torch.Tensor]:
 
 
 def collector(worker, clients):
-    """What the coordinator's `_answers` does, with no coordinator."""
+    """What the plain channel's `ask` does, with no coordinator."""
 
     def answers(question, asked):
         told = [worker.ask(c, question, None) for c in asked]
-        return [(report, lambda packet=packet: unpack(packet), report.nbytes) for packet, _, report in told]
+        return [
+            Answer(report.client, float(report.examples or 1), lambda packet=packet: unpack(packet), report.nbytes)
+            for packet, _, report in told
+        ]
 
     return answers
 
@@ -79,10 +84,9 @@ def test_the_federated_gradient_equals_the_centralised_one(make_config, task):
     clients = worker.trainer.data.clients
     held = {c: worker.trainer.examples("train", c) for c in clients}
     want = centralised(worker.trainer, [e for c in clients for e in held[c]])
-    question = Question(Ask.DENSE, layers=tuple(want), examples=10**6)
-    told = collector(worker, clients)(question, clients)
-    assert [report.examples for report, _, _ in told] == [len(held[c]) for c in clients]
-    total = start._total(config, told)
+    told = collector(worker, clients)(DenseGradient(tuple(want), 10**6), clients)
+    assert [answer.weight for answer in told] == [len(held[c]) for c in clients]
+    total = start._mean(told)
     for name, gradient in want.items():
         got = total[name].float()
         assert (got - gradient).norm() < 1e-6 * gradient.norm(), name
@@ -147,9 +151,9 @@ def test_the_signed_subspace_is_that_of_the_signed_sum(make_config):
     state = results.load_state(run(config), config, 0)
     worker = Worker(config, "cpu", 1)
     clients, names = worker.trainer.data.clients, tuple(layer.name for layer in worker.spec.layers)
-    told = collector(worker, clients)(Question(Ask.DENSE, layers=names, examples=9), clients)
+    told = collector(worker, clients)(DenseGradient(names, 9), clients)
     for layer in worker.spec.layers:
-        total = sum(r.examples * fetch()[layer.name].double() for r, fetch, _ in told)
+        total = sum(answer.weight * answer.tensors()[layer.name].double() for answer in told)
         U, S, Vt = torch.linalg.svd(total.sign())
         B, A = (state.increments[0].tensors[f"{layer.name}.{f}"].double() for f in ("sb_B", "sb_A"))
         captured = (B.T @ total.sign() @ A.T).norm() ** 2
@@ -209,10 +213,10 @@ def test_the_range_finder_on_a_real_encoder_captures_what_the_dense_svd_does(tmp
     )
     worker = Worker(config, "cpu", 1)
     clients = worker.trainer.data.clients
-    found = start.start(config, worker.spec, clients, collector(worker, clients))
+    found = start.make_start(config, worker.spec, clients, collector(worker, clients))
     names = tuple(layer.name for layer in worker.spec.layers)
-    told = collector(worker, clients)(Question(Ask.DENSE, layers=names, examples=16), clients)
-    total = start._total(config, told)
+    told = collector(worker, clients)(DenseGradient(names, 16), clients)
+    total = start._mean(told)
     captured = best = whole = 0.0
     for layer in worker.spec.layers:
         G = total[layer.name]

@@ -30,7 +30,8 @@ from fedray.cli import main
 from fedray.config import read_config
 from fedray.errors import ConfigError
 from fedray.federation.placement import Node
-from fedray.federation.run import execute, prepare
+from fedray.federation.prepare import prepare
+from fedray.federation.run import execute
 from fedray.privacy.accountant import ORDERS, Release, epsilon
 from fedray.privacy.keys import Key
 from fedray.privacy.ledger import Ledger
