@@ -1,4 +1,4 @@
-"""What several test modules use: (adapter, method) pairs, whole runs and what they leave, a Ray head, a client's trainer."""
+"""What several test modules use: (adapter, method) pairs, whole runs and what they leave, a Ray head, one trainer."""
 
 from __future__ import annotations
 
