@@ -23,7 +23,10 @@ from transformers import BertConfig, BertForSequenceClassification, ByT5Tokenize
 
 from fedray.config import Config, from_dict
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+pytest.register_assert_rewrite("support")  # its asserts say what differed, as a test's do
+
+from support import SHARED
+
 #: Modules whose tests start Ray, each in its own way.
 WITH_RAY = ("test_chaos", "test_jobs", "test_silos", "test_sweep")
 
@@ -31,8 +34,9 @@ WITH_RAY = ("test_chaos", "test_jobs", "test_silos", "test_sweep")
 def pytest_collection_modifyitems(items):
     missing = pytest.mark.skip(reason=f"{SHARED} is not here: real encoder and data are needed")
     for item in items:
-        # With `-n 2 --dist loadgroup`: one process has all that starts Ray, so that there is one Ray at a time; the rest goes by files.
-        module = item.module.__name__
+        # With `-n 2 --dist loadgroup`: one process has all that starts Ray, so that there is one Ray at a time;
+        # the rest goes by files.
+        module = item.path.stem
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(
                 pytest.mark.xdist_group(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED
 from peft import PeftModel
+from support import SHARED
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedray.config import read_config

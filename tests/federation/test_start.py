@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import SHARED
-from test_federation import run, same_bits
+from support import SHARED, run, same_bits
 
 from fedray.adapters import attach
 from fedray.config import read_config

@@ -243,7 +243,7 @@ def test_packed_examples_are_the_same_and_a_kept_file_is_made_once(task, make_co
 @pytest.mark.shared
 def test_a_kept_file_is_found_by_a_tokenizer_that_has_cut_texts_and_by_one_that_has_not(make_config, tmp_path):
     """A fast tokenizer remembers how it was last called; that must not make another's files look like others."""
-    from conftest import SHARED
+    from support import SHARED
 
     from fedray.data.encoded import encode
     from fedray.data.tasks import TASKS

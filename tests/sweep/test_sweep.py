@@ -25,6 +25,7 @@ from ray import cloudpickle, tune
 from ray.tune.experiment import Trial
 from ray.util import placement_group_table
 from rich.console import Console
+from support import ROOT
 
 from fedray.cli import main
 from fedray.config import read_config
@@ -54,7 +55,7 @@ from fedray.sweep import (
 )
 from fedray.sweep import settings as keys_of
 
-SPACES = Path(__file__).parent.parent / "tune_spaces"
+SPACES = ROOT / "tune_spaces"
 
 
 def space_file(folder: Path, text: str) -> str:

@@ -3,155 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+from support import ROOT, Head
 
 from fedray.config import from_dict, read_config
 from fedray.federation.prepare import prepare
 from fedray.federation.results import read_rounds
 from fedray.federation.run import execute
 from fedray.report.metrics import METRICS
-
-ROOT = Path(__file__).parent.parent
-SCRIPTS = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-class Head:
-    """A Ray head of its own, with token authentication; nothing of it is shared with the tests' embedded Ray."""
-
-    def __init__(
-        self,
-        folder: Path,
-        options: tuple[str, ...] | list[str] = ("--num-cpus=3",),
-        variables: dict[str, str] | None = None,
-    ):
-        # Unix sockets need a short path.
-        self.folder, self.temp = folder, Path(tempfile.mkdtemp(prefix="fr-", dir="/tmp"))
-        self.token = self.temp / "token"
-        self.token.write_text("0123456789abcdef" * 4)
-        self.token.chmod(0o600)
-        port, dashboard = free_port(), free_port()
-        self.address, self.api = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "FEDRAY_"))}
-        self.env = kept | {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self.token),
-            "RAY_worker_niceness": "0",
-            "PATH": f"{SCRIPTS}:{os.environ['PATH']}",
-        }
-        self.started = {"RAY_metrics_report_interval_ms": "1000", "FEDRAY_UNSAFE_TEST_KEY": "tests"} | (variables or {})
-        self.log = (folder / "head.log").open("w")
-        self.process = subprocess.Popen(
-            [
-                "ray",
-                "start",
-                "--head",
-                "--block",
-                *options,
-                f"--port={port}",
-                f"--dashboard-port={dashboard}",
-                "--dashboard-host=127.0.0.1",
-                "--include-dashboard=true",
-                f"--temp-dir={self.temp}",
-                "--disable-usage-stats",
-                f"--metrics-export-port={free_port()}",
-                f"--dashboard-agent-listen-port={free_port()}",
-            ],
-            env=self.env | self.started,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        end = time.monotonic() + 90
-        while self.get("/api/version") is None:
-            assert self.process.poll() is None and time.monotonic() < end, (folder / "head.log").read_text()
-            time.sleep(0.5)
-        # The dashboard answers before its agent takes jobs.
-        while subprocess.run(
-            self.command("true", options=("--no-wait",)), env=self.env, capture_output=True, timeout=60, check=False
-        ).returncode:
-            assert time.monotonic() < end, (folder / "head.log").read_text()
-            time.sleep(0.5)
-
-    def get(self, path: str, token: bool = True) -> bytes | int | None:
-        """What the dashboard answers: a body, a status code that is an error, or None when nobody listens."""
-        headers = {"Authorization": f"Bearer {self.token.read_text()}"} if token else {}
-        try:
-            with urllib.request.urlopen(urllib.request.Request(self.api + path, headers=headers), timeout=10) as answer:
-                return answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code
-        except OSError:
-            return None
-
-    def join(self, *options: str) -> subprocess.Popen:
-        """Another node of this cluster. Two that start at once may take each other's ports."""
-        node = subprocess.Popen(
-            [
-                "ray",
-                "start",
-                "--block",
-                f"--address={self.address}",
-                *options,
-                f"--temp-dir={self.temp}",
-                "--disable-usage-stats",
-                f"--dashboard-agent-listen-port={free_port()}",
-            ],
-            env=self.env | self.started,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        there, end = self.nodes(), time.monotonic() + 60
-        while self.nodes() == there:
-            assert node.poll() is None and time.monotonic() < end, (self.folder / "head.log").read_text()
-            time.sleep(0.5)
-        return node
-
-    def nodes(self) -> int:
-        return len(json.loads(self.get("/nodes?view=summary"))["data"]["summary"])
-
-    def submit(self, *entrypoint: str, working_dir: Path | None = ROOT) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            self.command(*entrypoint, working_dir=working_dir),
-            env=self.env,
-            capture_output=True,
-            text=True,
-            timeout=580,
-            check=False,
-        )
-
-    def command(self, *entrypoint: str, options: tuple[str, ...] = (), working_dir: Path | None = ROOT) -> list[str]:
-        where = ("--working-dir", str(working_dir)) if working_dir else ()
-        return ["ray", "job", "submit", "--address", self.api, *where, *options, "--", *entrypoint]
-
-    def close(self) -> None:
-        os.killpg(self.process.pid, signal.SIGTERM)
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        subprocess.run(["pkill", "-9", "-f", str(self.temp)], check=False)
-        self.log.close()
-        shutil.rmtree(self.temp, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +60,7 @@ def test_the_upload_is_small_and_holds_what_jobs_need(tmp_path):
         "jobs/sweep.py",
         "tune_spaces/smoke.py",
         "fedray/assets/builtin-base/config.json",
-    } <= {n.split("/", 1)[1] if n.split("/")[0] == ROOT.name else n for n in names}
+    } <= set(names)
     assert not [n for n in names if re.search(r"(^|/)(\.git|tests|k8s|runs|\.venv|\.hypothesis)/", n)]
 
 

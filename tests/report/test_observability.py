@@ -1,4 +1,4 @@
-"""Event files, traces, metrics' names: what a run tells those who watch it. The Prometheus endpoint itself: test_jobs.py."""
+"""Event files, traces, metrics' names: what a run tells those who watch it. Prometheus: tests/jobs/test_jobs.py."""
 
 from __future__ import annotations
 

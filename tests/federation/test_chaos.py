@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from test_federation import rounds, run, same_bits
+from support import rounds, run, same_bits
 
 from fedray.federation import run_ray as runs
 from fedray.federation.listening import Silent

@@ -1,12 +1,12 @@
 """Every method with every adapter against the dense fp64 mean: several rounds, non-square and square layers, unequal weights,
-prime cohorts. The algebra half of the battery; `test_federation.py` runs the same pairs through whole runs."""
+prime cohorts. The algebra half of the battery; `tests/federation/test_run.py` runs the same pairs through whole runs."""
 
 import dataclasses
 from dataclasses import dataclass
 
 import pytest
 import torch
-from pairs import ALL, EXACT, PAIRS, STATED
+from support import ALL, EXACT, PAIRS, STATED
 
 from fedray import seeding
 from fedray.adapters import ADAPTERS, Layer

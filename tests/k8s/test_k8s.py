@@ -18,10 +18,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SHARED
-from test_jobs import Head
+from support import ROOT, SHARED, Head
 
-ROOT = Path(__file__).parent.parent
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(p.parent.name for p in (K8S / "overlays").glob("*/kustomization.yaml"))
 MANIFESTS = sorted(p for p in (K8S / "overlays").glob("*/ray*.yaml"))

@@ -2,7 +2,9 @@
 
 import sys
 
-sys.path.insert(0, str(__import__("pathlib").Path(__file__).parent.parent / "jobs"))
+from support import ROOT
+
+sys.path.insert(0, str(ROOT / "jobs"))
 
 import bench
 import pytest

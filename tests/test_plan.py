@@ -1,10 +1,9 @@
 """What a run would cost, against published counts and against a real run; the other commands."""
 
 import json
-from pathlib import Path
 
 import pytest
-from pairs import PAIRS
+from support import PAIRS, ROOT
 
 from fedray.cli import main
 from fedray.config import read_config
@@ -150,10 +149,7 @@ def test_other_commands(make_config, capsys, tmp_path):
     assert main(["methods"]) == 0
     told = capsys.readouterr().out
     assert all(name in told for name in METHODS) and "fedex with lora-sb: only its core trains" in told
-    assert (
-        main(["methods", "--markdown"]) == 0
-        and capsys.readouterr().out.strip() in (Path(__file__).parent.parent / "README.md").read_text()
-    )
+    assert main(["methods", "--markdown"]) == 0 and capsys.readouterr().out.strip() in (ROOT / "README.md").read_text()
     assert main(["rnu"]) == 2 and "unknown command 'rnu'" in capsys.readouterr().err
     assert main(["run", "--help"]) == 0 and "--federation.local_steps" in capsys.readouterr().out
     assert main([]) == 0 and main(["--version"]) == 0

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from fedray.config import from_dict, read_config
 from fedray.data.partition import load_data
@@ -17,8 +18,6 @@ from fedray.errors import ConfigError
 from fedray.federation.folder import differences
 from fedray.federation.placement import Node, matches, place_silos
 from fedray.federation.pool_ray import RayPool
-
-ROOT = Path(__file__).parent.parent
 
 
 def siloed(silos: dict[str, str], **sections) -> dict:

@@ -1,7 +1,6 @@
 """Whole runs: inline against Ray to the last bit, bytes against closed forms, resume, failures, exports."""
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -9,59 +8,19 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from pairs import ALL, EXACT, PAIRS, PERSONAL
 from peft import PeftModel
-from safetensors.torch import load_file
+from support import ALL, EXACT, PAIRS, PERSONAL, final_tensors, options, rounds, run, sabotaged, same_bits
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedray.config import make_method
 from fedray.data.partition import load_data
 from fedray.errors import ClientError, ConfigError, RoundError
 from fedray.federation import pool_inline, results, worker_ray
-from fedray.federation.messages import Failure
-from fedray.federation.prepare import prepare
-from fedray.federation.run import execute
 from fedray.federation.worker import Worker
 from fedray.methods import View
 from fedray.training.local import LocalTrainer
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # worker processes cannot import this file
-
-
-def run(config) -> Path:
-    execute(prepare(config))
-    return Path(config.output.dir)
-
-
-def final_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    newest = sorted((folder / "checkpoint").glob("round-*"))[-1]
-    return load_file(newest / "tensors.safetensors")
-
-
-def rounds(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-
-
-def same_bits(one: Path, other: Path) -> None:
-    a, b = final_tensors(one), final_tensors(other)
-    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    quiet = [[{k: v for k, v in r.items() if k != "seconds"} for r in rounds(f)] for f in (one, other)]
-    assert quiet[0] == quiet[1]
-
-
-def options(pair: str) -> dict:
-    """The config of one pair: cores learn slowly at LoRA's rate, and abba splits its rank in two."""
-    kind, name, extra = ALL[pair]
-    extra = extra | ({"fra_rounds": 1} if name == "fra-ffa" else {})
-    adapter = {"kind": kind, "rank": 4 if kind == "abba" else 2} | ({"alpha": 4} if kind in ("lora", "abba") else {})
-    federation = {
-        "clients": 3,
-        "rounds": 3,
-        "local_steps": 2,
-        "batch_size": 4,
-        "lr": 0.2 if kind in ("lora-sb", "ravan") else 0.01,
-    }
-    return {"adapter": adapter, "method": {"name": name, **extra}, "federation": federation}
 
 
 def also(given: dict, **federation) -> dict:
@@ -151,7 +110,7 @@ def test_a_client_does_not_depend_on_who_else_its_worker_serves(make_config, ray
 
 @pytest.mark.parametrize("task", ["causal-lm", "classification"])
 def test_zero_stages_and_plain_pytorch_agree_after_three_rounds(task, make_config):
-    """With SGD: Adam would magnify the last digit of gradients near zero (see test_training)."""
+    """With SGD: Adam would magnify the last digit of gradients near zero (see tests/training/test_local.py)."""
     options = {"task": task, "federation__optimizer": "sgd", "federation__lr": 0.1}
     plain = effective(run(make_config(**options, worker={"cpus": 1, "backend": "torch"})))
     for stage in range(4):
@@ -391,35 +350,6 @@ def test_a_resumed_run_ends_in_the_same_bits(make_config, given, monkeypatch):
 
 
 # --- failures ---------------------------------------------------------------------------------------------------
-
-
-def sabotaged(make_config, monkeypatch, kind, **options):
-    """In round 2 client 1 raises; or its process dies, or it is late, once; or a process dies over an evaluation, once."""
-
-    class Sabotaged(Worker):
-        def once(self):
-            flag = Path(self.trainer.config.output.dir) / "flag"
-            first = not flag.exists()
-            flag.touch()
-            return first
-
-        def train(self, client, round, *args):
-            if client == "client-1" and round == 1:
-                if kind == "raises":
-                    return None, None, Failure(client, "KeyError: 'ward'", "Traceback ...")
-                if kind == "dies" and self.once():
-                    os.kill(os.getpid(), 9)
-                if kind == "late" and self.once():
-                    time.sleep(60)
-            return Worker.train(self, client, round, *args)
-
-        def evaluate(self, part, client, share, header, *args):
-            if kind == "dies evaluating" and header.round == 2 and share[0] == 1 and self.once():
-                os.kill(os.getpid(), 9)
-            return Worker.evaluate(self, part, client, share, header, *args)
-
-    monkeypatch.setattr(worker_ray, "Worker", Sabotaged)
-    return make_config(engine="ray", **({"worker": {"cpus": 1, "count": 1}} if kind == "raises" else {}) | options)
 
 
 def test_a_failing_client_is_named_with_its_cause(make_config, ray_session, monkeypatch):

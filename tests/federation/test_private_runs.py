@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from test_federation import final_tensors, options, rounds, run, sabotaged, same_bits
+from support import ROOT, final_tensors, options, rounds, run, sabotaged, same_bits
 
 from fedray.cli import main
 from fedray.config import from_dict
@@ -428,17 +428,25 @@ def test_a_worker_that_dies_repeats_its_draw_and_is_charged_once(make_config, ra
 
 
 @pytest.mark.parametrize("pair", ["lora+fedit", "lora+ffa", "lora+rolora", "lora-sb+fed-sb", "ravan+ravan"])
-def test_a_secure_run_equals_the_plain_one_within_the_fixed_point_step(make_config, pair):
+def test_a_secure_run_equals_the_plain_one_within_the_fixed_point_step(make_config, pair, monkeypatch):
     given = options(pair) | (
         {"adapter": {"kind": "lora-sb", "rank": 2, "subspace": "gradient-raw"}} if pair == "lora-sb+fed-sb" else {}
     )
     plain, config = run(make_config(**given)), make_config(**given, privacy={"secure_aggregation": True})
+    received, fetch = [], pool_inline.InlinePool.fetch
+    monkeypatch.setattr(
+        pool_inline.InlinePool, "fetch", lambda self, sent: received.append(fetch(self, sent)) or received[-1]
+    )
     prepared = prepare(config)
     execute(prepared)
     folder = Path(config.output.dir)
     a, b = final_tensors(plain), final_tensors(folder)
     assert all((a[n] - b[n]).abs().max() <= 1e-5 * a[n].abs().max().clamp_min(1e-3) for n in a)
-    assert any(not torch.equal(a[n], b[n]) for n in a) or pair == "ravan+ravan"
+    # Whether the two runs differ in a bit depends on the processor. That what arrived was masked holds on all: numbers
+    # below 10 look as if drawn from the whole ring.
+    assert len(received) >= 9 and all(packet.vector.dtype == "uint64" for packet in received)
+    assert max(t.abs().max() for t in a.values()) < 10.0
+    assert all(np.median(np.abs(secure_sum.decode(packet.vector))) > 2.0**28 for packet in received)
     for record in rounds(folder):
         assert record["aggregation_error"] is None
         assert record["exactness"] is None if pair == "lora+fedit" else 0 < record["exactness"] < 1e-6
@@ -533,7 +541,7 @@ def test_the_run_directory_says_what_left_and_what_is_not_guaranteed(make_config
     assert all(
         w in words for w in ("number of examples", "sketches", "trained factors", "secure sum", "identity of its key")
     )
-    here = Path(__file__).parent.parent / "fedray"
+    here = ROOT / "fedray"
     for entry in [*told["left_each_client"], *told["not_guaranteed"]]:
         place, _, name = entry["place"].partition(", ")
         source = (here / place).read_text()  # every place it names is there
