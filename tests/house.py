@@ -1,8 +1,8 @@
 """What the house looks like, in numbers: `python tests/house.py [CHECKOUT]` counts a checkout (default: this one).
 
-A function's decision points: `if`, `for`, `while`, `except`, a conditional expression, each further operand of `and` and
-`or`, and each `if` of a comprehension; those of functions inside it too. A place that asks for a guarantee is a line that
-reads a name in `GUARANTEES`, or an attribute of that name, outside the files whose job it is.
+A function's decision points: `if`, `for`, `while`, `except`, a conditional expression, each further operand of `and`
+and `or`, and each `if` of a comprehension; those of functions inside it too. A place that asks for a guarantee is a
+line that has a condition with a name of `GUARANTEES` in it, in the federation but outside its channels.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from pathlib import Path
 FOLDERS = ("fedray", "jobs", "tune_spaces", "k8s")
 WIDTH, DECISIONS = 120, 6
 _BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.match_case)
-#: What only a guarantee has; asking for one of them is asking which guarantee holds.
-GUARANTEES = ("by_client", "secure_aggregation", "guard", "opened", "secure")
-#: Where such a question belongs: the guarantees themselves, what they are built of, the config that names them and its plan.
-ANSWERED_IN = ("fedray/federation/channels/", "fedray/privacy/", "fedray/config")
-ASKED_OF = ("fedray/federation/",)
+#: What only a guarantee has: a condition on one of these asks which guarantee holds.
+GUARANTEES = {"by_client", "guard", "opened", "private", "privacy", "secure", "secure_aggregation"}
+#: Where it must not be asked, and where it belongs.
+ASKED_OF, ANSWERED_IN = "fedray/federation/", "fedray/federation/channels/"
 
 
 def functions(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, str]]:
@@ -106,14 +105,27 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return [group for group in groups if len(group) > 1]
 
 
-def asks(tree: ast.Module) -> set[int]:
-    """Lines that read one of `GUARANTEES`."""
-    found = set()
+def conditions(tree: ast.Module) -> Iterator[ast.expr]:
+    """Every expression that something depends on."""
     for node in ast.walk(tree):
-        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else None
-        if name in GUARANTEES and isinstance(node.ctx, ast.Load):
-            found.add(node.lineno)
-    return found
+        if isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Assert)):
+            yield node.test
+        elif isinstance(node, ast.comprehension):
+            yield from node.ifs
+        elif isinstance(node, ast.BoolOp):
+            yield from node.values
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            yield node.operand
+
+
+def asks(tree: ast.Module) -> set[int]:
+    """Lines with a condition that mentions one of `GUARANTEES`."""
+    return {
+        node.lineno
+        for condition in conditions(tree)
+        for node in ast.walk(condition)
+        if getattr(node, "attr", getattr(node, "id", None)) in GUARANTEES
+    }
 
 
 def measure(root: Path) -> dict:

@@ -22,7 +22,7 @@ from fedray.federation.pool_inline import InlinePool
 from fedray.federation.prepare import Prepared
 from fedray.federation.results import load_checkpoint, summarise, write
 from fedray.federation.run_ray import RayRun, why_ended
-from fedray.federation.statement import read_statement, spent
+from fedray.federation.channels.statement import read_statement, spent
 from fedray.federation.worker import Worker
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from fedray.compare import Result
 from fedray.data.tasks import TASKS
 from fedray.federation.prepare import Prepared
-from fedray.federation.statement import WEAK
+from fedray.federation.channels.statement import WEAK
 from fedray.plan import Plan, plan
 from fedray.privacy.keys import TEST_KEY
 from fedray.report.words import TITLES, number, share, size
