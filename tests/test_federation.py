@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fedray.config import make_method
+from fedray.config.build import make_method
 from fedray.data.partition import load_data
 from fedray.errors import ClientError, ConfigError, RoundError
 from fedray.federation import pool_inline, results, worker_ray

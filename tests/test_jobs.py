@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from fedray.config import from_dict, read_config
+from fedray.config.read import from_dict, read_config
 from fedray.federation.results import read_rounds
 from fedray.federation.run import execute, prepare
 from fedray.report.metrics import METRICS

@@ -7,7 +7,7 @@ import pytest
 from pairs import PAIRS
 
 from fedray.cli import main
-from fedray.config import read_config
+from fedray.config.read import read_config
 from fedray.federation.run import execute, prepare
 from fedray.methods import METHODS
 from fedray.plan import plan

@@ -10,7 +10,7 @@ from conftest import SHARED
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedray.config import read_config
+from fedray.config.read import read_config
 from fedray.federation import results
 from fedray.federation.run import execute, prepare
 from fedray.training.local import LocalTrainer

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedray.config import from_dict, read_config
+from fedray.config.read import from_dict, read_config
 from fedray.data.partition import load_data
 from fedray.errors import ConfigError
 from fedray.federation.placement import Node, matches, place_silos

@@ -8,7 +8,7 @@ from conftest import SHARED
 from test_federation import run, same_bits
 
 from fedray.adapters import attach
-from fedray.config import read_config
+from fedray.config.read import read_config
 from fedray.federation import results, start
 from fedray.federation.messages import Ask, Question
 from fedray.federation.run import execute, prepare

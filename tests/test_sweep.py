@@ -27,7 +27,7 @@ from ray.util import placement_group_table
 from rich.console import Console
 
 from fedray.cli import main
-from fedray.config import read_config
+from fedray.config.read import read_config
 from fedray.errors import ConfigError
 from fedray.federation.placement import Node
 from fedray.federation.run import execute, prepare

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fedray.adapters import attach
-from fedray.config import make_method, make_spec
+from fedray.config.build import make_method, make_spec
 from fedray.lowrank import LowRank
 from fedray.methods import View
 from fedray.training import local
@@ -259,7 +259,7 @@ def test_heads_have_no_adapters_inside():
         RobertaForSequenceClassification,
     )
 
-    from fedray.config import AdapterSection
+    from fedray.config.sections import AdapterSection
 
     small = dict(vocab_size=99, num_labels=3)
     distil = DistilBertForSequenceClassification(

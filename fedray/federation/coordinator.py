@@ -21,7 +21,8 @@ import torch
 
 from fedray import seeding
 from fedray.adapters import Layer
-from fedray.config import Config, make_method, make_spec
+from fedray.config.build import make_method, make_spec
+from fedray.config.sections import Config
 from fedray.data.partition import FederatedData, load_data
 from fedray.data.tasks import TASKS, grouped
 from fedray.errors import ClientError, RoundError

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedray.config import Config
+from fedray.config.sections import Config
 from fedray.errors import ClientError, ConfigError, PrivacyError
 from fedray.federation.messages import Ask, Failure, Orders, Question, Report
 from fedray.federation.wire import Message, inputs_digest

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from fedray.config import Config
+from fedray.config.sections import Config
 from fedray.errors import FedrayError, RoundError
 from fedray.federation.coordinator import Coordinator, Outcome, evaluate_shares
 from fedray.federation.failures import WORKER_ATTEMPTS, Action, ClientState, after_client

@@ -24,7 +24,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.adapters import attach
-from fedray.config import BUILTIN, Config, make_method, make_spec
+from fedray.config.build import make_method, make_spec
+from fedray.config.sections import BUILTIN, Config
 from fedray.data.partition import FederatedData, load_data, public_data
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError, FedrayError

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedray.config import Config
+from fedray.config.sections import Config
 from fedray.errors import PrivacyError, RoundError
 from fedray.federation.messages import Ask, Failure, Question, Report, Secure
 from fedray.federation.wire import Packet

@@ -25,7 +25,7 @@ from torch import Tensor
 from fedray import seeding
 from fedray.adapters import Layer
 from fedray.adapters.lora_sb import A, B
-from fedray.config import Config
+from fedray.config.sections import Config
 from fedray.errors import ClientError
 from fedray.federation.guard import Guard
 from fedray.federation.messages import PUBLIC, Ask, Failure, Question, Report

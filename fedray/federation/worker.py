@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedray.adapters import Layer
-from fedray.config import Config, make_method, make_spec
+from fedray.config.build import make_method, make_spec
+from fedray.config.sections import Config
 from fedray.data.partition import FederatedData
 from fedray.errors import PrivacyError
 from fedray.federation.guard import COUNT_NOISE, check_orders

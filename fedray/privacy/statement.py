@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedray.config import Config
+from fedray.config.sections import Config
 from fedray.methods import Method
 from fedray.privacy.keys import TEST_KEY
 from fedray.privacy.ledger import EVERYONE, Ledger, worst
@@ -118,7 +118,7 @@ def _left(config: Config, method: Method) -> list[dict[str, str]]:
             "a function of the same trained factors",
             "federation/worker.py, Ask.ANSWER",
         )
-    if config.federation.keep_optimizer or type(method).keeps is not Method.keeps:
+    if config.federation.keep_optimizer or method.kept:
         kind = (
             "not noised: it stays with the coordinator, which is trusted"
             if by_client
