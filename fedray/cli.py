@@ -80,7 +80,7 @@ def _quiet() -> None:
 def _help(console: Console) -> None:
     from fedray.config.read import help_groups
 
-    console.print(_USAGE, markup=False)
+    console.print(_USAGE, markup=False, end="")
     for group, lines in help_groups():
         console.print(f"\n  {group}:" if group else "", markup=False)
         for key, default, doc in lines:

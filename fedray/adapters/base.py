@@ -37,7 +37,8 @@ class Adapter(ABC):
     `trains`: the factors that train unless a method says otherwise. `pair`: the names (B, A) of two factors whose product the delta
     is linear in while the others rest (None where a single core trains). `started`: factors that come from the base
     weights or from gradients before round 1, not from the seed. `stacked`: the clients' factors are fewer numbers than
-    their deltas' thin factors. `unpaired`: of an adapter without a pair, why methods that need one do not fit, and which does.
+    their deltas' thin factors. `unpaired`: of an adapter without a pair, why methods that need one do not fit, and which
+    does.
     """
 
     kind: ClassVar[str]

@@ -283,7 +283,8 @@ class Method(ABC):
 
     def keeps(self, spec: Spec) -> tuple[str, ...]:
         """Names of the factors that stay with the client from round to round: each client has a model of its own."""
-        return tuple(spec.adapter.pair["BA".index(side)] for side in self.kept)
+        pair = dict(zip("BA", spec.adapter.pair or (), strict=False))
+        return tuple(pair[side] for side in self.kept)
 
     def init(self, spec: Spec, heads: Tensors | None = None, start: Tensors | None = None) -> State:
         """The state before round 1. `heads`: initial values of modules trained whole; `start`: the adapter's `started` factors (fp32).
