@@ -1,4 +1,4 @@
-"""What methods and adapters declare: options in the config, the help and the refusals; what a class must state itself."""
+"""What methods and adapters declare: options in the config, help and refusals; what a class must state itself."""
 
 import subprocess
 import sys

@@ -69,12 +69,17 @@ def _sources(config: Config, method: Method) -> None:
         return
     if without := [name for name in config.clients if name not in sources]:
         raise ValueError(f"clients.{without[0]} has no source, while others have: give every client its own")
-    for key, dealt in (("limit", config.data.limit is not None), ("partition", config.data.partition != "iid")):
-        if dealt:
+    _nothing_to_deal(config, len(sources))
+
+
+def _nothing_to_deal(config: Config, sources: int) -> None:
+    """Examples that come from as many sources as clients are not dealt out."""
+    for key, given in (("limit", config.data.limit is not None), ("partition", config.data.partition != "iid")):
+        if given:
             raise ValueError(f"data.{key} deals out one source, but every client has its own: leave it out")
-    if config.federation.clients not in (None, len(sources)):
+    if config.federation.clients not in (None, sources):
         raise ValueError(
-            f"federation.clients is {config.federation.clients}, but {len(sources)} clients have a source: leave it out"
+            f"federation.clients is {config.federation.clients}, but {sources} clients have a source: leave it out"
         )
 
 

@@ -151,10 +151,11 @@ def _lines(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Help
         elif name == "clients" and model is Config:
             yield from _lines(ClientSection, "clients.NAME.")
         else:
-            default = "" if info.default is None else str(info.default)
-            yield _group(info), HelpLine(prefix + name, default, " ".join((info.description or "").split()))
+            yield _line(prefix + name, info)
 
 
-def _group(info: FieldInfo) -> str:
-    extra = info.json_schema_extra
-    return str(extra["group"]) if isinstance(extra, dict) else ""
+def _line(key: str, info: FieldInfo) -> tuple[str, HelpLine]:
+    """A key's heading and its line."""
+    extra, default = info.json_schema_extra, "" if info.default is None else str(info.default)
+    group = str(extra["group"]) if isinstance(extra, dict) else ""
+    return group, HelpLine(key, default, " ".join((info.description or "").split()))

@@ -5,7 +5,6 @@ The options of methods and adapters are declared by these. What does not go toge
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,6 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from fedray.adapters import ADAPTERS
+from fedray.config import forms
 from fedray.config.declared import Declared, of_one, of_register, with_options
 from fedray.errors import ConfigError, nearest
 from fedray.methods import METHODS, ServerOptimizer
@@ -27,34 +27,6 @@ _KINDS = " or ".join(", ".join(ADAPTERS).rsplit(", ", 1))
 _MIXED_RANKS = ", ".join(name for name, method in METHODS.items() if method.mixed_ranks)
 
 
-def _ranks(value: Any) -> Any:
-    """`8`, `8,4,4` or `{ward: 4, icu: 8}` (on the command line: ward=4,icu=8)."""
-    if isinstance(value, str) and "=" in value:
-        pairs = [part.split("=", 1) for part in value.split(",")]
-        if bad := next((pair for pair in pairs if len(pair) != 2 or not pair[0] or not pair[1].isdigit()), None):
-            raise ValueError(f"'{'='.join(bad)}' is no NAME=RANK: write client-0=8,client-1=4")
-        return dict(pairs)
-    return _names(value)
-
-
-def _labels(value: Any) -> Any:
-    """`{silo: a, zone: in(x,y)}`; on the command line silo=a,zone=in(x,y)."""
-    if not isinstance(value, str):
-        return value
-    pairs = [part.split("=", 1) for part in re.split(r",(?![^()]*\))", value)]
-    if bad := next((pair for pair in pairs if len(pair) != 2 or not all(pair)), None):
-        raise ValueError(f"'{'='.join(bad)}' is no KEY=VALUE: write silo=a,zone=b")
-    return dict(pairs)
-
-
-def _names(value: Any) -> Any:
-    return tuple(v.strip() for v in value.split(",")) if isinstance(value, str) and "," in value else value
-
-
-def _trackers(value: Any) -> Any:
-    return () if value is None else (value,) if isinstance(names := _names(value), str) else names
-
-
 Rank = Annotated[int, Field(ge=1)]
 
 
@@ -66,6 +38,19 @@ class Section(BaseModel):
 
 def _set(section: Section, declared: Mapping[str, Declared]) -> dict[str, Any]:
     return {name: value for name in declared if (value := getattr(section, name)) is not None}
+
+
+def _named(ranks: Mapping[str, int], clients: Sequence[str]) -> dict[str, int]:
+    """The ranks in the order of the clients. Raises ConfigError where their names are not the clients'."""
+    if strange := [name for name in ranks if name not in clients]:
+        raise ConfigError(
+            f"adapter.rank names '{strange[0]}', which is not a client of this run{nearest(strange[0], clients)}"
+        )
+    if without := [name for name in clients if name not in ranks]:
+        raise ConfigError(
+            f"adapter.rank names no rank for client '{without[0]}': name every client, or give one rank for all"
+        )
+    return {name: ranks[name] for name in clients}
 
 
 class ModelSection(Section):
@@ -87,7 +72,7 @@ class AdapterSection(Section):
     """The low-rank adapter."""
 
     kind: str = Field("lora", description=f"Parametrisation of the update: {_KINDS}.")
-    rank: Annotated[Rank | tuple[Rank, ...] | dict[str, Rank], BeforeValidator(_ranks)] = Field(
+    rank: Annotated[Rank | tuple[Rank, ...] | dict[str, Rank], BeforeValidator(forms.ranks)] = Field(
         8,
         description="Rank r of every layer's adapter; a list in client order (8,4,4) or NAME=RANK pairs "
         f"where clients differ ({_MIXED_RANKS}).",
@@ -99,11 +84,9 @@ class AdapterSection(Section):
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    targets: Annotated[str | tuple[str, ...], BeforeValidator(_names)] = "all-linear"
+    targets: Annotated[str | tuple[str, ...], BeforeValidator(forms.names)] = "all-linear"
     """Layers to adapt: PEFT's names, comma-separated (q_proj,v_proj), a regular expression, or all-linear."""
-    heads: Annotated[
-        tuple[str, ...], BeforeValidator(lambda v: tuple(n for n in v.split(",") if n) if isinstance(v, str) else v)
-    ] = ()
+    heads: Annotated[tuple[str, ...], BeforeValidator(forms.heads)] = ()
     """Modules trained whole beside PEFT's own choice for the task (the classifier)."""
 
     if TYPE_CHECKING:
@@ -127,22 +110,14 @@ class AdapterSection(Section):
         """The rank of each client where they differ, else empty. Raises ConfigError when they do not fit."""
         if isinstance(self.rank, int):
             return {}
-        if isinstance(self.rank, tuple):
-            if len(self.rank) != len(clients):
-                raise ConfigError(
-                    f"adapter.rank lists {len(self.rank)} ranks for {len(clients)} clients: "
-                    "give one for each, or NAME=RANK pairs"
-                )
-            return dict(zip(clients, self.rank, strict=True))
-        if strange := [name for name in self.rank if name not in clients]:
+        if isinstance(self.rank, dict):
+            return _named(self.rank, clients)
+        if len(self.rank) != len(clients):
             raise ConfigError(
-                f"adapter.rank names '{strange[0]}', which is not a client of this run{nearest(strange[0], clients)}"
+                f"adapter.rank lists {len(self.rank)} ranks for {len(clients)} clients: "
+                "give one for each, or NAME=RANK pairs"
             )
-        if without := [name for name in clients if name not in self.rank]:
-            raise ConfigError(
-                f"adapter.rank names no rank for client '{without[0]}': name every client, or give one rank for all"
-            )
-        return {name: self.rank[name] for name in clients}
+        return dict(zip(clients, self.rank, strict=True))
 
 
 @with_options(METHOD_OPTIONS | SERVER_OPTIONS)
@@ -269,7 +244,7 @@ class ClientSection(Section):
 
     source: str | None = None
     """This client's own training data (a file or a folder); given for one client, it must be given for all."""
-    node_labels: Annotated[dict[str, str] | None, BeforeValidator(_labels)] = Field(None, min_length=1)
+    node_labels: Annotated[dict[str, str] | None, BeforeValidator(forms.labels)] = Field(None, min_length=1)
     """Ray labels of the nodes that may read this client's data and train it, as `ray start --labels silo=a` gives
     them; for one, then for all."""
     lr: float | None = Field(None, gt=0)
@@ -351,7 +326,7 @@ class OutputSection(Section):
     """Run directory (default: runs/METHOD-TIME)."""
     resume: bool = False
     """Go on from the directory's last checkpoint; without one, start."""
-    track: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], BeforeValidator(_trackers)] = (
+    track: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], BeforeValidator(forms.trackers)] = (
         "tensorboard",
     )
     """Where each round's numbers go beside rounds.jsonl; null: nowhere. mlflow and wandb need fedray[track] and take
