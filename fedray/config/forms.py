@@ -1,4 +1,4 @@
-"""How lists and mappings are written on a command line: text into plain values; values that YAML gave stay as they are."""
+"""How lists and mappings are written on a command line: text into plain values; what YAML gave stays as it is."""
 
 from __future__ import annotations
 
