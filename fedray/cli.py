@@ -78,15 +78,17 @@ def _quiet() -> None:
 
 
 def _help(console: Console) -> None:
-    from fedray.config import help_lines
+    from fedray.config.read import help_groups
 
-    console.print(_USAGE, markup=False)
-    for key, default, doc in help_lines():
-        console.print(f"  --{key:34} {doc}{f' [{default}]' if default else ''}", markup=False, soft_wrap=True)
+    console.print(_USAGE, markup=False, end="")
+    for group, lines in help_groups():
+        console.print(f"\n  {group}:" if group else "", markup=False)
+        for key, default, doc in lines:
+            console.print(f"  --{key:34} {doc}{f' [{default}]' if default else ''}", markup=False, soft_wrap=True)
 
 
 def _run(argv: list[str], console: Console) -> int:
-    from fedray.config import read_config
+    from fedray.config.read import read_config
     from fedray.federation.folder import check_lasting
     from fedray.federation.prepare import prepare
     from fedray.federation.run import execute
@@ -115,7 +117,7 @@ def _run(argv: list[str], console: Console) -> int:
 
 
 def _plan(argv: list[str], console: Console) -> int:
-    from fedray.config import read_config
+    from fedray.config.read import read_config
     from fedray.plan import plan
     from fedray.report.console import UNKNOWN_COUNTS, print_plan
     from fedray.training.model import shape_names

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fedray.argv import split
-from fedray.config import read_config
+from fedray.config.read import read_config
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError, FedrayError
 from fedray.federation.folder import check_lasting, differences, rooted

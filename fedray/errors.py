@@ -1,5 +1,10 @@
 """What fedray raises towards a person. Each carries one sentence that names the cause and the fix."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class FedrayError(Exception):
     """Base of all; `exit_code` is what the command line returns for it."""
@@ -35,3 +40,10 @@ class RoundError(FedrayError):
 class PrivacyError(FedrayError):
     """A guarantee could not be kept: nothing was released that was not accounted for. The sentence says nothing about
     any example."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: what was probably meant, or all that is known."""
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
+    return f": did you mean {close[0]}?" if close else f"; known are {', '.join(names)}"

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from fedray.adapters import attach
-from fedray.config import DEFAULT_CLIENTS, Config, from_dict, make_method, make_spec
+from fedray.config.build import make_method, make_spec
+from fedray.config.read import from_dict
+from fedray.config.sections import DEFAULT_CLIENTS, Config
 from fedray.errors import ConfigError
 from fedray.federation import start
 from fedray.methods import METHODS, FedEx, FedExKeep, Spec

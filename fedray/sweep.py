@@ -35,9 +35,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.argv import split
 from fedray.compare import Entry
-from fedray.config import Config, known_keys, nearest, read_config
+from fedray.config.read import known_keys, read_config
+from fedray.config.sections import Config
 from fedray.data.tasks import TASKS
-from fedray.errors import ConfigError, FedrayError, PrivacyError
+from fedray.errors import ConfigError, FedrayError, PrivacyError, nearest
 from fedray.federation.cluster import nodes_there, ray_session
 from fedray.federation.folder import check_lasting, rooted
 from fedray.federation.placement import Node, silos_of

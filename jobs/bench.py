@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedray.adapters import ADAPTERS, attach
-from fedray.config import from_dict, make_method, read_config
+from fedray.config.build import make_method
+from fedray.config.read import from_dict, read_config
 from fedray.data.encoded import encode
 from fedray.data.partition import load_data
 from fedray.data.tasks import TASKS
@@ -464,7 +465,7 @@ def largest_allocation(call) -> int:
 
 def whole_model(console: Console, shape: str, clients: int, rank: int) -> None:
     """One aggregation of every linear layer, as the coordinator does it: means, SVDs, base updates, and what was lost."""
-    from fedray.config import make_spec
+    from fedray.config.build import make_spec
     from fedray.methods import Update
     from fedray.training.model import skeleton
 

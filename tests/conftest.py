@@ -21,7 +21,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from fedray.config import Config, from_dict
+from fedray.config.read import from_dict
+from fedray.config.sections import Config
 
 pytest.register_assert_rewrite("support")  # its asserts say what differed, as a test's do
 

@@ -19,7 +19,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from fedray.config import make_method, make_spec
+from fedray.config.build import make_method, make_spec
 from fedray.federation import worker_ray
 from fedray.federation.messages import Failure
 from fedray.federation.prepare import prepare

@@ -11,7 +11,7 @@ from matplotlib.text import Text
 
 from fedray import compare
 from fedray.cli import main
-from fedray.config import read_config
+from fedray.config.read import read_config
 from fedray.data.partition import load_data
 from fedray.errors import ConfigError, FedrayError
 from fedray.federation.prepare import prepare

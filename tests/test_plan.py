@@ -6,7 +6,7 @@ import pytest
 from support import PAIRS, ROOT
 
 from fedray.cli import main
-from fedray.config import read_config
+from fedray.config.read import read_config
 from fedray.federation.prepare import prepare
 from fedray.federation.run import execute
 from fedray.methods import METHODS

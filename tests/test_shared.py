@@ -10,7 +10,7 @@ from peft import PeftModel
 from support import SHARED
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedray.config import read_config
+from fedray.config.read import read_config
 from fedray.federation import results
 from fedray.federation.prepare import prepare
 from fedray.federation.run import execute

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
 
-from fedray.adapters.abba import Abba
 from fedray.adapters.base import Adapter, Layer
-from fedray.adapters.lora import Lora
-from fedray.adapters.lora_sb import LoraSB
-from fedray.adapters.ravan import Ravan
 
-if TYPE_CHECKING:  # config stands above the adapters
-    from fedray.config import AdapterSection
-
-ADAPTERS: dict[str, type[Adapter]] = {adapter.kind: adapter for adapter in (Lora, LoraSB, Abba, Ravan)}
-
-
-def make_adapter(section: AdapterSection) -> Adapter:
-    """The adapter value that a config's section means. The section has been validated."""
-    options = {"abba": {"scale": section.scale or "paper"}, "ravan": {"cores": section.cores or 4}}
-    return ADAPTERS[section.kind](**options.get(section.kind, {}))
+#: Module and class of each adapter, in the order in which tables show them. A new one is its file and a line here.
+_CLASSES = (
+    "lora.Lora",
+    "lora_sb.LoraSB",
+    "abba.Abba",
+    "ravan.Ravan",
+)
 
 
-__all__ = ["ADAPTERS", "Adapter", "Layer", "make_adapter"]
+def _load(path: str) -> type[Adapter]:
+    module, name = path.split(".")
+    return getattr(import_module(f"{__name__}.{module}"), name)
+
+
+ADAPTERS: dict[str, type[Adapter]] = {adapter.kind: adapter for adapter in map(_load, _CLASSES)}
+
+__all__ = ["ADAPTERS", "Adapter", "Layer"]

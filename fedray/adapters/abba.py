@@ -6,9 +6,9 @@ Its rank reaches r1 r2 at the (r1 + r2)(m + n) numbers of LoRA at rank r1 + r2. 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from fedray import seeding
 from fedray.adapters.base import Adapter, Factors, Layer, covariance
 from fedray.adapters.modules import HadamardProduct
 from fedray.lowrank import LowRank, khatri_rao_columns, khatri_rao_rows, top_svd
+from fedray.options import option
 
 A1, B1, A2, B2 = "abba_A1", "abba_B1", "abba_A2", "abba_B2"
 
@@ -34,7 +35,18 @@ class Abba(Adapter):
     pair = (B2, A2)
     started = (B1, A1)
     stacked = True
-    scale: Literal["paper", "released"] = "paper"
+    scale: Literal["paper", "released"] = option(
+        "paper", "alpha^2 / sqrt(r1 r2) (paper, default), or alpha, as the authors' released code has it"
+    )
+
+    @classmethod
+    def configured(cls, options: Mapping[str, Any], rslora: bool) -> Adapter:
+        if rslora:
+            raise ValueError(
+                "adapter.rslora scales B A by alpha / sqrt(rank), and abba has a scale of its own: "
+                "use adapter.scale, or leave it out"
+            )
+        return super().configured(options, rslora)
 
     @staticmethod
     def ranks(rank: int) -> tuple[int, int]:

@@ -17,18 +17,23 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedray.adapters import make_adapter
-from fedray.adapters.base import Layer
+from fedray.adapters import ADAPTERS
+from fedray.adapters.base import Adapter, Layer
 from fedray.adapters.peft_layer import FactoredLinear, peft_layer
 from fedray.errors import ConfigError
 from fedray.lowrank import LowRank
 
 if TYPE_CHECKING:  # config stands above the adapters; here it is only the shape of an argument
-    from fedray.config import AdapterSection
+    from fedray.config.sections import AdapterSection
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
 _TASKS = {"classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
+
+
+def _adapter(section: AdapterSection) -> Adapter:
+    """The adapter value that a section means; its checks have been made when the config was read."""
+    return ADAPTERS[section.kind].configured(section.options, section.rslora)
 
 
 def lora_config(section: AdapterSection, task: str) -> LoraConfig:
@@ -42,7 +47,7 @@ def lora_config(section: AdapterSection, task: str) -> LoraConfig:
             re.compile(targets)
         except re.error as error:
             raise ConfigError(f"adapter.targets '{targets}' is no regular expression: {error}") from None
-    adapter, rank = make_adapter(section), section.largest_rank
+    adapter, rank = _adapter(section), section.largest_rank
     config = LoraConfig(
         r=rank,
         lora_alpha=section.alpha if section.alpha is not None else adapter.alpha(rank),
@@ -61,7 +66,7 @@ def lora_config(section: AdapterSection, task: str) -> LoraConfig:
 
 def attach(model: nn.Module, section: AdapterSection, task: str) -> PeftModel:
     """The model with frozen base and fp32 adapters. Raises ConfigError for targets or ranks that do not fit it."""
-    config, adapter = lora_config(section, task), make_adapter(section)
+    config, adapter = lora_config(section, task), _adapter(section)
     linear = sorted(
         {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     )

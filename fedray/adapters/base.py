@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,9 @@ class Adapter(ABC):
 
     `trains`: the factors that train unless a method says otherwise. `pair`: the names (B, A) of two factors whose product the delta
     is linear in while the others rest (None where a single core trains). `started`: factors that come from the base
-    weights or from gradients before round 1, not from the seed. `stacked`: the clients' factors are fewer numbers than their deltas' thin factors.
+    weights or from gradients before round 1, not from the seed. `stacked`: the clients' factors are fewer numbers than
+    their deltas' thin factors. `unpaired`: of an adapter without a pair, why methods that need one do not fit, and which
+    does.
     """
 
     kind: ClassVar[str]
@@ -44,6 +46,15 @@ class Adapter(ABC):
     pair: ClassVar[tuple[str, str] | None] = None
     started: ClassVar[tuple[str, ...]] = ()
     stacked: ClassVar[bool] = False
+    unpaired: ClassVar[str] = ""
+
+    @classmethod
+    def configured(cls, options: Mapping[str, Any], rslora: bool) -> Adapter:
+        """The adapter with a config's `options`, those that are set.
+
+        Raises ValueError, with the reason, for what does not go together.
+        """
+        return cls(**options)
 
     def scaling(self, rank: int, alpha: float, rslora: bool) -> float:
         """What the product is multiplied by: alpha / r, or alpha / sqrt(r) for rsLoRA."""

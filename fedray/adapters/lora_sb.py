@@ -4,8 +4,9 @@ core R trains. METHODS.md section 1. Where the bases come from is `adapter.subsp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,17 @@ from fedray import seeding
 from fedray.adapters.base import Adapter, Factors, Layer
 from fedray.adapters.modules import CoreProduct
 from fedray.lowrank import LowRank, top_svd
+from fedray.options import option
 
 A, B, R = "sb_A", "sb_B", "sb_R"
+
+#: Which subspaces each of the options about them counts for.
+_BELONGS = {
+    "subspace_source": ("public",),
+    "subspace_examples": ("public", "gradient", "gradient-raw"),
+    "subspace_oversample": ("public", "gradient-raw"),
+    "subspace_passes": ("public", "gradient-raw"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,37 @@ class LoraSB(Adapter):
     kind = "lora-sb"
     trains = (R,)
     started = (B, A)
+    unpaired = "only its core trains, and the plain mean of that is exact: use fed-sb"
+    subspace: Literal["weights", "gradient", "gradient-raw", "public", "private"] = option(
+        "weights",
+        "bases from the SVD of the weights (default), the clients' summed gradient with or without sign, "
+        "a public data set, or clipped and noised gradients",
+    )
+    subspace_examples: int = option(64, "examples a client takes the gradient over", ge=1)
+    subspace_source: str | None = option(
+        None,
+        "the public data set (a hub id, a folder or a file), with the columns of the data section",
+        where="subspace public",
+    )
+    subspace_oversample: int = option(
+        16, "columns beyond the rank of the range finder", where="subspace gradient-raw and public", ge=0
+    )
+    subspace_passes: int = option(
+        2, "power iterations of the range finder, two uploads each", where="subspace gradient-raw and public", ge=0
+    )
+
+    @classmethod
+    def configured(cls, options: Mapping[str, Any], rslora: bool) -> Adapter:
+        subspace = options.get("subspace", "weights")
+        if subspace == "public" and "subspace_source" not in options:
+            raise ValueError("adapter.subspace public needs adapter.subspace_source, the public data set")
+        for name, subspaces in _BELONGS.items():
+            if name in options and subspace not in subspaces:
+                raise ValueError(
+                    f"adapter.{name} belongs to adapter.subspace {' and '.join(subspaces)}, "
+                    f"not to {subspace}: leave it out"
+                )
+        return super().configured(options, rslora)
 
     def alpha(self, rank: int) -> float:
         """The rank, so that s = 1 (the authors' choice)."""

@@ -14,6 +14,7 @@ from fedray import seeding
 from fedray.adapters.base import Adapter, Factors, Layer
 from fedray.adapters.modules import CoreProduct
 from fedray.lowrank import LowRank
+from fedray.options import option
 
 A, B, H, S = "ravan_A", "ravan_B", "ravan_H", "ravan_s"
 
@@ -27,7 +28,8 @@ class Ravan(Adapter):
 
     kind = "ravan"
     trains = (H, S)
-    cores: int = 4
+    unpaired = "only its cores train, and the plain mean of those is exact: use ravan, or fed-sb with the scales held"
+    cores: int = option(4, "number of bases and cores h, each of the rank", ge=1)
 
     def alpha(self, rank: int) -> float:
         """The rank, so that s = 1."""

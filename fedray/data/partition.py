@@ -11,9 +11,9 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from fedray.config import BUILTIN, DEFAULT_CLIENTS, Config, nearest
+from fedray.config.sections import BUILTIN, DEFAULT_CLIENTS, Config
 from fedray.data.sources import load_splits, require_column, text_column
-from fedray.errors import ConfigError
+from fedray.errors import ConfigError, nearest
 from fedray.seeding import derive
 
 

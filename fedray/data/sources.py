@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset
 
-from fedray.config import BUILTIN, Config, DataSection
+from fedray.config.sections import BUILTIN, Config, DataSection
 from fedray.data import builtin
 from fedray.errors import ConfigError
 

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from fedray.config import Config
+from fedray.config.sections import Config
 from fedray.data.partition import FederatedData
 from fedray.data.sources import require_column
 

@@ -14,7 +14,7 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from fedray.config import Config
+from fedray.config.sections import Config
 from fedray.errors import FedrayError
 from fedray.federation.placement import Node
 from fedray.stopping import stop_on_sigterm

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from fedray.adapters import Layer
-from fedray.config import Config, make_method, make_spec
+from fedray.config.build import make_method, make_spec
+from fedray.config.sections import Config
 from fedray.data.partition import FederatedData, load_data
 from fedray.data.tasks import TASKS
 from fedray.federation import checkpoint as checkpoints

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from fedray.config import Config
+from fedray.config.sections import Config
 from fedray.errors import FedrayError
 from fedray.federation.coordinator import Coordinator
 from fedray.federation.logs import event, log_lines

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedray.config import BUILTIN, Config
+from fedray.config.sections import BUILTIN, Config
 from fedray.errors import ConfigError
 from fedray.federation.channels.registry import check_resumable
 from fedray.federation.results import read_run_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedray.config import Config
+from fedray.config.sections import Config
 from fedray.errors import ConfigError
 
 

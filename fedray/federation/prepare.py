@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedray.adapters import attach
-from fedray.config import Config, make_method, make_spec
+from fedray.config.build import make_method, make_spec
+from fedray.config.sections import Config
 from fedray.data.partition import FederatedData, load_data, public_data
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError

@@ -14,7 +14,9 @@ import yaml
 
 from fedray.adapters import attach
 from fedray.adapters.export import Learned, merge, write_lora, write_peft
-from fedray.config import Config, from_dict, make_method, make_spec
+from fedray.config.build import make_method, make_spec
+from fedray.config.read import from_dict
+from fedray.config.sections import Config
 from fedray.data.partition import load_data
 from fedray.data.tasks import TASKS, grouped
 from fedray.errors import ConfigError

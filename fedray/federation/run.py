@@ -14,15 +14,15 @@ from typing import Any
 
 from ray.util.placement_group import PlacementGroup
 
-from fedray.config import Config
+from fedray.config.sections import Config
 from fedray.errors import ConfigError
+from fedray.federation.channels.statement import read_statement, spent
 from fedray.federation.coordinator import Coordinator
 from fedray.federation.listening import Listener, Silent
 from fedray.federation.pool_inline import InlinePool
 from fedray.federation.prepare import Prepared
 from fedray.federation.results import load_checkpoint, summarise, write
 from fedray.federation.run_ray import RayRun, why_ended
-from fedray.federation.channels.statement import read_statement, spent
 from fedray.federation.worker import Worker
 
 

@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fedray.config import Config
+from fedray.config.sections import Config
 from fedray.errors import FedrayError
 from fedray.federation.cluster import answer_of, last_line, ray_session
 from fedray.federation.coordinator_ray import CoordinatorActor

@@ -34,7 +34,7 @@ from fedray.lowrank import top_svd
 from fedray.methods import Spec
 
 if TYPE_CHECKING:
-    from fedray.config import Config
+    from fedray.config.sections import Config
 
 #: Most numbers of dense gradient that a client sends at a time; a layer that has more, as those of real models do, goes
 #: alone.

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from fedray.adapters import Layer
-from fedray.config import Config, make_method, make_spec
+from fedray.config.build import make_method, make_spec
+from fedray.config.sections import Config
 from fedray.data.partition import FederatedData
 from fedray.federation.channels.registry import make_side
 from fedray.federation.kept import factors_kept, kept_tensors, optimizer_kept

@@ -13,7 +13,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from fedray.config import Config
+from fedray.config.sections import Config
 from fedray.errors import FedrayError
 from fedray.federation.channels.registry import quotes_errors
 from fedray.federation.logs import event, log_lines

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
+from fedray.adapters import ADAPTERS
 from fedray.methods.base import (
     Broadcast,
     Diagnostics,
@@ -13,63 +16,47 @@ from fedray.methods.base import (
     Update,
     View,
 )
-from fedray.methods.fed_sb import FedSB, RavanMean
-from fedray.methods.fedask import FedASK
 from fedray.methods.fedex import FedEx, FedExKeep
-from fedray.methods.fedit import FedIT
-from fedray.methods.fedrpca import FedRPCA
-from fedray.methods.fedsa import FedSA
-from fedray.methods.fedsvd import FedSVD
-from fedray.methods.ffa import FFA
-from fedray.methods.flora import FLoRA
-from fedray.methods.fra import FRA, FRAFFA, FlexLoRA, FLoRIST
-from fedray.methods.hetlora import HetLoRA
-from fedray.methods.lora_fair import LoRAFair
-from fedray.methods.rolora import RoLoRA
 from fedray.methods.server import ServerOptimizer
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        FedIT,
-        FFA,
-        RoLoRA,
-        FedSVD,
-        FedEx,
-        FLoRA,
-        FRA,
-        FRAFFA,
-        FedSB,
-        RavanMean,
-        FedSA,
-        FlexLoRA,
-        HetLoRA,
-        FLoRIST,
-        FedASK,
-        LoRAFair,
-        FedRPCA,
-    )
-}
+#: Module and class of each method, in the order in which tables show them. A new one is its file and a line here.
+_CLASSES = (
+    "fedit.FedIT",
+    "ffa.FFA",
+    "rolora.RoLoRA",
+    "fedsvd.FedSVD",
+    "fedex.FedEx",
+    "flora.FLoRA",
+    "fra.FRA",
+    "fra.FRAFFA",
+    "fed_sb.FedSB",
+    "fed_sb.RavanMean",
+    "fedsa.FedSA",
+    "fra.FlexLoRA",
+    "hetlora.HetLoRA",
+    "fra.FLoRIST",
+    "fedask.FedASK",
+    "lora_fair.LoRAFair",
+    "fedrpca.FedRPCA",
+)
+
+
+def _load(path: str) -> type[Method]:
+    module, name = path.split(".")
+    return getattr(import_module(f"{__name__}.{module}"), name)
+
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in map(_load, _CLASSES)}
 
 
 def why_not(method: str, adapter: str) -> str | None:
     """The reason why a method is not sound with an adapter, and what to use; None when it is. Both are known names."""
-    fits = METHODS[method].adapters
-    if adapter in fits:
-        return None
-    if method == "fed-sb":
-        return f"it averages the r x r core R between two frozen bases, and {adapter} has no such core; it needs adapter.kind lora-sb, or use fedex or ffa"
-    if method == "ravan":
-        return (
-            f"it averages the scaled cores of several frozen bases, and {adapter} has none; it needs adapter.kind ravan"
-        )
-    if adapter == "lora-sb":
-        return "only its core trains, and the plain mean of that is exact: use fed-sb"
-    if adapter == "ravan":
-        return "only its cores train, and the plain mean of those is exact: use ravan, or fed-sb with the scales held"
-    if METHODS[method].mixed_ranks:
-        return f"cutting {adapter}'s factors to a client's rank has no meaning: it needs adapter.kind lora, or use fra"
-    return f"the loss that it reports bounds s B A from sketches, which says nothing of {adapter}'s product: it needs adapter.kind lora, or use fra"
+    return METHODS[method].why_not(ADAPTERS[adapter])
+
+
+def linear_methods() -> str:
+    """The names of those whose aggregate is a mean, for a sentence."""
+    return ", ".join(name for name, method in METHODS.items() if method.linear)
 
 
 __all__ = [
@@ -86,5 +73,6 @@ __all__ = [
     "State",
     "Update",
     "View",
+    "linear_methods",
     "why_not",
 ]

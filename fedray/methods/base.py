@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ Deltas = Mapping[str, LowRank]
 
 #: Gaussian vectors in the estimate of a norm that is a rounding error (`LowRank.norm`).
 PROBES = 16
+
+#: What every method's class says itself: a subclass that inherited `linear` could be admitted to a sum that it is not.
+STATED = ("exact", "linear", "kept")
 
 
 def key(layer: Layer, factor: str) -> str:
@@ -226,11 +229,47 @@ class Method(ABC):
     name: ClassVar[str]
     adapters: ClassVar[tuple[str, ...]] = ("lora", "abba")
     exact: ClassVar[str]  # "yes", "no", or what it is exact up to; for tables
+    linear: ClassVar[bool]  # the aggregate is the mean of the uploads: a server optimizer may step on it
+    kept: ClassVar[tuple[Literal["B", "A"], ...]]  # which factors of the pair stay with the client; see `keeps`
     personal: ClassVar[bool] = False  # whether `view` differs from client to client
     mixed_ranks: ClassVar[bool] = False  # whether clients may have different ranks
-    linear: ClassVar[bool] = False  # the aggregate is the mean of the uploads: a server optimizer may step on it
+    alternates: ClassVar[bool] = False  # whether each round trains other factors than the last one
     asks: ClassVar[bool] = False  # whether the cohort is asked a second time (`question`, `answer`)
     server: ServerOptimizer | None = field(default=None, kw_only=True)
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Raises TypeError for a class whose own body leaves open what secure sums and privacy rely on."""
+        super().__init_subclass__(**arguments)
+        if missing := [name for name in STATED if name not in vars(cls)]:
+            raise TypeError(
+                f"{cls.__name__} must state {' and '.join(missing)} in its own body: an inherited one could be false"
+            )
+
+    # --- from a config -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def configured(cls, options: Mapping[str, Any], rounds: int, adapter: str) -> Method:
+        """The method with a config's `options` (those that are set, `server` among them).
+
+        It is for a run of so many rounds with an adapter of that kind. Raises ValueError, with the reason, for options
+        that do not go together.
+        """
+        return cls(**options)
+
+    @classmethod
+    def why_not(cls, adapter: type[Adapter]) -> str | None:
+        """The reason why the method is not sound with an adapter, and what to use; None when it is."""
+        return None if adapter.kind in cls.adapters else cls.unfit(adapter)
+
+    @classmethod
+    def unfit(cls, adapter: type[Adapter]) -> str:
+        """The reason, for an adapter that is not among `adapters`."""
+        if adapter.unpaired:
+            return adapter.unpaired
+        needed = f"it needs adapter.kind {' or '.join(cls.adapters)}, or use fra"
+        if cls.mixed_ranks:
+            return f"cutting {adapter.kind}'s factors to a client's rank has no meaning: {needed}"
+        return f"it is not known to be sound there: {needed}"
 
     # --- what travels ------------------------------------------------------------------------------------------
 
@@ -248,13 +287,9 @@ class Method(ABC):
         return False
 
     def keeps(self, spec: Spec) -> tuple[str, ...]:
-        """Factors that stay with the client from round to round: each client has a model of its own."""
-        return ()
-
-    @property
-    def keeps_factors(self) -> bool:
-        """Whether there are such factors."""
-        return type(self).keeps is not Method.keeps
+        """Names of the factors that stay with the client from round to round: each client has a model of its own."""
+        pair = dict(zip("BA", spec.adapter.pair or (), strict=False))
+        return tuple(pair[side] for side in self.kept)
 
     def init(self, spec: Spec, heads: Tensors | None = None, start: Tensors | None = None) -> State:
         """The state before round 1. `heads`: initial values of modules trained whole; `start`: the adapter's `started` factors (fp32).

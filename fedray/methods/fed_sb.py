@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedray.adapters.base import Adapter
 from fedray.adapters.ravan import H, S
 from fedray.methods.base import Payload, Spec, key
 from fedray.methods.fedit import FedIT
@@ -22,6 +23,15 @@ class FedSB(FedIT):
     name = "fed-sb"
     adapters = ("lora-sb", "ravan")
     exact = "yes"
+    linear = True
+    kept = ()
+
+    @classmethod
+    def unfit(cls, adapter: type[Adapter]) -> str:
+        return (
+            f"it averages the r x r core R between two frozen bases, and {adapter.kind} has no such core; "
+            "it needs adapter.kind lora-sb, or use fedex or ffa"
+        )
 
     def trained(self, spec: Spec) -> tuple[str, ...]:
         return spec.adapter.trains[:1]
@@ -34,6 +44,15 @@ class RavanMean(FedIT):
     name = "ravan"
     adapters = ("ravan",)
     exact = "yes"
+    linear = True
+    kept = ()
+
+    @classmethod
+    def unfit(cls, adapter: type[Adapter]) -> str:
+        return (
+            f"it averages the scaled cores of several frozen bases, and {adapter.kind} has none; "
+            "it needs adapter.kind ravan"
+        )
 
     def drawn(self, spec: Spec) -> dict[str, int]:
         return {name: 0 for name in spec.names if name != H}

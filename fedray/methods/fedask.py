@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fedray import seeding
+from fedray.adapters.base import Adapter
 from fedray.lowrank import LowRank
 from fedray.methods.base import Cohort, Diagnostics, Method, Payload, Spec, State, Update, check_finite, key
+from fedray.options import option
 
 Y, P, LEFT, Q = "sketch_Y", "sketch_P", "sketch_left", "sketch_Q"
 
@@ -29,8 +31,17 @@ class FedASK(Method):
     name = "fedask"
     adapters = ("lora",)
     exact = "to its tail"
+    linear = False
+    kept = ()
     asks = True
-    oversample: int = 8
+    oversample: int = option(8, "columns of the sketch beyond the rank", ge=0)
+
+    @classmethod
+    def unfit(cls, adapter: type[Adapter]) -> str:
+        return adapter.unpaired or (
+            f"the loss that it reports bounds s B A from sketches, which says nothing of {adapter.kind}'s product: "
+            "it needs adapter.kind lora, or use fra"
+        )
 
     def width(self, layer) -> int:
         """Columns of the sketch."""

@@ -7,9 +7,9 @@ whatever the clients' new factors do not say. METHODS.md 4.1 to 4.3.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -35,6 +35,7 @@ from fedray.methods.base import (
     key,
     stacked_base_tensors,
 )
+from fedray.options import option
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,28 @@ class FedEx(Method):
 
     name = "fedex"
     exact = "yes"
-    assignment: Literal["average", "reinit"] = "average"
-    residual_rank: int | None = None
+    linear = False
+    kept = ()
+    assignment: Literal["average", "reinit"] = option(
+        "average", "the factors that clients go on with", reads=Literal["average", "reinit", "keep"]
+    )
+    residual_rank: int | None = option(
+        None, "truncate the base update to this rank; what is cut off is reported as exactness", ge=1
+    )
+
+    @classmethod
+    def configured(cls, options: Mapping[str, Any], rounds: int, adapter: str) -> Method:
+        """As for every method; assignment `keep` is a class of its own."""
+        if options.get("assignment") != "keep":
+            return super().configured(options, rounds, adapter)
+        if adapter not in FedExKeep.adapters:
+            raise ValueError(f"method.assignment keep needs adapter.kind lora, not {adapter}: use average or reinit")
+        if "residual_rank" in options:
+            raise ValueError(
+                "method.assignment keep cannot be truncated by residual_rank: each client's base differs, "
+                "and what is cut off would differ too; use average or reinit"
+            )
+        return FedExKeep()
 
     @property
     def fresh(self) -> bool:
@@ -130,6 +151,8 @@ class FedExKeep(Method):
     name = "fedex"
     adapters = ("lora",)
     exact = "yes"
+    linear = False
+    kept = ()
     personal = True
 
     def drawn(self, spec: Spec) -> dict[str, int]:

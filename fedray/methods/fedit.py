@@ -18,6 +18,7 @@ class FedIT(Method):
     name = "fedit"
     exact = "no"
     linear = True
+    kept = ()
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         sent = cohort.cast({name: cohort.means[name] for name in state.tensors})

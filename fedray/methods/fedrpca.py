@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedray.methods.base import Cohort, Deltas, State, deltas, key
 from fedray.methods.fedit import FedIT
+from fedray.options import option
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class FedRPCA(FedIT):
     name = "fedrpca"
     exact = "no"
     linear = False
-    sparse_scale: float = 2.0
+    kept = ()
+    sparse_scale: float = option(2.0, "how much the clients' own (sparse) part counts", gt=0)
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         spec, means = state.spec, dict(cohort.means)

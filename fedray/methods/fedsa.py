@@ -17,12 +17,10 @@ class FedSA(Method):
     name = "fedsa"
     exact = "personal"
     linear = True
+    kept = ("B",)
 
     def trained(self, spec: Spec) -> tuple[str, ...]:
         return spec.adapter.pair
-
-    def keeps(self, spec: Spec) -> tuple[str, ...]:
-        return spec.adapter.pair[:1]
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, None]:
         sent = cohort.cast({name: cohort.means[name] for name in state.tensors})

@@ -15,6 +15,8 @@ class FedSVD(Method):
 
     name = "fedsvd"
     exact = "yes"
+    linear = False
+    kept = ()
 
     def trained(self, spec: Spec) -> tuple[str, ...]:
         return spec.adapter.pair[:1]

@@ -17,6 +17,8 @@ class FFA(FedIT):
 
     name = "ffa"
     exact = "yes"
+    linear = True
+    kept = ()
 
     def trained(self, spec: Spec) -> tuple[str, ...]:
         return (spec.adapter.pair[0],)

@@ -18,5 +18,7 @@ class FLoRA(FedEx):
 
     name = "flora"
     exact = "yes"
+    linear = False
+    kept = ()
     mixed_ranks = True
     assignment: Literal["reinit"] = "reinit"

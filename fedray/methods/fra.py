@@ -6,9 +6,9 @@ are the same map with one thing changed: FlexLoRA (clients of different ranks) a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from fedray.methods.base import (
     key,
 )
 from fedray.methods.ffa import FFA
+from fedray.options import option
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,14 @@ class FRA(Method):
 
     name = "fra"
     exact = "to its tail"
-    split: Literal["orthonormal", "balanced"] = "orthonormal"
-    residual: Literal["drop", "fold"] = "drop"
+    linear = False
+    kept = ()
+    split: Literal["orthonormal", "balanced"] = option(
+        "orthonormal", "where the singular values go (default orthonormal: all on B)"
+    )
+    residual: Literal["drop", "fold"] = option(
+        "drop", "drop the tail beyond rank r (the paper, default) or fold it into the base"
+    )
 
     def trained(self, spec: Spec) -> tuple[str, ...]:
         return spec.adapter.pair
@@ -111,7 +118,23 @@ class FRAFFA(FRA):
 
     name = "fra-ffa"
     exact = "to its tail, then yes"
-    fra_rounds: int = 1
+    linear = False
+    kept = ()
+    residual: Literal["drop"] = "drop"
+    fra_rounds: int = option(1, "rounds of FRA before A is frozen (default: half of all rounds)", ge=1)
+
+    @classmethod
+    def configured(cls, options: Mapping[str, Any], rounds: int, adapter: str) -> Method:
+        if options.get("split") == "balanced":
+            raise ValueError(
+                "method.split balanced does not fit fra-ffa: the A that it freezes needs orthonormal rows; leave it out"
+            )
+        if options.get("fra_rounds", 0) >= rounds > 1:
+            raise ValueError(
+                f"method.fra_rounds {options['fra_rounds']} leaves no round with A frozen out of {rounds}: "
+                "lower it, or use fra"
+            )
+        return super().configured({"fra_rounds": max(1, rounds // 2), **options}, rounds, adapter)
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         if state.round >= self.fra_rounds:
@@ -140,7 +163,11 @@ class FlexLoRA(FRA):
 
     name = "flexlora"
     adapters = ("lora",)
+    exact = "to its tail"
+    linear = False
+    kept = ()
     mixed_ranks = True
+    residual: Literal["drop"] = "drop"
 
 
 @dataclass(frozen=True)
@@ -149,7 +176,10 @@ class FLoRIST(FRA):
     down. What p leaves of the rank starts anew, A drawn and B zero, so that it trains again."""
 
     name = "florist"
-    energy: float = 0.99
+    exact = "to its tail"
+    linear = False
+    kept = ()
+    energy: float = option(0.99, "share of sum S_j^2 that a layer's rank keeps", gt=0, le=1)
 
     def kept_rank(self, S: Tensor, inner: LowRank) -> int:
         whole = inner.norm() ** 2 * (1 - 1e-12)  # the norm is rounded

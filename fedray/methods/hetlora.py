@@ -18,6 +18,8 @@ class HetLoRA(Method):
     name = "hetlora"
     adapters = ("lora",)
     exact = "no"
+    linear = False
+    kept = ()
     mixed_ranks = True
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:

@@ -8,6 +8,7 @@ import torch
 
 from fedray.methods.base import Cohort, Deltas, State, deltas, inner_mean, key
 from fedray.methods.fedit import FedIT
+from fedray.options import option
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class LoRAFair(FedIT):
     name = "lora-fair"
     exact = "no"
     linear = False
-    correction: float = 0.01
+    kept = ()
+    correction: float = option(0.01, "weight of ||dB||^2 against the fit, relative to A's rows", gt=0)
 
     def trained(self, spec) -> tuple[str, ...]:
         return spec.adapter.pair

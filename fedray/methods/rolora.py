@@ -16,6 +16,8 @@ class RoLoRA(Method):
     name = "rolora"
     exact = "yes"
     linear = True
+    kept = ()
+    alternates = True
 
     def trained(self, spec: Spec) -> tuple[str, ...]:
         return spec.adapter.pair[:1]

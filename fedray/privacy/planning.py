@@ -17,7 +17,7 @@ from fedray.privacy.ledger import EVERYONE
 from fedray.privacy.plan import PrivacyPlan, calibrate, default_delta, round_up
 
 if TYPE_CHECKING:
-    from fedray.config import Config
+    from fedray.config.sections import Config
 
 CLIP, COUNT_NOISE, SUBSPACE_FRACTION, SUBSPACE_EXAMPLES = 1.0, 20.0, 0.2, 512
 SUBSPACE_RELEASES = 2  # G Omega, then Q^T G

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from fedray.compare import Result
 from fedray.data.tasks import TASKS
-from fedray.federation.prepare import Prepared
 from fedray.federation.channels.statement import WEAK
+from fedray.federation.prepare import Prepared
 from fedray.plan import Plan, plan
 from fedray.privacy.keys import TEST_KEY
 from fedray.report.words import TITLES, number, share, size

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedray.config import Config, OutputSection
+from fedray.config.sections import Config, OutputSection
 from fedray.errors import ConfigError
 from fedray.federation.results import read_rounds, read_run_config
 from fedray.privacy.ledger import Ledger

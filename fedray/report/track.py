@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedray.config import Config
+from fedray.config.sections import Config
 from fedray.errors import ConfigError
 from fedray.federation.listening import Listener
 from fedray.federation.prepare import Prepared

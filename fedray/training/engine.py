@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fedray.config import FederationSection, WorkerSection
+from fedray.config.sections import FederationSection, WorkerSection
 
 Parameters = dict[str, nn.Parameter]
 Loss = Callable[[Callable, dict], Tensor]

@@ -22,7 +22,7 @@ from torch import Tensor
 from fedray import seeding
 from fedray.adapters import attach
 from fedray.adapters.base import Adapter, Layer
-from fedray.config import Config, FederationSection
+from fedray.config.sections import Config, FederationSection
 from fedray.data.encoded import Encoded, encode
 from fedray.data.partition import FederatedData, load_data, public_data
 from fedray.data.tasks import TASKS, Example, Task

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedray import seeding
 from fedray.adapters.attach import attach
-from fedray.config import BUILTIN, Config
+from fedray.config.sections import BUILTIN, Config
 from fedray.data.builtin import BASE_MODEL
 from fedray.errors import ConfigError
 

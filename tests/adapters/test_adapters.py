@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from fedray.adapters import ADAPTERS, Layer, attach, make_adapter
+from fedray.adapters import ADAPTERS, Layer, attach
 from fedray.adapters.modules import HadamardProduct
-from fedray.config import from_dict
+from fedray.config.build import make_adapter
+from fedray.config.read import from_dict
 from fedray.errors import ConfigError
 
 INPUTS = {

@@ -3,7 +3,9 @@
 import pytest
 
 from fedray.cli import main
-from fedray.config import Config, from_dict, help_lines, known_keys, make_method, read_config
+from fedray.config.build import make_method
+from fedray.config.read import from_dict, help_lines, known_keys, read_config
+from fedray.config.sections import Config
 from fedray.errors import ConfigError
 from fedray.methods import FedExKeep
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from fedray.config import read_config
+from fedray.config.read import read_config
 from fedray.data import builtin
 from fedray.data.partition import load_data
 from fedray.data.tasks import IGNORED, TASKS

@@ -12,7 +12,7 @@ from scipy import stats
 from support import ROOT, final_tensors, options, rounds, run, sabotaged, same_bits
 
 from fedray.cli import main
-from fedray.config import from_dict
+from fedray.config.read import from_dict
 from fedray.errors import ClientError, ConfigError, PrivacyError, RoundError
 from fedray.federation import pool_inline
 from fedray.federation import round as rounds_of
@@ -928,7 +928,7 @@ def test_private_sketches_have_sensitivity_one(make_config):
 
 
 def _view(trainer):
-    from fedray.config import make_method, make_spec
+    from fedray.config.build import make_method, make_spec
 
     config = trainer.config
     method, spec = make_method(config), make_spec(config, trainer.layers, trainer.data.clients)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from support import ALL, EXACT, PAIRS, PERSONAL, final_tensors, options, rounds, run, sabotaged, same_bits
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fedray.config import make_method
+from fedray.config.build import make_method
 from fedray.data.partition import load_data
 from fedray.errors import ClientError, ConfigError, RoundError
 from fedray.federation import pool_inline, results, worker_ray

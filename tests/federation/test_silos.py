@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-from fedray.config import from_dict, read_config
+from fedray.config.read import from_dict, read_config
 from fedray.data.partition import load_data
 from fedray.errors import ConfigError
 from fedray.federation.folder import differences

@@ -7,7 +7,7 @@ import torch
 from support import SHARED, run, same_bits
 
 from fedray.adapters import attach
-from fedray.config import read_config
+from fedray.config.read import read_config
 from fedray.federation import results, start
 from fedray.federation.channels.base import Answer
 from fedray.federation.prepare import prepare

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedray.adapters import ADAPTERS, Layer
-from fedray.config import from_dict
+from fedray.config.read import from_dict
 from fedray.errors import ConfigError
 from fedray.federation import checkpoint
 from fedray.federation.failures import Action, ClientState, after_client, after_round

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, Head
 
-from fedray.config import from_dict, read_config
+from fedray.config.read import from_dict, read_config
 from fedray.federation.prepare import prepare
 from fedray.federation.results import read_rounds
 from fedray.federation.run import execute

@@ -10,7 +10,8 @@ from support import ALL, EXACT, PAIRS, STATED
 
 from fedray import seeding
 from fedray.adapters import ADAPTERS, Layer
-from fedray.config import from_dict, make_method
+from fedray.config.build import make_method
+from fedray.config.read import from_dict
 from fedray.errors import ConfigError, RoundError
 from fedray.methods import METHODS, Diagnostics, FedEx, FedExKeep, ServerOptimizer, Spec, State, Update, why_not
 from fedray.methods.fed_sb import RavanMean

@@ -9,7 +9,7 @@ from support import OPTIONS, distance, moved, trainer_and_view
 from torch import nn
 
 from fedray.adapters.modules import CoreProduct, HadamardProduct
-from fedray.config import make_method, make_spec
+from fedray.config.build import make_method, make_spec
 from fedray.errors import PrivacyError
 from fedray.methods import Update
 from fedray.privacy import dpsgd

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant
 from scipy import stats
 
-from fedray.config import from_dict
+from fedray.config.read import from_dict
 from fedray.errors import ConfigError
 from fedray.privacy import client_level
 from fedray.privacy.accountant import Release, epsilon

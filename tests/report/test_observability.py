@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from fedray.config import from_dict, read_config
+from fedray.config.read import from_dict, read_config
 from fedray.errors import ConfigError
 from fedray.federation.prepare import prepare
 from fedray.federation.run import execute

@@ -28,7 +28,7 @@ from rich.console import Console
 from support import ROOT
 
 from fedray.cli import main
-from fedray.config import read_config
+from fedray.config.read import read_config
 from fedray.errors import ConfigError
 from fedray.federation.placement import Node
 from fedray.federation.prepare import prepare

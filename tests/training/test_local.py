@@ -224,7 +224,7 @@ def test_heads_have_no_adapters_inside():
         RobertaForSequenceClassification,
     )
 
-    from fedray.config import AdapterSection
+    from fedray.config.sections import AdapterSection
 
     small = dict(vocab_size=99, num_labels=3)
     distil = DistilBertForSequenceClassification(

@@ -19,7 +19,7 @@ from fedray.privacy.ledger import Ledger, new_ledger
 from fedray.privacy.planning import clip_of, plans_for
 
 if TYPE_CHECKING:
-    from fedray.config import Config
+    from fedray.config.sections import Config
     from fedray.federation.record import RoundRecord
     from fedray.federation.wire import Message
     from fedray.privacy.private import Private

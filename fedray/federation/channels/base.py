@@ -18,7 +18,7 @@ from fedray.methods import Method, Spec, Update, View
 from fedray.privacy.keys import KeyStore
 
 if TYPE_CHECKING:
-    from fedray.config import Config
+    from fedray.config.sections import Config
     from fedray.data.encoded import Encoded
     from fedray.errors import FedrayError
     from fedray.federation.record import RoundRecord

@@ -20,14 +20,14 @@ from fedray.federation.channels.base import Admission, Carrier, Context, Intake,
 from fedray.federation.messages import Failure, Orders, Outcome
 from fedray.federation.questions import ForgetKeys, StartFromWeights
 from fedray.federation.wire import Message
-from fedray.methods import METHODS, Method, Update, View
+from fedray.methods import Method, Update, View, linear_methods
 from fedray.methods.base import check_finite
 from fedray.privacy import client_level
 from fedray.privacy.keys import Key
 from fedray.privacy.ledger import EVERYONE, Ledger, draw_of
 
 if TYPE_CHECKING:
-    from fedray.config import Config
+    from fedray.config.sections import Config
     from fedray.federation.record import RoundRecord
 
 #: The name under which the coordinator keeps its own key.
@@ -40,13 +40,12 @@ COORDINATOR = "(coordinator)"
 def check(config: Config, method: Method) -> None:
     """Raises ValueError for what the noise on the mean would not reach."""
     if not method.linear:
-        linear = ", ".join(name for name, m in METHODS.items() if m.linear)
         raise ValueError(
             f"privacy.unit client adds noise to the mean of the updates, and {method.name} broadcasts more than that: "
             "use "
-            f"{linear}"
+            f"{linear_methods()}"
         )
-    if method.keeps_factors:
+    if method.kept:
         raise ValueError(
             f"privacy.unit client noises what is averaged, and {method.name}'s clients keep factors of their own that "
             "it does "

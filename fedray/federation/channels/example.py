@@ -47,7 +47,7 @@ from fedray.privacy.planning import (
 from fedray.privacy.private import Private, SketchNoise
 
 if TYPE_CHECKING:
-    from fedray.config import Config
+    from fedray.config.sections import Config
     from fedray.federation.channels.base import ClientSide
 
 

@@ -40,7 +40,7 @@ from fedray.methods import Method, Spec, Update, View
 from fedray.privacy.keys import KeyStore
 
 if TYPE_CHECKING:
-    from fedray.config import Config
+    from fedray.config.sections import Config
     from fedray.federation.record import RoundRecord
     from fedray.privacy.private import Private, SketchNoise
 

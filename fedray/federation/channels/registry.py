@@ -15,7 +15,7 @@ from fedray.methods import Method, Spec
 from fedray.privacy.keys import KeyStore
 
 if TYPE_CHECKING:
-    from fedray.config import Config
+    from fedray.config.sections import Config
 
 
 def make_channel(context: Context) -> Channel:

@@ -24,14 +24,14 @@ from fedray.federation.channels.plain import Open, Packed
 from fedray.federation.messages import NO_ORDERS, PUBLIC, Answered, Failure, Orders, Outcome, SumStep, failures
 from fedray.federation.questions import Question, Sketch, ValueQuestion, forget_keys
 from fedray.federation.wire import Packet
-from fedray.methods import METHODS, Method, Update
+from fedray.methods import Method, Update, linear_methods
 from fedray.privacy import client_level, secure_sum
 from fedray.privacy.keys import KeyStore
 from fedray.privacy.ledger import write_durably
 from fedray.privacy.secure_sum import ADVERT_BYTES, LEAST_MEMBERS, SHARE_BYTES, STEP, Session
 
 if TYPE_CHECKING:
-    from fedray.config import Config
+    from fedray.config.sections import Config
     from fedray.federation.channels.base import ClientSide
 
 
@@ -41,10 +41,9 @@ if TYPE_CHECKING:
 def check(config: Config, method: Method) -> None:
     """Raises ValueError for a method that needs each update, and for what would show them beside the sum."""
     if not method.linear:
-        linear = ", ".join(name for name, m in METHODS.items() if m.linear)
         raise ValueError(
             f"privacy.secure_aggregation opens only the sum of the updates, and {method.name} needs each one: use "
-            f"{linear}"
+            f"{linear_methods()}"
         )
     protected = config.privacy.on and config.privacy.unit == "example"
     kept = _kept(config, method)
@@ -62,7 +61,7 @@ def _kept(config: Config, method: Method) -> str | None:
     """What makes clients leave something of their own with the coordinator."""
     if config.federation.keep_optimizer:
         return "federation.keep_optimizer"
-    return f"method {method.name}" if method.keeps_factors else None
+    return f"method {method.name}" if method.kept else None
 
 
 def check_cohort(least: int) -> None:

@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedray.config import Config, make_method
+from fedray.config.build import make_method
+from fedray.config.sections import Config
 from fedray.federation.channels.accounted import ledger_of
 from fedray.federation.channels.base import Limit, Released
 from fedray.federation.channels.registry import Words, words_of
@@ -91,7 +92,7 @@ def _released(config: Config, method: Method, words: Words) -> list[Released]:
     if method.asks:
         what, guarantee = "an answer to the method's second question", "a function of the same trained factors"
         lines.append(Released(what, each, guarantee, "federation/questions.py, MethodQuestion"))
-    if config.federation.keep_optimizer or method.keeps_factors:
+    if config.federation.keep_optimizer or method.kept:
         what = "its optimizer state or own factors, into the coordinator's checkpoint"
         lines.append(Released(what, each, words.kept, "federation/coordinator.py, keep"))
     identity = "a hash that says nothing of the key"

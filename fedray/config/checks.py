@@ -1,0 +1,144 @@
+"""What does not go together across sections. Each check raises ValueError with one sentence that names the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedray.config.build import make_adapter, make_method
+from fedray.config.sections import BUILTIN, Config
+from fedray.federation.channels.registry import check as check_privacy
+from fedray.methods import Method
+
+FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for the first thing that does not go together."""
+    make_adapter(config.adapter)
+    method = make_method(config)
+    for one in CHECKS:
+        one(config, method)
+
+
+def _batches(config: Config, method: Method) -> None:
+    accumulate = config.federation.accumulate
+    batches = {"federation": config.federation.batch_size} | {
+        f"clients.{name}": client.batch_size for name, client in config.clients.items() if client.batch_size
+    }
+    for where, batch in batches.items():
+        if batch % accumulate:
+            raise ValueError(
+                f"federation.accumulate {accumulate} does not divide {where}.batch_size {batch}: choose a divisor"
+            )
+
+
+def _rounds(config: Config, method: Method) -> None:
+    if config.federation.keep_optimizer and method.alternates:
+        raise ValueError(
+            f"federation.keep_optimizer does not fit {method.name}: "
+            "each round trains the factor that the last one did not; leave it out"
+        )
+    if config.federation.deadline is not None and config.engine == "inline":
+        raise ValueError("federation.deadline needs engine ray: inline clients run one after the other")
+
+
+def _columns(config: Config, method: Method) -> None:
+    data, classifies = config.data, config.model.task == "classification"
+    if data.partition == "column" and data.column is None and data.source != BUILTIN:
+        raise ValueError("data.partition column needs data.column, the column whose values are the clients")
+    if data.text_pair is not None and not classifies:
+        raise ValueError("data.text_pair belongs to classification; for causal-lm give data.completion")
+
+
+def _task(config: Config, method: Method) -> None:
+    if config.model.task != "classification":
+        return
+    if config.data.source == BUILTIN:
+        raise ValueError("the built-in corpus is for causal-lm: give data.source for classification")
+    if config.data.completion is not None:
+        raise ValueError("data.completion belongs to causal-lm; for classification give data.label")
+    if config.model.path == BUILTIN:
+        raise ValueError("the built-in model is for causal-lm: give model.path for classification")
+
+
+def _sources(config: Config, method: Method) -> None:
+    """Clients with a source of their own."""
+    sources = [name for name, client in config.clients.items() if client.source is not None]
+    if not sources:
+        return
+    if without := [name for name in config.clients if name not in sources]:
+        raise ValueError(f"clients.{without[0]} has no source, while others have: give every client its own")
+    _nothing_to_deal(config, len(sources))
+
+
+def _nothing_to_deal(config: Config, sources: int) -> None:
+    """Examples that come from as many sources as clients are not dealt out."""
+    for key, given in (("limit", config.data.limit is not None), ("partition", config.data.partition != "iid")):
+        if given:
+            raise ValueError(f"data.{key} deals out one source, but every client has its own: leave it out")
+    if config.federation.clients not in (None, sources):
+        raise ValueError(
+            f"federation.clients is {config.federation.clients}, but {sources} clients have a source: leave it out"
+        )
+
+
+def _silo_sources(config: Config, method: Method) -> None:
+    """Clients that stay on their own nodes have all that they need there."""
+    if not config.siloed:
+        return
+    for name, client in config.clients.items():
+        if client.node_labels is None:
+            raise ValueError(f"clients.{name} has no node_labels, while others have: give every client its own")
+        if client.source is None:
+            raise ValueError(
+                f"clients.{name}.node_labels without clients.{name}.source: "
+                "data that all read cannot stay on some nodes; give each client its own"
+            )
+        if _relative(client.source):
+            raise ValueError(
+                f"clients.{name}.source '{client.source}' is read on the client's own nodes: "
+                "give its absolute path there"
+            )
+
+
+def _relative(source: str) -> bool:
+    """Whether a source is a place on this machine that another one would look for elsewhere."""
+    local = Path(source).suffix in FILES or source.startswith((".", "~"))
+    return local and not source.startswith("/")
+
+
+def _silos(config: Config, method: Method) -> None:
+    """Nothing that the driver, or another node, would need of clients that stay on their own nodes."""
+    if not config.siloed:
+        return
+    if config.engine == "inline":
+        raise ValueError("clients.NAME.node_labels need engine ray: inline there is one process, on this machine")
+    if config.privacy.sweep_epsilon is not None and config.privacy.unit == "example":
+        raise ValueError(
+            "privacy.sweep_epsilon needs the clients' numbers of examples before a sweep starts, "
+            "and clients with node_labels keep them: leave it out"
+        )
+    if config.data.source == BUILTIN:
+        raise ValueError("clients.NAME.node_labels: give data.source, held-out examples that every node may read")
+
+
+def _profile(config: Config, method: Method) -> None:
+    if config.worker.profile is not None and config.privacy.on:
+        raise ValueError(
+            "worker.profile writes shapes and times of private examples into a file: leave it out in a private run"
+        )
+
+
+#: In the order in which they are made: the first sentence is the one that a person sees.
+CHECKS: tuple[Callable[[Config, Method], None], ...] = (
+    check_privacy,
+    _batches,
+    _rounds,
+    _columns,
+    _task,
+    _sources,
+    _silo_sources,
+    _silos,
+    _profile,
+)

@@ -1,0 +1,378 @@
+"""The sections of a config: types, bounds of single fields, and each field's doc, which is its line in `--help`.
+
+The options of methods and adapters are declared by these. What does not go together is refused in `checks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from fedray.adapters import ADAPTERS
+from fedray.config import forms
+from fedray.config.declared import Declared, of_one, of_register, with_options
+from fedray.errors import ConfigError, nearest
+from fedray.methods import METHODS, ServerOptimizer
+
+BUILTIN = "builtin"
+DEFAULT_CLIENTS = 5
+SERVER = "server_"
+METHOD_OPTIONS = of_register("method", METHODS)
+SERVER_OPTIONS = of_one("server optimizer", SERVER, ServerOptimizer)
+ADAPTER_OPTIONS = of_register("adapter", ADAPTERS)
+_KINDS = " or ".join(", ".join(ADAPTERS).rsplit(", ", 1))
+_MIXED_RANKS = ", ".join(name for name, method in METHODS.items() if method.mixed_ranks)
+
+
+Rank = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def _set(section: Section, declared: Mapping[str, Declared]) -> dict[str, Any]:
+    return {name: value for name in declared if (value := getattr(section, name)) is not None}
+
+
+def _named(ranks: Mapping[str, int], clients: Sequence[str]) -> dict[str, int]:
+    """The ranks in the order of the clients. Raises ConfigError where their names are not the clients'."""
+    if strange := [name for name in ranks if name not in clients]:
+        raise ConfigError(
+            f"adapter.rank names '{strange[0]}', which is not a client of this run{nearest(strange[0], clients)}"
+        )
+    if without := [name for name in clients if name not in ranks]:
+        raise ConfigError(
+            f"adapter.rank names no rank for client '{without[0]}': name every client, or give one rank for all"
+        )
+    return {name: ranks[name] for name in clients}
+
+
+class ModelSection(Section):
+    """The frozen base model."""
+
+    path: str = BUILTIN
+    """Hub id or folder of the base model; `builtin` is the tiny byte-level Llama that ships with fedray."""
+    task: Literal["causal-lm", "classification"] = "causal-lm"
+    """What the model is trained for."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the frozen base; adapters and heads are always fp32."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout inside the base model (default: as its own config says; 0 in example-level private runs, which admit no
+    other)."""
+
+
+@with_options(ADAPTER_OPTIONS)
+class AdapterSection(Section):
+    """The low-rank adapter."""
+
+    kind: str = Field("lora", description=f"Parametrisation of the update: {_KINDS}.")
+    rank: Annotated[Rank | tuple[Rank, ...] | dict[str, Rank], BeforeValidator(forms.ranks)] = Field(
+        8,
+        description="Rank r of every layer's adapter; a list in client order (8,4,4) or NAME=RANK pairs "
+        f"where clients differ ({_MIXED_RANKS}).",
+    )
+    alpha: float | None = Field(None, gt=0)
+    """alpha / rank multiplies the product of the factors, abba: alpha^2 / sqrt(r1 r2) (default 16; lora-sb and ravan:
+    the rank)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    targets: Annotated[str | tuple[str, ...], BeforeValidator(forms.names)] = "all-linear"
+    """Layers to adapt: PEFT's names, comma-separated (q_proj,v_proj), a regular expression, or all-linear."""
+    heads: Annotated[tuple[str, ...], BeforeValidator(forms.heads)] = ()
+    """Modules trained whole beside PEFT's own choice for the task (the classifier)."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """An option that some adapter declares; None where it is not set."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The adapters' options that are set."""
+        return _set(self, ADAPTER_OPTIONS)
+
+    @property
+    def largest_rank(self) -> int:
+        """The rank that every model hosts; clients of a smaller one use its first components."""
+        if isinstance(self.rank, int):
+            return self.rank
+        return max(self.rank.values() if isinstance(self.rank, dict) else self.rank)
+
+    def ranks(self, clients: Sequence[str]) -> dict[str, int]:
+        """The rank of each client where they differ, else empty. Raises ConfigError when they do not fit."""
+        if isinstance(self.rank, int):
+            return {}
+        if isinstance(self.rank, dict):
+            return _named(self.rank, clients)
+        if len(self.rank) != len(clients):
+            raise ConfigError(
+                f"adapter.rank lists {len(self.rank)} ranks for {len(clients)} clients: "
+                "give one for each, or NAME=RANK pairs"
+            )
+        return dict(zip(clients, self.rank, strict=True))
+
+
+@with_options(METHOD_OPTIONS | SERVER_OPTIONS)
+class MethodSection(Section):
+    """How the clients' updates become one."""
+
+    name: str = "fedex"
+    """One of those that `fedray methods` lists."""
+    weights: Literal["examples", "equal"] | None = None
+    """Weigh a client by its (in a private run: noised) number of training examples, or all alike (default: examples;
+    equal with privacy.unit client)."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """An option that some method, or a server optimizer, declares; None where it is not set."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The methods' options that are set."""
+        return _set(self, METHOD_OPTIONS)
+
+    @property
+    def server_options(self) -> dict[str, Any]:
+        """The server optimizer's options that are set, by its own names for them."""
+        return {name.removeprefix(SERVER): value for name, value in _set(self, SERVER_OPTIONS).items()}
+
+
+class DataSection(Section):
+    """Where the examples are and how clients share them."""
+
+    source: str = BUILTIN
+    """`builtin`, a hub id, a folder of train/validation/test files, or one csv, tsv, jsonl, json or parquet file."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    train_split: str = "train"
+    """Name of the training split."""
+    test_split: str = "test"
+    """Name of the held-out split; where a source has none, `held_out` of the training split is taken."""
+    validation_split: str = "validation"
+    """Name of the split that data.evaluate_on validation takes; where a source has none, `held_out` of the rest of the
+    training split."""
+    evaluate_on: Literal["test", "validation"] = "test"
+    """What the metrics are of; `fedray compare` tunes on validation, which shares no example with test."""
+    held_out: float = Field(0.1, gt=0, lt=1)
+    """Share of the training split held out at the coordinator where the source has no such split; the same for every
+    seed."""
+    text: str | None = None
+    """Column with the text (default: text, sentence, content or question, whichever is there)."""
+    text_pair: str | None = None
+    """Column with a second text (classification of pairs)."""
+    label: str = "label"
+    """Column with the class (classification)."""
+    completion: str | None = None
+    """Column whose text is to be produced after `text` (causal-lm); the loss covers it alone."""
+    max_length: int = Field(256, ge=2)
+    """Longest sequence in tokens."""
+    partition: Literal["iid", "dirichlet", "column"] = "iid"
+    """How examples are dealt to clients; the built-in corpus is always split by package."""
+    alpha: float = Field(0.5, gt=0)
+    """dirichlet: concentration; smaller is less even."""
+    column: str | None = None
+    """column: the column whose values are the clients."""
+    limit: int | None = Field(None, ge=1)
+    """Use only this many training examples, drawn by the seed."""
+    test_limit: int | None = Field(None, ge=1)
+    """Evaluate on only this many held-out examples, drawn by the seed."""
+    client_held_out: float = Field(0.0, ge=0, lt=1)
+    """Share of each client's own examples kept for evaluation on the client; 0 evaluates at the coordinator's side
+    only."""
+
+
+class FederationSection(Section):
+    """The federated rounds and each client's local training."""
+
+    clients: int | None = Field(None, ge=1)
+    """Number of clients (default: 5 for iid and dirichlet; otherwise as the column or the `clients` section says)."""
+    rounds: int = Field(5, ge=1)
+    """Number of rounds."""
+    cohort: int | None = Field(None, ge=1)
+    """Clients drawn a round (default: all)."""
+    local_steps: int = Field(16, ge=1)
+    """Optimizer steps a client takes a round."""
+    batch_size: int = Field(4, ge=1)
+    """Examples an optimizer step."""
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches that make up one batch."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Local optimizer."""
+    lr: float = Field(5e-3, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay (adamw) or L2 (sgd)."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate over the steps: constant, or falling to 0."""
+    schedule_over: Literal["run", "round"] = "run"
+    """Whether schedule and warm-up span the whole run or start again every round."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the schedule spent warming up linearly."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Clip the norm of a step's gradient; null switches it off. A private step has privacy.clip instead."""
+    proximal: float = Field(0.0, ge=0)
+    """FedProx: mu of mu/2 ||w - w_broadcast||^2 in each client's loss, over all that trains."""
+    keep_optimizer: bool = False
+    """Keep each client's optimizer state from round to round instead of starting it afresh."""
+    max_bytes: float | None = Field(None, gt=0)
+    """End the run before a round that, moving as much as the last one, would bring all uploads and downloads above
+    this."""
+    evaluate_every: int = Field(1, ge=1)
+    """Rounds between evaluations; the first and the last state are always evaluated."""
+    deadline: float | None = Field(None, gt=0)
+    """Seconds a round may take; a client that is not done is left out."""
+    quorum: float = Field(1.0, gt=0, le=1)
+    """Share of the cohort that must report, else the round is tried once more and then fails."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples in memory at once."""
+        return self.batch_size // self.accumulate
+
+
+class ClientSection(Section):
+    """What differs for one client."""
+
+    source: str | None = None
+    """This client's own training data (a file or a folder); given for one client, it must be given for all."""
+    node_labels: Annotated[dict[str, str] | None, BeforeValidator(forms.labels)] = Field(None, min_length=1)
+    """Ray labels of the nodes that may read this client's data and train it, as `ray start --labels silo=a` gives
+    them; for one, then for all."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate."""
+    local_steps: int | None = Field(None, ge=1)
+    """Optimizer steps a round."""
+    batch_size: int | None = Field(None, ge=1)
+    """Examples an optimizer step."""
+
+
+class WorkerSection(Section):
+    """The actors that train; 'auto' is decided by what the cluster has and said in the plan."""
+
+    count: int | None = Field(None, ge=1)
+    """Workers (default: as many as clients, as far as GPUs or CPUs go); with clients.NAME.node_labels of each place."""
+    gpus: float | None = Field(None, ge=0)
+    """GPUs a worker, fractions allowed (default: 1 where there are GPUs, else 0)."""
+    cpus: int | None = Field(None, ge=1)
+    """CPUs and threads a worker (default: an even share)."""
+    ranks: int = Field(1, ge=1, le=1)
+    """Ray actors a client; more than one comes later."""
+    backend: Literal["deepspeed", "torch"] = "deepspeed"
+    """DeepSpeed, or the plain PyTorch loop that is its oracle."""
+    zero_stage: int = Field(0, ge=0, le=3)
+    """DeepSpeed ZeRO stage."""
+    cache: str | None = None
+    """Folder on each worker's machine where tokenised data are kept for other processes to map (default: nowhere;
+    `fedray sweep`: a folder of its own)."""
+    profile: str | None = Field(None, pattern=r".+:\d+$")
+    """CLIENT:ROUND: write a trace of that client's local training in that round (PyTorch's profiler) to
+    RUN_DIR/profile, for chrome://tracing or Perfetto."""
+    wait: float | None = Field(None, gt=0)
+    """Seconds to wait for machines that an autoscaler brings; worker.count and worker.gpus must then say what to bring
+    (default: use what is there)."""
+
+
+class PrivacySection(Section):
+    """Differential privacy: on as soon as epsilon or noise is given."""
+
+    epsilon: float | None = Field(None, gt=0)
+    """Budget of each client over the whole run, whatever reads its data; the noise is calibrated to it unless it is
+    given."""
+    delta: float | None = Field(None, gt=0, lt=1)
+    """delta (default: a power of ten, at most a tenth of 1 / the largest client's examples; unit client: of 1 /
+    clients)."""
+    noise: float | None = Field(None, gt=0)
+    """Noise multiplier: standard deviation of the noise over the clip (default: calibrated to epsilon)."""
+    unit: Literal["example", "client"] = "example"
+    """What is protected: each sequence, by noise at its client; or each client with all it has, by noise at a trusted
+    coordinator."""
+    clip: float | None = Field(None, gt=0)
+    """Norm to which each example's gradient (example) or each client's whole update (client) is clipped (default 1)."""
+    count_noise: float | None = Field(None, gt=0)
+    """example: standard deviation of the noise on each client's number of examples, released once (default 20)."""
+    subspace_fraction: float | None = Field(None, gt=0, lt=1)
+    """adapter.subspace private: share of epsilon that the bases may spend (default 0.2)."""
+    adaptive_clip: float | None = Field(None, gt=0, lt=1)
+    """client: let the clip follow this quantile of the updates' norms (Andrew et al., NeurIPS 2021)."""
+    secure_aggregation: bool = False
+    """Let the coordinator see only the sum of the clients' updates (Bonawitz et al., CCS 2017)."""
+    secure_threshold: float | None = Field(None, gt=0, le=1)
+    """Share of a round's clients that must stay to the end for the sum to be opened (default: more than half)."""
+    sweep_epsilon: float | None = Field(None, gt=0)
+    """`fedray sweep`: budget of all trials together, which are releases of the same data; a single run is one trial."""
+    key_dir: str | None = None
+    """Where a client's machine keeps its noise keys (default: $XDG_STATE_HOME/fedray/keys, or
+    ~/.local/state/fedray/keys)."""
+
+    @property
+    def on(self) -> bool:
+        """Whether the run is differentially private."""
+        return self.epsilon is not None or self.noise is not None
+
+
+class OutputSection(Section):
+    """Where results go."""
+
+    dir: str | None = None
+    """Run directory (default: runs/METHOD-TIME)."""
+    resume: bool = False
+    """Go on from the directory's last checkpoint; without one, start."""
+    track: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], BeforeValidator(forms.trackers)] = (
+        "tensorboard",
+    )
+    """Where each round's numbers go beside rounds.jsonl; null: nowhere. mlflow and wandb need fedray[track] and take
+    their own environment variables."""
+
+
+class Config(Section):
+    """Everything a run is. Equal configs on the same CPU give equal bits."""
+
+    model: ModelSection = ModelSection()
+    adapter: AdapterSection = AdapterSection()
+    method: MethodSection = MethodSection()
+    data: DataSection = DataSection()
+    federation: FederationSection = FederationSection()
+    clients: dict[str, ClientSection] = {}
+    """Per client: clients.NAME.source, .node_labels, .lr, .local_steps, .batch_size."""
+    worker: WorkerSection = WorkerSection()
+    privacy: PrivacySection = PrivacySection()
+    output: OutputSection = OutputSection()
+    seed: int = 0
+    """Seed of everything random."""
+    engine: Literal["ray", "inline"] = "ray"
+    """ray: coordinator and workers are actors; inline: one process, same numbers."""
+
+    @property
+    def siloed(self) -> bool:
+        """Whether every client's data are read on its own nodes only: not by the driver, the coordinator, or another
+        client's worker."""
+        return any(c.node_labels is not None for c in self.clients.values())
+
+    @property
+    def base_dropout(self) -> float | None:
+        """Dropout inside the base model; None: as the model's own config says. None of it in DP-SGD's steps, see
+        `fedray.federation.channels.example`."""
+        return 0.0 if self.privacy.on and self.privacy.unit == "example" else self.model.dropout
+
+    @property
+    def by_examples(self) -> bool:
+        """Whether a client's update counts with its number of examples."""
+        return self.method.weights != "equal" and not (self.privacy.on and self.privacy.unit == "client")
+
+    def client(self, name: str) -> FederationSection:
+        """The federation section as it holds for one client."""
+        own = self.clients.get(name, ClientSection()).model_dump(exclude_none=True, exclude={"source", "node_labels"})
+        return self.federation.model_copy(update=own)
+
+    def to_yaml(self) -> str:
+        """All keys, defaults included; `read_config(["--config", file])` gives the same config back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
