@@ -124,7 +124,7 @@ for flags in ("--method.sparkle 2", "--method.name sparkling --method.sparkle 0"
 
 def test_a_new_methods_option_needs_no_other_file():
     done = subprocess.run([sys.executable, "-c", NEW], capture_output=True, text=True, check=True)
-    assert "Sparkling(sparkle=2.0, server=None)" in done.stdout
+    assert "Sparkling(server=None, sparkle=2.0)" in done.stdout
     heading = done.stdout.index("method sparkling:")
     assert "sparkling: how much it sparkles (default 0.5)." in done.stdout[heading:]
     assert "method.sparkle belongs to sparkling, not to fedex: leave it out" in done.stderr
