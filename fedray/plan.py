@@ -17,7 +17,8 @@ from fedray.config import DEFAULT_CLIENTS, Config, from_dict, make_method, make_
 from fedray.errors import ConfigError
 from fedray.federation import start
 from fedray.federation.guard import plans_for
-from fedray.methods import METHODS, FedEx, FedExKeep, Spec
+from fedray.methods import METHODS, Spec
+from fedray.methods.traffic import simulate
 from fedray.privacy.plan import PrivacyPlan
 from fedray.privacy.secure_sum import overhead
 from fedray.training.model import read_model_config, skeleton
@@ -135,9 +136,10 @@ def _variants(config: Config) -> list[Config]:
 
 def _cost(config: Config, spec: Spec, heads: int, cohort: Sequence[str]) -> MethodCost:
     method, rounds = make_method(config), config.federation.rounds
-    moves = [method.payload(spec, cohort, cohort[0], round) for round in range(rounds)]
-    # Two rounds beyond the run's, of which one trains A and the other B where a method alternates; what is sent besides is in `once`.
-    late = [method.payload(spec, cohort, cohort[0], rounds + more) for more in (2, 3)]
+    # Two rounds beyond the run's, of which one trains A and the other B where a method alternates; what is sent besides is in
+    # `once`.
+    moves = simulate(method, spec, cohort, cohort[0], rounds + 4)
+    moves, late = moves[:rounds], moves[rounds + 2 :]
     start_up, start_down = start.numbers(config, spec)
     # A secure sum has 8 bytes a number on the way up, and keys and shares both ways.
     secure = config.privacy.secure_aggregation
@@ -163,19 +165,19 @@ def _cost(config: Config, spec: Spec, heads: int, cohort: Sequence[str]) -> Meth
 
 def _memory(config: Config, spec: Spec, base: int, heads: int) -> Memory:
     width = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
-    moving = spec.size(*make_method(config).trained(spec))
+    method = make_method(config)
+    moving = spec.size(*method.trained(spec))
     trained = moving + heads
     shape = read_model_config(config)
     layers, hidden = getattr(shape, "num_hidden_layers", 0), getattr(shape, "hidden_size", 0)
     inner = getattr(shape, "intermediate_size", 4 * hidden) or 4 * hidden
     tokens = config.federation.micro_batch * config.data.max_length
     logits = 2 * 4 * tokens * getattr(shape, "vocab_size", 0) if config.model.task == "causal-lm" else 0
-    moves = isinstance(make_method(config), (FedEx, FedExKeep)) or config.method.residual == "fold"
     return Memory(
         base=width * base,
         # fp32: value, gradient, and two moments; factors at rest: their value
         adapter_and_optimizer=16 * trained + 4 * (spec.size() - moving),
         # about 10 hidden-sized and 3 inner-sized tensors a layer are kept for the backward pass, logits twice in fp32
         activations=width * tokens * layers * (10 * hidden + 3 * inner) + logits,
-        host_copy_of_moved_layers=width * sum(layer.m * layer.n for layer in spec.layers) if moves else 0,
+        host_copy_of_moved_layers=width * sum(layer.m * layer.n for layer in spec.layers) if method.moves_base else 0,
     )

@@ -2,17 +2,7 @@
 
 from __future__ import annotations
 
-from fedray.methods.base import (
-    Broadcast,
-    Diagnostics,
-    Increment,
-    Method,
-    Payload,
-    Spec,
-    State,
-    Update,
-    View,
-)
+from fedray.methods.base import Method
 from fedray.methods.fed_sb import FedSB, RavanMean
 from fedray.methods.fedask import FedASK
 from fedray.methods.fedex import FedEx, FedExKeep
@@ -27,6 +17,7 @@ from fedray.methods.hetlora import HetLoRA
 from fedray.methods.lora_fair import LoRAFair
 from fedray.methods.rolora import RoLoRA
 from fedray.methods.server import ServerOptimizer
+from fedray.methods.state import Broadcast, Diagnostics, Increment, Spec, State, Update, View
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -80,7 +71,6 @@ __all__ = [
     "FedExKeep",
     "Increment",
     "Method",
-    "Payload",
     "ServerOptimizer",
     "Spec",
     "State",

@@ -1,7 +1,7 @@
 """FLoRA (Wang et al., NeurIPS 2024, arXiv 2409.05976): the clients' factors stacked, merged into the base, and
-fresh factors every round. METHODS.md 6.3.
+fresh factors every round.
 
-The same map as FedEx with `assignment: reinit` (METHODS.md 4.3), under its own name; clients may have different ranks.
+The same map as FedEx with `assignment: reinit`, under its own name; clients may have different ranks.
 """
 
 from __future__ import annotations

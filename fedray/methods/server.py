@@ -1,5 +1,5 @@
-"""Server optimizers (Reddi et al., ICLR 2021, arXiv 2003.00295; FedAvgM: Hsu et al., 2019, arXiv 1909.06335): a step along the
-change that the mean of a linear method makes, instead of the mean itself. Algorithm 2 there, without bias correction.
+"""Server optimizers (Reddi et al., ICLR 2021, arXiv 2003.00295; FedAvgM: Hsu et al., 2019, arXiv 1909.06335): a step along
+the change that the mean of a linear method makes, instead of the mean itself. Algorithm 2 there, without bias correction.
 """
 
 from __future__ import annotations
