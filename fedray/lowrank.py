@@ -4,8 +4,8 @@ Shapes: `m` rows, `n` columns, `k` the number of factor columns, `r` a target ra
 `B_mk` and `A_kn` hold the matrix B A. A sum of products is a concatenation of factors, so every federated aggregate
 (a weighted sum of clients' updates) is exact before anything is compressed.
 
-Tensors of the meta device have a shape and no numbers; all of it works on them too. Where numbers would decide a shape the
-result is the largest that any numbers could give, and a norm is not a number (`math.nan`).
+Tensors of the meta device have a shape and no numbers; all of it works on them too. Where numbers would decide a
+shape the result is the largest that any numbers could give, and a norm is not a number (`math.nan`).
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ class LowRank:
         return torch.linalg.qr(self.B.double(), mode="r").R, torch.linalg.qr(self.A.double().T, mode="r").R
 
     def norm(self, probes: int = 0) -> float:
-        """Frobenius norm, in fp64. By Gram matrices, which is the fastest, to 1e-9 relative; where the terms cancel by more
-        than three digits by QR, which stays accurate down to the rounding of the factors. With `probes`, a norm that is mere
-        rounding (below 1e-6 of its terms) is only estimated, by that many Gaussian vectors: relative standard deviation at
-        most sqrt(2 / probes), much cheaper."""
+        """Frobenius norm, in fp64. By Gram matrices, which is the fastest, to 1e-9 relative; where the terms cancel
+        by more than three digits by QR, which stays accurate down to the rounding of the factors. With `probes`, a
+        norm that is mere rounding (below 1e-6 of its terms) is only estimated, by that many Gaussian vectors:
+        relative standard deviation at most sqrt(2 / probes), much cheaper."""
         if self.k == 0:
             return 0.0
         if self.B.is_meta:
@@ -115,8 +115,8 @@ class LowRank:
     def svd(self, rank: int | None = None, tolerance: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """U (m x p), S (p, descending), Vt (p x n) in fp64, with p = min(k, m, n, rank).
 
-        Singular values at or below `tolerance` times the largest are left out. QR of both sides, then the SVD of the small
-        core; m x n is never formed, and of each Q only its product with the p vectors that are kept.
+        Singular values at or below `tolerance` times the largest are left out. QR of both sides, then the SVD of the
+        small core; m x n is never formed, and of each Q only its product with the p vectors that are kept.
         """
         if self.B.is_meta:
             return self._svd_shapes(rank)
@@ -163,7 +163,8 @@ once."""
 def weighted_sum(
     tensors: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype = torch.float64, out: Tensor | None = None
 ) -> Tensor:
-    """sum_i w_i T_i of tensors of one shape, added in fp64 in the order given and rounded once to `dtype`; on their device.
+    """sum_i w_i T_i of tensors of one shape, added in fp64 in the order given and rounded once to `dtype`; on their
+    device.
 
     `out`: a contiguous tensor of that many numbers to write into (its dtype counts).
     """
@@ -184,7 +185,8 @@ def weighted_sum(
 
 
 def columns_reaching(S: Tensor, energy: float) -> int:
-    """How many of the first singular values it takes until their squares sum to `energy`: all, where they do not reach it."""
+    """How many of the first singular values it takes until their squares sum to `energy`: all, where they do not
+    reach it."""
     if S.is_meta:
         return len(S)
     return min(len(S), int((S.square().cumsum(0) < energy).sum()) + 1)
@@ -201,16 +203,16 @@ def khatri_rao_rows(left: Tensor, right: Tensor) -> Tensor:
 
 
 def khatri_rao_columns(left: Tensor, right: Tensor) -> Tensor:
-    """Column-wise Khatri-Rao product: (p x n), (q x n) -> (p q) x n, so that rows @ columns is the Hadamard product of the
-    two matrices."""
+    """Column-wise Khatri-Rao product: (p x n), (q x n) -> (p q) x n, so that rows @ columns is the Hadamard product
+    of the two matrices."""
     return (left[:, None, :] * right[None, :, :]).reshape(-1, left.shape[1])
 
 
 def top_svd(
     matrix: Tensor, rank: int, generator: torch.Generator, oversample: int = 16, iterations: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m x rank), S, Vt (rank x n) of a dense matrix, fp32: exact up to 512 on the shorter side, beyond it a randomised
-    range finder with power iterations (Halko, Martinsson, Tropp, 2011)."""
+    """U (m x rank), S, Vt (rank x n) of a dense matrix, fp32: exact up to 512 on the shorter side, beyond it a
+    randomised range finder with power iterations (Halko, Martinsson, Tropp, 2011)."""
     matrix = matrix.float()
     if min(matrix.shape) <= 512:
         U, S, Vt = torch.linalg.svd(matrix.double(), full_matrices=False)

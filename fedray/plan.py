@@ -28,11 +28,12 @@ BYTES = 4  # the wire is fp32
 
 @dataclass(frozen=True)
 class MethodCost:
-    """Bytes per client and round in the steady state with every client of the cohort reporting, heads included; of the largest rank
-    where ranks differ.
+    """Bytes per client and round in the steady state with every client of the cohort reporting, heads included; of
+    the largest rank where ranks differ.
 
-    `first_down`: the first round's download (no base update yet), without `once`: what the run sends to each client besides (bases,
-    factors that rest, a base update that outgrew the dense matrix and is sent again as a whole). `start_up`, `start_down`: before round 1 (lora-sb's gradient). `run_up`, `run_down`: all of a run of `rounds`.
+    `first_down`: the first round's download (no base update yet), without `once`: what the run sends to each client
+    besides (bases, factors that rest, a base update that outgrew the dense matrix and is sent again as a whole).
+    `start_up`, `start_down`: before round 1 (lora-sb's gradient). `run_up`, `run_down`: all of a run of `rounds`.
     """
 
     method: str
@@ -88,35 +89,40 @@ class Plan:
 
 
 def plan(config: Config, cohort: int | None = None, classes: int = 2, counts: Mapping[str, int] | None = None) -> Plan:
-    """The costs of a config. `cohort`: clients a round (default: as the config says); `counts`: examples of each client, where they are
-    known. Raises ConfigError as `skeleton` and `plans_for` do."""
+    """The costs of a config. `cohort`: clients a round (default: as the config says); `counts`: examples of each
+    client, where they are known. Raises ConfigError as `skeleton` and `plans_for` do."""
     model = skeleton(config, classes)
     heads = sum(p.numel() for p in attach.heads(model).values())
     adapters = sum(p.numel() for p in attach.factors(model).values())
     base = sum(p.numel() for p in model.parameters()) - adapters - heads
-    count = len(config.clients) or config.federation.clients or DEFAULT_CLIENTS
-    if not isinstance(config.adapter.rank, int):
-        count = len(config.adapter.rank)
-    if cohort is None:
-        cohort = config.federation.cohort or count
-    names = list(config.adapter.rank) if isinstance(config.adapter.rank, dict) else []
-    names += [f"client {i}" for i in range(len(names), max(count, cohort))]
-    spec = make_spec(config, attach.layers(model), names[: max(count, cohort, len(names))])
+    names, cohort = _clients(config, cohort)
+    spec = make_spec(config, attach.layers(model), names)
     # The client whose costs are shown has the largest rank.
-    names.sort(key=lambda name: -spec.ranks.get(name, 0))
+    by_rank = sorted(names, key=lambda name: -spec.ranks.get(name, 0))
     return Plan(
         model=config.model.path,
         base_parameters=base,
         adapted_layers=len(spec.layers),
         heads=heads,
         cohort=cohort,
-        clients=max(cohort, count),
-        costs=tuple(_cost(c, spec, heads, names[:cohort]) for c in _variants(config)),
+        clients=len(names),
+        costs=tuple(_cost(c, spec, heads, by_rank[:cohort]) for c in _variants(config)),
         memory=_memory(config, spec, base, heads),
         privacy=plans_for(config, {c: float(max(n, config.client(c).batch_size)) for c, n in counts.items()})
         if counts and config.privacy.on
         else {},
     )
+
+
+def _clients(config: Config, cohort: int | None) -> tuple[list[str], int]:
+    """The clients' names, as many as the config says or a cohort needs, and the cohort's size (default: as the config
+    says)."""
+    count = len(config.clients) or config.federation.clients or DEFAULT_CLIENTS
+    if not isinstance(config.adapter.rank, int):
+        count = len(config.adapter.rank)
+    cohort = config.federation.cohort or count if cohort is None else cohort
+    named = list(config.adapter.rank) if isinstance(config.adapter.rank, dict) else []
+    return named + [f"client {i}" for i in range(len(named), max(count, cohort))], cohort
 
 
 def _variants(config: Config) -> list[Config]:
@@ -136,7 +142,8 @@ def _variants(config: Config) -> list[Config]:
 
 def _cost(config: Config, spec: Spec, heads: int, cohort: Sequence[str]) -> MethodCost:
     method, rounds = make_method(config), config.federation.rounds
-    # Two rounds beyond the run's, of which one trains A and the other B where a method alternates; what is sent besides is in
+    # Two rounds beyond the run's, of which one trains A and the other B where a method alternates; what is sent
+    # besides is in
     # `once`.
     moves = simulate(method, spec, cohort, cohort[0], rounds + 4)
     moves, late = moves[:rounds], moves[rounds + 2 :]

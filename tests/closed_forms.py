@@ -1,7 +1,7 @@
 """What each method sends, as closed forms: the oracles that simulated traffic is held against.
 
-r is a layer's rank, k the number of clients, and each form is (numbers up, numbers down, numbers down once) of one client
-in a round (from 0), heads apart. With LoRA a factor B has r m numbers and a factor A r n.
+r is a layer's rank, k the number of clients, and each form is (numbers up, numbers down, numbers down once) of one
+client in a round (from 0), heads apart. With LoRA a factor B has r m numbers and a factor A r n.
 """
 
 import math
@@ -58,8 +58,9 @@ def fedask(method, spec, cohort, client, round):
 
 
 def fedex(method, spec, cohort, client, round):
-    """r (m + n) up; down the mean factors and a base update: (k - 1) r (m + n) for LoRA's covariance, sum r_i (m + n) where factors
-    are fresh, and for a stacked adapter the clients' own factors and the mean's, with a coefficient each."""
+    """r (m + n) up; down the mean factors and a base update: (k - 1) r (m + n) for LoRA's covariance, sum r_i (m + n)
+    where factors are fresh, and for a stacked adapter the clients' own factors and the mean's, with a coefficient
+    each."""
     average = method.assignment == "average"
     stacked = spec.adapter.stacked and method.residual_rank is None
     wide = [_columns(method, spec, layer, cohort) for layer in spec.layers]
@@ -123,8 +124,8 @@ def fra_ffa(method, spec, cohort, client, round):
 def _base_update(spec, numbers, columns, usual, round, rests):
     """(usual numbers, what a compressed increment has beyond them) of the base update that goes down in a round.
 
-    Each round adds `numbers` and `columns` to a layer's. Where a layer's outgrow its room all layers are sent as a whole, in at
-    most min(m, n) columns, with the `rests` numbers of factors at rest.
+    Each round adds `numbers` and `columns` to a layer's. Where a layer's outgrow its room all layers are sent as a
+    whole, in at most min(m, n) columns, with the `rests` numbers of factors at rest.
     """
     held, wide = [0] * len(numbers), [0] * len(numbers)
     sent, whole = 0, False

@@ -1,4 +1,5 @@
-"""Simulated traffic: against the closed forms, against what travels in rounds of real tensors, and against itself unabridged."""
+"""Simulated traffic: against the closed forms, against what travels in rounds of real tensors, and against itself
+unabridged."""
 
 import dataclasses
 

@@ -1,13 +1,14 @@
-"""What a method is: a value with `init`, `broadcast`, `aggregate`, and `view` and `upload` for the client's side of the wire.
+"""What a method is: a value with `init`, `broadcast`, `aggregate`, and `view` and `upload` for the client's side of
+the wire.
 
 Symbols: k clients with weights p_i (sum 1), factors B_i (m x r) and A_i (r x n), scale s, Bbar = sum p_i B_i,
-Abar = sum p_i A_i, delta_i = s B_i A_i, and the ideal sum p_i delta_i. With another adapter (B, A) is its `pair`, and s B A
-stands for whatever delta its factors mean.
-Sums run in fp64 in the order of the updates, so they do not depend on who came first; results return to the
-updates' own dtype.
+Abar = sum p_i A_i, delta_i = s B_i A_i, and the ideal sum p_i delta_i. With another adapter (B, A) is its `pair`, and
+s B A stands for whatever delta its factors mean. Sums run in fp64 in the order of the updates, so they do not depend
+on who came first; results return to the updates' own dtype.
 
-No code here asks for shapes alone, and none may let a number decide what is sent: `traffic` runs it on tensors that have no
-numbers. Where a number must decide (a rank chosen by energy), the algebra in `lowrank` says what holds without any.
+No code here asks for shapes alone, and none may let a number decide what is sent: `traffic` runs it on tensors that
+have no numbers. Where a number must decide (a rank chosen by energy), the algebra in `lowrank` says what holds
+without any.
 """
 
 from __future__ import annotations
@@ -80,8 +81,9 @@ class Method(ABC):
 
     @property
     def turns_after(self) -> int:
-        """The number of rounds after which the method changes for good what is sent; 0: never. Before the last of them, and after
-        them, the shapes of a state follow from those of the state before it, whatever the number of the round."""
+        """The number of rounds after which the method changes for good what is sent; 0: never. Before the last of
+        them, and after them, the shapes of a state follow from those of the state before it, whatever the number of
+        the round."""
         return 0
 
     def keeps(self, spec: Spec) -> tuple[str, ...]:
@@ -89,8 +91,8 @@ class Method(ABC):
         return ()
 
     def init(self, spec: Spec, heads: Tensors | None = None, start: Tensors | None = None) -> State:
-        """The state before round 1. `heads`: initial values of modules trained whole; `start`: the adapter's `started` factors
-        (fp32).
+        """The state before round 1. `heads`: initial values of modules trained whole; `start`: the adapter's
+        `started` factors (fp32).
 
         What trains and is neither drawn nor kept travels every round; started factors that rest are an increment.
         """
@@ -122,8 +124,8 @@ class Method(ABC):
         return Broadcast(**{f.name: getattr(state, f.name) for f in dataclasses.fields(Broadcast)})
 
     def view(self, spec: Spec, message: Broadcast, client: str | None) -> View:
-        """What a client makes of a broadcast; `client=None` is the global model. Factors come whole: zeros beyond a client's
-        own rank."""
+        """What a client makes of a broadcast; `client=None` is the global model. Factors come whole: zeros beyond a
+        client's own rank."""
         tensors = {name: t for factor, draw in message.draw.items() for name, t in spec.drawn(factor, draw).items()}
         live = live_increments(message.increments)
         for increment in live:
@@ -134,13 +136,14 @@ class Method(ABC):
         return View(tensors, base_total(spec, live), message.trained)
 
     def upload(self, spec: Spec, client: str, tensors: Tensors, round: int) -> dict[str, Tensor]:
-        """What a client sends in a round (from 0) of its trained factors and heads: all that it does not keep, at its own rank."""
+        """What a client sends in a round (from 0) of its trained factors and heads: all that it does not keep, at its
+        own rank."""
         keeps = self.keeps(spec)
         return spec.cut(client, {name: t for name, t in tensors.items() if factor_of(name) not in keeps})
 
     def question(self, state: State, updates: Sequence[Update]) -> dict[str, Tensor]:
-        """A second message to the same cohort, once its updates are in, where the method `asks`. Raises RoundError for a value
-        that is not finite."""
+        """A second message to the same cohort, once its updates are in, where the method `asks`. Raises RoundError
+        for a value that is not finite."""
         return self.ask(state, list(checked(updates)))
 
     def ask(self, state: State, updates: Sequence[Update]) -> dict[str, Tensor]:
@@ -178,8 +181,8 @@ class Method(ABC):
 
     @abstractmethod
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas | None]:
-        """The next state, and per layer the change of the effective weights (against the base of this round) it means; None
-        where there is no global model that one could hold against the ideal."""
+        """The next state, and per layer the change of the effective weights (against the base of this round) it
+        means; None where there is no global model that one could hold against the ideal."""
 
     def gather(self, state: State, updates: Iterable[Update]) -> Cohort:
         """Read the updates once, in order, complete them with the factors that did not train, and average."""

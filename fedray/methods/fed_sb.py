@@ -29,8 +29,8 @@ class FedSB(FedIT):
 
 @dataclass(frozen=True)
 class RavanMean(FedIT):
-    """H_h <- sum p_i s_ih H_ih, s_h <- 1: clients train cores and scales and send the products, so the mean is exact. h r^2
-    both ways."""
+    """H_h <- sum p_i s_ih H_ih, s_h <- 1: clients train cores and scales and send the products, so the mean is exact.
+    h r^2 both ways."""
 
     name = "ravan"
     adapters = ("ravan",)

@@ -1,5 +1,5 @@
-"""FedASK (NeurIPS 2025, arXiv 2507.09990): the mean update through two linear sketches, so that the server never sees a client's
-factors (and could sum them securely).
+"""FedASK (NeurIPS 2025, arXiv 2507.09990): the mean update through two linear sketches, so that the server never sees
+a client's factors (and could sum them securely).
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ Y, P, LEFT, Q = "sketch_Y", "sketch_P", "sketch_left", "sketch_Q"
 
 @dataclass(frozen=True)
 class FedASK(Method):
-    """Up: Y_i = B_i (A_i Omega), Omega (n x q) drawn anew each round from the seed, q = r + `oversample`. Down: Q = qr(sum p_i Y_i). Up:
-    P_i = A_i^T (B_i^T Q). Then U S V^T = SVD_r((sum p_i P_i)^T), B <- Q U S^1/2, A <- S^1/2 V^T. m q + n q up, m q + r (m + n) down.
+    """Up: Y_i = B_i (A_i Omega), Omega (n x q) drawn anew each round from the seed, q = r + `oversample`. Down: Q =
+    qr(sum p_i Y_i). Up: P_i = A_i^T (B_i^T Q). Then U S V^T = SVD_r((sum p_i P_i)^T), B <- Q U S^1/2, A <- S^1/2 V^T.
+    m q + n q up, m q + r (m + n) down.
 
-    The server cannot know the ideal. Each client also sends ||B_i A_i - Q Q^T B_i A_i||, one number a layer, so that `exactness` is an
-    upper bound: (sum p_i of these, and the tail that SVD_r cuts, added as squares) over ||Q^T sum p_i B_i A_i||.
+    The server cannot know the ideal. Each client also sends ||B_i A_i - Q Q^T B_i A_i||, one number a layer, so that
+    `exactness` is an upper bound: (sum p_i of these, and the tail that SVD_r cuts, added as squares) over ||Q^T sum
+    p_i B_i A_i||.
     """
 
     name = "fedask"

@@ -165,7 +165,8 @@ def _stack(state: State, cohort: Cohort, layer: Layer, stays: list[int]) -> dict
 
 
 def _left_over(state: State, blocks: list[list], weight: dict[str, float]) -> dict[str, LowRank]:
-    """Per layer, what the replaced blocks leave in the base, where a client's weight is not what it was; empty where it is."""
+    """Per layer, what the replaced blocks leave in the base, where a client's weight is not what it was; empty where
+    it is."""
     leaves = [(i, c - weight[name]) for i, (name, c) in enumerate(blocks) if name in weight and c != weight[name]]
     left = {}
     for layer in state.spec.layers if leaves else ():

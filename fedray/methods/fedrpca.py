@@ -1,5 +1,5 @@
-"""FedRPCA (Jhunjhunwala et al., 2025, arXiv 2506.01194): the clients' changes split into what they share and what is their
-own, by robust PCA, and the second counted more.
+"""FedRPCA (Jhunjhunwala et al., 2025, arXiv 2506.01194): the clients' changes split into what they share and what is
+their own, by robust PCA, and the second counted more.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class FedRPCA(FedIT):
 
 
 def robust_pca(D: Tensor, tolerance: float = 1e-7, steps: int = 500) -> tuple[Tensor, Tensor]:
-    """L (low rank) and S (sparse) with L + S = D, N x k with k small, fp64: principal component pursuit by inexact augmented
-    Lagrange multipliers (Lin, Chen, Ma, 2010, arXiv 1009.5055), lambda = 1 / sqrt(max(N, k))."""
+    """L (low rank) and S (sparse) with L + S = D, N x k with k small, fp64: principal component pursuit by inexact
+    augmented Lagrange multipliers (Lin, Chen, Ma, 2010, arXiv 1009.5055), lambda = 1 / sqrt(max(N, k))."""
     if D.is_meta:  # no numbers to split: both have D's shape
         return D, torch.empty_like(D)
     norm = torch.linalg.matrix_norm(D)

@@ -10,9 +10,9 @@ from fedray.methods.state import Cohort, Spec, State
 
 @dataclass(frozen=True)
 class FedSA(Method):
-    """Both factors train; A <- sum p_i A_i, and each client goes on with its own B: r n both ways. There is no global model,
-    so every client's own is evaluated and exported, and no `exactness` can be stated. Heads are averaged (the authors' code
-    keeps the classifier with the client)."""
+    """Both factors train; A <- sum p_i A_i, and each client goes on with its own B: r n both ways. There is no global
+    model, so every client's own is evaluated and exported, and no `exactness` can be stated. Heads are averaged (the
+    authors' code keeps the classifier with the client)."""
 
     name = "fedsa"
     exact = "personal"

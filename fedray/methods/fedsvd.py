@@ -12,8 +12,8 @@ from fedray.methods.state import Cohort, Deltas, Spec, State, key
 
 @dataclass(frozen=True)
 class FedSVD(Method):
-    """B trains; U S V^T = SVD((sum p_i B_i) A), then B <- U S, A <- V^T: lossless, since the product has rank r. r m up,
-    r (m + n) down."""
+    """B trains; U S V^T = SVD((sum p_i B_i) A), then B <- U S, A <- V^T: lossless, since the product has rank r. r m
+    up, r (m + n) down."""
 
     name = "fedsvd"
     exact = "yes"

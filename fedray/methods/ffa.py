@@ -13,7 +13,8 @@ from fedray.methods.state import Spec
 
 @dataclass(frozen=True)
 class FFA(FedIT):
-    """B <- sum p_i B_i. Sends r m both ways; clients draw the shared A from the seed. With abba: B2 over (B1, A1, A2)."""
+    """B <- sum p_i B_i. Sends r m both ways; clients draw the shared A from the seed. With abba: B2 over (B1, A1,
+    A2)."""
 
     name = "ffa"
     exact = "yes"

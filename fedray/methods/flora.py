@@ -14,7 +14,8 @@ from fedray.methods.fedex import FedEx
 
 @dataclass(frozen=True)
 class FLoRA(FedEx):
-    """W0 <- W0 + s [B_1 ... B_k] [p_1 A_1; ...; p_k A_k]; A fresh, B zero. Sends r_i (m + n) up and sum r_j (m + n) down."""
+    """W0 <- W0 + s [B_1 ... B_k] [p_1 A_1; ...; p_k A_k]; A fresh, B zero. Sends r_i (m + n) up and sum r_j (m + n)
+    down."""
 
     name = "flora"
     exact = "yes"

@@ -25,10 +25,10 @@ from fedray.methods.state import Broadcast, Cohort, Deltas, Spec, State, View, k
 class FRA(Method):
     """U S V^T = SVD_r(sum p_i B_i A_i); B <- U S, A <- V^T. Exact up to the tail sum_{j>r} S_j^2. r (m + n) both ways.
 
-    `split`: `orthonormal` (default: A keeps the unit-sized rows it had at the start, so the learning rate of B keeps its
-    meaning, and FRA-FFA can freeze it) or `balanced` (S^1/2 on both sides: small singular values shrink both gradients).
-    `residual`: `drop` (the paper) or `fold` the tail into the base: then exact, at FedEx's download. With abba: the pair (B2, A2) over a
-    resting (B1, A1).
+    `split`: `orthonormal` (default: A keeps the unit-sized rows it had at the start, so the learning rate of B keeps
+    its meaning, and FRA-FFA can freeze it) or `balanced` (S^1/2 on both sides: small singular values shrink both
+    gradients). `residual`: `drop` (the paper) or `fold` the tail into the base: then exact, at FedEx's download. With
+    abba: the pair (B2, A2) over a resting (B1, A1).
     """
 
     name = "fra"
@@ -80,8 +80,8 @@ class FRA(Method):
 
 @dataclass(frozen=True)
 class FRAFFA(FRA):
-    """A schedule over methods: `fra_rounds` rounds of FRA, then A stays as FRA left it (orthonormal rows, shared by all)
-    and only B trains and is averaged: exact, r m a round. The frozen A is sent once."""
+    """A schedule over methods: `fra_rounds` rounds of FRA, then A stays as FRA left it (orthonormal rows, shared by
+    all) and only B trains and is averaged: exact, r m a round. The frozen A is sent once."""
 
     name = "fra-ffa"
     exact = "to its tail, then yes"
@@ -106,7 +106,8 @@ class FRAFFA(FRA):
 
 @dataclass(frozen=True)
 class FlexLoRA(FRA):
-    """FlexLoRA (Bai et al., NeurIPS 2024): FRA for clients of different ranks; client i gets and sends the first r_i components.
+    """FlexLoRA (Bai et al., NeurIPS 2024): FRA for clients of different ranks; client i gets and sends the first r_i
+    components.
 
     `exactness` is that of the global model, of the largest rank."""
 
@@ -117,8 +118,8 @@ class FlexLoRA(FRA):
 
 @dataclass(frozen=True)
 class FLoRIST(FRA):
-    """FLoRIST (arXiv 2506.09199): as FRA, but a layer's rank p <= r is the smallest that keeps `energy` of sum S_j^2. Sends p (m + n)
-    down. What p leaves of the rank starts anew, A drawn and B zero, so that it trains again."""
+    """FLoRIST (arXiv 2506.09199): as FRA, but a layer's rank p <= r is the smallest that keeps `energy` of sum S_j^2.
+    Sends p (m + n) down. What p leaves of the rank starts anew, A drawn and B zero, so that it trains again."""
 
     name = "florist"
     energy: float = 0.99

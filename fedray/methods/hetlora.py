@@ -12,9 +12,9 @@ from fedray.methods.state import Cohort, Deltas, State, key
 
 @dataclass(frozen=True)
 class HetLoRA(Method):
-    """Factors padded to the largest rank and averaged with weights ||B_i A_i||_F / sum_j ||B_j A_j||_F (a layer's own, and
-    instead of p_i, as published); client i gets the first r_i components. Not exact. The paper's pruning of a client's own
-    rank is not done here: ranks stay as configured."""
+    """Factors padded to the largest rank and averaged with weights ||B_i A_i||_F / sum_j ||B_j A_j||_F (a layer's
+    own, and instead of p_i, as published); client i gets the first r_i components. Not exact. The paper's pruning of
+    a client's own rank is not done here: ranks stay as configured."""
 
     name = "hetlora"
     adapters = ("lora",)

@@ -44,7 +44,8 @@ def has_base(tensors: Tensors, layer: Layer) -> bool:
 
 
 def base_parts(spec: Spec, layer: Layer, tensors: Tensors) -> list[LowRank]:
-    """What an increment adds to one layer's base: thin factors, or those that a stack's adapter factors mean, one by one."""
+    """What an increment adds to one layer's base: thin factors, or those that a stack's adapter factors mean, one by
+    one."""
     if f"{layer.name}.base_B" in tensors:
         return [LowRank(tensors[f"{layer.name}.base_B"], tensors[f"{layer.name}.base_A"])]
     if f"{layer.name}.base_weights" in tensors:
@@ -80,9 +81,10 @@ def stacked_base_tensors(spec: Spec, cohort: Cohort, less: Tensors | None) -> di
 def add_increment(state: State, tensors: dict[str, Tensor]) -> tuple[Increment, ...]:
     """The state's increments and one more.
 
-    When a layer's base updates hold more numbers than it has `room` for, the total of every layer is compressed (losslessly:
-    to min(m, n)) into an increment that resets the earlier ones. So neither the checkpoint nor the weights' rebuilding grows
-    without end, and what is sent again is never more than what has been sent since the last time.
+    When a layer's base updates hold more numbers than it has `room` for, the total of every layer is compressed
+    (losslessly: to min(m, n)) into an increment that resets the earlier ones. So neither the checkpoint nor the
+    weights' rebuilding grows without end, and what is sent again is never more than what has been sent since the last
+    time.
     """
     version = state.increments[-1].version + 1 if state.increments else 1
     increments = (*state.increments, Increment(version, tensors))
@@ -96,7 +98,8 @@ def add_increment(state: State, tensors: dict[str, Tensor]) -> tuple[Increment, 
 
 
 def room(layer: Layer) -> int:
-    """Numbers that a layer's base updates may hold before their total is compressed: twice min(m, n) columns and rows."""
+    """Numbers that a layer's base updates may hold before their total is compressed: twice min(m, n) columns and
+    rows."""
     return 2 * min(layer.m, layer.n) * (layer.m + layer.n)
 
 

@@ -13,10 +13,10 @@ from fedray.methods.state import Cohort, Deltas, Spec, State, key
 
 @dataclass(frozen=True)
 class LoRAFair(FedIT):
-    """A <- Abar, B <- Bbar + dB with dB = argmin ||sum p_i B_i A_i - (Bbar + dB) Abar||^2 + c ||dB||^2, solved in closed
-    form: dB = (sum p_i B_i A_i - Bbar Abar) Abar^T (Abar Abar^T + c I)^-1, c = `correction` times the mean square of Abar's
-    rows. The paper descends on a cosine distance instead; the least-squares form needs no server learning rate. r (m + n)
-    both ways."""
+    """A <- Abar, B <- Bbar + dB with dB = argmin ||sum p_i B_i A_i - (Bbar + dB) Abar||^2 + c ||dB||^2, solved in
+    closed form: dB = (sum p_i B_i A_i - Bbar Abar) Abar^T (Abar Abar^T + c I)^-1, c = `correction` times the mean
+    square of Abar's rows. The paper descends on a cosine distance instead; the least-squares form needs no server
+    learning rate. r (m + n) both ways."""
 
     name = "lora-fair"
     exact = "no"

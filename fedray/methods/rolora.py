@@ -12,8 +12,8 @@ from fedray.methods.state import Cohort, Deltas, Increment, Spec, State, key
 @dataclass(frozen=True)
 class RoLoRA(Method):
     """Round 1, 3, ...: B <- sum p_i B_i over the shared A; round 2, 4, ...: A <- sum p_i A_i over the shared B. Exact,
-    because the delta is linear in the factor that trains. r m, then r n, both ways: the factor averaged last is sent once to
-    each client."""
+    because the delta is linear in the factor that trains. r m, then r n, both ways: the factor averaged last is sent
+    once to each client."""
 
     name = "rolora"
     exact = "yes"

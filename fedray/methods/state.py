@@ -175,8 +175,8 @@ class Diagnostics:
     """Relative Frobenius errors over all layers together; None where the server cannot know (each method says why).
 
     `aggregation_error`: what plain factor averaging would have lost against the ideal. `exactness`: what this
-    method's broadcast does lose (before a server optimizer's step). `ideal_norm`: ||sum p_i delta_i||, the denominator of
-    both.
+    method's broadcast does lose (before a server optimizer's step). `ideal_norm`: ||sum p_i delta_i||, the
+    denominator of both.
     """
 
     aggregation_error: float | None
@@ -186,8 +186,8 @@ class Diagnostics:
 
 @dataclass(frozen=True)
 class Cohort:
-    """The updates of a round: names, weights p_i, complete factors per client as they came, and their means (added in fp64,
-    rounded once to the clients' dtype)."""
+    """The updates of a round: names, weights p_i, complete factors per client as they came, and their means (added in
+    fp64, rounded once to the clients' dtype)."""
 
     clients: tuple[str, ...]
     weights: tuple[float, ...]

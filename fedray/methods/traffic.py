@@ -1,11 +1,12 @@
 """What a client sends and receives in each round of a run, by running the method's own code on tensors without numbers.
 
-`init`, `broadcast`, `view`, `upload`, `ask`, `answer` and `advance` run as in a run, on the meta device, with every client of one
-cohort reporting in every round; a client's local training returns what it was given. Two things make it cheap, and neither
-changes a number. Layers of one shape and rank move the same, so one of them is simulated and counted as often as it occurs.
-And once a state has the shapes of an earlier one the rounds between them repeat, so they are not run again. A method whose
-base update grows until it is compressed repeats itself only after some compressions; a round costs one pass over
-(distinct layers) x (clients of the cohort) and over the increments that are live.
+`init`, `broadcast`, `view`, `upload`, `ask`, `answer` and `advance` run as in a run, on the meta device, with every
+client of one cohort reporting in every round; a client's local training returns what it was given. Two things make it
+cheap, and neither changes a number. Layers of one shape and rank move the same, so one of them is simulated and
+counted as often as it occurs. And once a state has the shapes of an earlier one the rounds between them repeat, so
+they are not run again. A method whose base update grows until it is compressed repeats itself only after some
+compressions; a round costs one pass over (distinct layers) x (clients of the cohort) and over the increments that are
+live.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from fedray.methods.state import Broadcast, Increment, Spec, State, Tensors, Upd
 class Moves:
     """Numbers (of 4 bytes on the wire) of one client in one round, heads not counted.
 
-    `once`: those down beside the usual ones: bases, factors that rest from now on, and of base updates that are sent again as
-    a whole all that is more than the last one was.
+    `once`: those down beside the usual ones: bases, factors that rest from now on, and of base updates that are sent
+    again as a whole all that is more than the last one was.
     """
 
     up: int
@@ -62,7 +63,8 @@ def simulate(method: Method, spec: Spec, cohort: Sequence[str], client: str, rou
     met: dict[Hashable, int] = {}
     held = 0
     while len(moves) < rounds:
-        # Where increments have become more, no earlier state had as many: the next that can repeat one is a compressed one.
+        # Where increments have become more, no earlier state had as many: the next that can repeat one is a
+        # compressed one.
         if len(state.increments) <= held:
             alike = min(_alike_until(method, len(moves), rounds), rounds)
             mark = (alike, _mark(state), meter.mark(state))
@@ -110,8 +112,8 @@ class _Meter:
     def moves(
         self, message: Broadcast, rests: Sequence[str], sent: Mapping[int | None, Tensors], question: Tensors
     ) -> Moves:
-        """Of one round. `rests`: the factors whose value the server does not change, in this round or the next; `sent`: what
-        is uploaded, by rank."""
+        """Of one round. `rests`: the factors whose value the server does not change, in this round or the next;
+        `sent`: what is uploaded, by rank."""
         up = self.numbers(sent[self._spec.ranks.get(self._client)])
         down, once = self.numbers(self._spec.cut(self._client, message.tensors)) + self.numbers(question), 0
         for increment in message.increments:
@@ -157,7 +159,8 @@ def _trained(method: Method, spec: Spec, message: Broadcast, client: str) -> dic
 
 
 def _updates(spec: Spec, cohort: Sequence[str], sent: Mapping[int | None, Tensors]) -> list[Update]:
-    """An update of each client, of weight 1: tensors of its own, because what two clients share is one tensor to a method."""
+    """An update of each client, of weight 1: tensors of its own, because what two clients share is one tensor to a
+    method."""
     own = [{name: torch.empty_like(t) for name, t in sent[spec.ranks.get(client)].items()} for client in cohort]
     return [Update(client, 1.0, tensors) for client, tensors in zip(cohort, own, strict=True)]
 
