@@ -3,10 +3,14 @@
 Shapes: `m` rows, `n` columns, `k` the number of factor columns, `r` a target rank.
 `B_mk` and `A_kn` hold the matrix B A. A sum of products is a concatenation of factors, so every federated aggregate
 (a weighted sum of clients' updates) is exact before anything is compressed.
+
+Tensors of the meta device have a shape and no numbers; all of it works on them too. Where numbers would decide a
+shape the result is the largest that any numbers could give, and a norm is not a number (`math.nan`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -53,6 +57,8 @@ class LowRank:
         return LowRank(torch.cat([self.B, other.B], 1), torch.cat([self.A, other.A], 0))
 
     def __mul__(self, factor: float) -> LowRank:
+        if self.B.is_meta:
+            return self
         return LowRank(self.B * factor, self.A)
 
     __rmul__ = __mul__
@@ -70,7 +76,7 @@ class LowRank:
             raise ValueError("a sum of no matrices has no shape")
         weights = [1.0] * len(terms) if weights is None else list(weights)
         return LowRank(
-            torch.cat([t.B * w for t, w in zip(terms, weights, strict=True)], 1), torch.cat([t.A for t in terms], 0)
+            torch.cat([(t * w).B for t, w in zip(terms, weights, strict=True)], 1), torch.cat([t.A for t in terms], 0)
         )
 
     def _triangles(self) -> tuple[Tensor, Tensor]:
@@ -78,20 +84,22 @@ class LowRank:
         return torch.linalg.qr(self.B.double(), mode="r").R, torch.linalg.qr(self.A.double().T, mode="r").R
 
     def norm(self, probes: int = 0) -> float:
-        """Frobenius norm, in fp64. By Gram matrices, which is the fastest, to 1e-9 relative; where the terms cancel by more than three
-        digits by QR, which stays accurate down to the rounding of the factors. With `probes`, a norm that is mere rounding (below 1e-6 of
-        its terms) is only estimated, by that many Gaussian vectors: relative standard deviation at most sqrt(2 / probes), much cheaper."""
+        """Frobenius norm, in fp64. By Gram matrices, which is the fastest, to 1e-9 relative; where the terms cancel
+        by more than three digits by QR, which stays accurate down to the rounding of the factors. With `probes`, a
+        norm that is mere rounding (below 1e-6 of its terms) is only estimated, by that many Gaussian vectors:
+        relative standard deviation at most sqrt(2 / probes), much cheaper."""
         if self.k == 0:
             return 0.0
+        if self.B.is_meta:
+            return math.nan
         B, A = self.B.double(), self.A.double()
         gram_B, gram_A = B.T @ B, A @ A.T
         square, size = (gram_B * gram_A).sum().item(), (gram_B.abs() * gram_A.abs()).sum().item()
         if square > 1e-6 * size:
             return square**0.5
         if probes:
-            test = torch.randn(A.shape[1], probes, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(
-                A.device
-            )
+            generator = torch.Generator().manual_seed(0)
+            test = torch.randn(A.shape[1], probes, dtype=torch.float64, generator=generator).to(A.device)
             estimate = torch.linalg.matrix_norm(B @ (A @ test)).item() / probes**0.5
             if estimate**2 < 1e-12 * size:
                 return estimate
@@ -107,9 +115,11 @@ class LowRank:
     def svd(self, rank: int | None = None, tolerance: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """U (m x p), S (p, descending), Vt (p x n) in fp64, with p = min(k, m, n, rank).
 
-        Singular values at or below `tolerance` times the largest are left out. QR of both sides, then the SVD of the small core
-        (METHODS.md 6.11); m x n is never formed, and of each Q only its product with the p vectors that are kept.
+        Singular values at or below `tolerance` times the largest are left out. QR of both sides, then the SVD of the
+        small core; m x n is never formed, and of each Q only its product with the p vectors that are kept.
         """
+        if self.B.is_meta:
+            return self._svd_shapes(rank)
         reflectors_B, R_B = _qr(self.B.double())
         reflectors_A, R_A = _qr(self.A.double().T)
         U, S, Vt = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
@@ -117,6 +127,13 @@ class LowRank:
         if tolerance > 0 and len(S):
             p = min(p, int((tolerance * S[0] < S).sum()))
         return _apply_q(reflectors_B, U[:, :p]), S[:p], _apply_q(reflectors_A, Vt[:p].T).T
+
+    def _svd_shapes(self, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `svd` gives on the meta device, which has no Householder reflectors; no singular value is small."""
+        (m, n), p = self.shape, min(self.k, *self.shape)
+        p = p if rank is None else min(rank, p)
+        U_mp, S_p, Vt_pn = (torch.empty(size, dtype=torch.float64, device="meta") for size in ((m, p), (p,), (p, n)))
+        return U_mp, S_p, Vt_pn
 
     def compress(self, rank: int | None = None, tolerance: float = 0.0) -> LowRank:
         """The best approximation of at most `rank` (Eckart-Young), in the input's dtype.
@@ -139,16 +156,20 @@ class LowRank:
 
 
 _CHUNK = 1 << 17
-"""Numbers at a time in `weighted_sum`: the fp64 accumulator stays in a core's cache, so memory is read once and written once."""
+"""Numbers at a time in `weighted_sum`: the fp64 accumulator stays in a core's cache, so memory is read once and written
+once."""
 
 
 def weighted_sum(
     tensors: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype = torch.float64, out: Tensor | None = None
 ) -> Tensor:
-    """sum_i w_i T_i of tensors of one shape, added in fp64 in the order given and rounded once to `dtype`; on their device.
+    """sum_i w_i T_i of tensors of one shape, added in fp64 in the order given and rounded once to `dtype`; on their
+    device.
 
     `out`: a contiguous tensor of that many numbers to write into (its dtype counts).
     """
+    if tensors[0].is_meta:
+        return torch.empty_like(tensors[0], dtype=dtype)
     flat = [t.reshape(-1) for t in tensors]
     size, device = flat[0].numel(), flat[0].device
     result = torch.empty(size, dtype=dtype, device=device) if out is None else out.view(-1)
@@ -163,22 +184,35 @@ def weighted_sum(
     return result.reshape(tensors[0].shape)
 
 
+def columns_reaching(S: Tensor, energy: float) -> int:
+    """How many of the first singular values it takes until their squares sum to `energy`: all, where they do not
+    reach it."""
+    if S.is_meta:
+        return len(S)
+    return min(len(S), int((S.square().cumsum(0) < energy).sum()) + 1)
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal in every number; without numbers, whether they are one tensor."""
+    return one is other if one.is_meta else torch.equal(one, other)
+
+
 def khatri_rao_rows(left: Tensor, right: Tensor) -> Tensor:
     """Row-wise Khatri-Rao product: (m x p), (m x q) -> m x (p q), column p' q + q' is left[:, p'] * right[:, q']."""
     return (left[:, :, None] * right[:, None, :]).reshape(left.shape[0], -1)
 
 
 def khatri_rao_columns(left: Tensor, right: Tensor) -> Tensor:
-    """Column-wise Khatri-Rao product: (p x n), (q x n) -> (p q) x n, so that rows @ columns is the Hadamard product of the
-    two matrices (METHODS.md 2.1)."""
+    """Column-wise Khatri-Rao product: (p x n), (q x n) -> (p q) x n, so that rows @ columns is the Hadamard product
+    of the two matrices."""
     return (left[:, None, :] * right[None, :, :]).reshape(-1, left.shape[1])
 
 
 def top_svd(
     matrix: Tensor, rank: int, generator: torch.Generator, oversample: int = 16, iterations: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m x rank), S, Vt (rank x n) of a dense matrix, fp32: exact up to 512 on the shorter side, beyond it a randomised range
-    finder with power iterations (Halko, Martinsson, Tropp, 2011)."""
+    """U (m x rank), S, Vt (rank x n) of a dense matrix, fp32: exact up to 512 on the shorter side, beyond it a
+    randomised range finder with power iterations (Halko, Martinsson, Tropp, 2011)."""
     matrix = matrix.float()
     if min(matrix.shape) <= 512:
         U, S, Vt = torch.linalg.svd(matrix.double(), full_matrices=False)

@@ -18,7 +18,8 @@ from fedray.config.read import from_dict
 from fedray.config.sections import DEFAULT_CLIENTS, Config
 from fedray.errors import ConfigError
 from fedray.federation import start
-from fedray.methods import METHODS, FedEx, FedExKeep, Spec
+from fedray.methods import METHODS, Spec
+from fedray.methods.traffic import simulate
 from fedray.privacy.plan import PrivacyPlan
 from fedray.privacy.planning import plans_for
 from fedray.privacy.secure_sum import overhead
@@ -29,11 +30,12 @@ BYTES = 4  # the wire is fp32
 
 @dataclass(frozen=True)
 class MethodCost:
-    """Bytes per client and round in the steady state with every client of the cohort reporting, heads included; of the largest rank
-    where ranks differ.
+    """Bytes per client and round in the steady state with every client of the cohort reporting, heads included; of
+    the largest rank where ranks differ.
 
-    `first_down`: the first round's download (no base update yet), without `once`: what the run sends to each client besides (bases,
-    factors that rest, a base update that outgrew the dense matrix and is sent again as a whole). `start_up`, `start_down`: before round 1 (lora-sb's gradient). `run_up`, `run_down`: all of a run of `rounds`.
+    `first_down`: the first round's download (no base update yet), without `once`: what the run sends to each client
+    besides (bases, factors that rest, a base update that outgrew the dense matrix and is sent again as a whole).
+    `start_up`, `start_down`: before round 1 (lora-sb's gradient). `run_up`, `run_down`: all of a run of `rounds`.
     """
 
     method: str
@@ -89,35 +91,40 @@ class Plan:
 
 
 def plan(config: Config, cohort: int | None = None, classes: int = 2, counts: Mapping[str, int] | None = None) -> Plan:
-    """The costs of a config. `cohort`: clients a round (default: as the config says); `counts`: examples of each client, where they are
-    known. Raises ConfigError as `skeleton` and `plans_for` do."""
+    """The costs of a config. `cohort`: clients a round (default: as the config says); `counts`: examples of each
+    client, where they are known. Raises ConfigError as `skeleton` and `plans_for` do."""
     model = skeleton(config, classes)
     heads = sum(p.numel() for p in attach.heads(model).values())
     adapters = sum(p.numel() for p in attach.factors(model).values())
     base = sum(p.numel() for p in model.parameters()) - adapters - heads
-    count = len(config.clients) or config.federation.clients or DEFAULT_CLIENTS
-    if not isinstance(config.adapter.rank, int):
-        count = len(config.adapter.rank)
-    if cohort is None:
-        cohort = config.federation.cohort or count
-    names = list(config.adapter.rank) if isinstance(config.adapter.rank, dict) else []
-    names += [f"client {i}" for i in range(len(names), max(count, cohort))]
-    spec = make_spec(config, attach.layers(model), names[: max(count, cohort, len(names))])
+    names, cohort = _clients(config, cohort)
+    spec = make_spec(config, attach.layers(model), names)
     # The client whose costs are shown has the largest rank.
-    names.sort(key=lambda name: -spec.ranks.get(name, 0))
+    by_rank = sorted(names, key=lambda name: -spec.ranks.get(name, 0))
     return Plan(
         model=config.model.path,
         base_parameters=base,
         adapted_layers=len(spec.layers),
         heads=heads,
         cohort=cohort,
-        clients=max(cohort, count),
-        costs=tuple(_cost(c, spec, heads, names[:cohort]) for c in _variants(config)),
+        clients=len(names),
+        costs=tuple(_cost(c, spec, heads, by_rank[:cohort]) for c in _variants(config)),
         memory=_memory(config, spec, base, heads),
         privacy=plans_for(config, {c: float(max(n, config.client(c).batch_size)) for c, n in counts.items()})
         if counts and config.privacy.on
         else {},
     )
+
+
+def _clients(config: Config, cohort: int | None) -> tuple[list[str], int]:
+    """The clients' names, as many as the config says or a cohort needs, and the cohort's size (default: as the config
+    says)."""
+    count = len(config.clients) or config.federation.clients or DEFAULT_CLIENTS
+    if not isinstance(config.adapter.rank, int):
+        count = len(config.adapter.rank)
+    cohort = config.federation.cohort or count if cohort is None else cohort
+    named = list(config.adapter.rank) if isinstance(config.adapter.rank, dict) else []
+    return named + [f"client {i}" for i in range(len(named), max(count, cohort))], cohort
 
 
 def _variants(config: Config) -> list[Config]:
@@ -137,9 +144,11 @@ def _variants(config: Config) -> list[Config]:
 
 def _cost(config: Config, spec: Spec, heads: int, cohort: Sequence[str]) -> MethodCost:
     method, rounds = make_method(config), config.federation.rounds
-    moves = [method.payload(spec, cohort, cohort[0], round) for round in range(rounds)]
-    # Two rounds beyond the run's, of which one trains A and the other B where a method alternates; what is sent besides is in `once`.
-    late = [method.payload(spec, cohort, cohort[0], rounds + more) for more in (2, 3)]
+    # Two rounds beyond the run's, of which one trains A and the other B where a method alternates; what is sent
+    # besides is in
+    # `once`.
+    moves = simulate(method, spec, cohort, cohort[0], rounds + 4)
+    moves, late = moves[:rounds], moves[rounds + 2 :]
     start_up, start_down = start.numbers(config, spec)
     # A secure sum has 8 bytes a number on the way up, and keys and shares both ways.
     secure = config.privacy.secure_aggregation
@@ -165,19 +174,19 @@ def _cost(config: Config, spec: Spec, heads: int, cohort: Sequence[str]) -> Meth
 
 def _memory(config: Config, spec: Spec, base: int, heads: int) -> Memory:
     width = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
-    moving = spec.size(*make_method(config).trained(spec))
+    method = make_method(config)
+    moving = spec.size(*method.trained(spec))
     trained = moving + heads
     shape = read_model_config(config)
     layers, hidden = getattr(shape, "num_hidden_layers", 0), getattr(shape, "hidden_size", 0)
     inner = getattr(shape, "intermediate_size", 4 * hidden) or 4 * hidden
     tokens = config.federation.micro_batch * config.data.max_length
     logits = 2 * 4 * tokens * getattr(shape, "vocab_size", 0) if config.model.task == "causal-lm" else 0
-    moves = isinstance(make_method(config), (FedEx, FedExKeep)) or config.method.residual == "fold"
     return Memory(
         base=width * base,
         # fp32: value, gradient, and two moments; factors at rest: their value
         adapter_and_optimizer=16 * trained + 4 * (spec.size() - moving),
         # about 10 hidden-sized and 3 inner-sized tensors a layer are kept for the backward pass, logits twice in fp32
         activations=width * tokens * layers * (10 * hidden + 3 * inner) + logits,
-        host_copy_of_moved_layers=width * sum(layer.m * layer.n for layer in spec.layers) if moves else 0,
+        host_copy_of_moved_layers=width * sum(layer.m * layer.n for layer in spec.layers) if method.moves_base else 0,
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedray import seeding
 from fedray.adapters.base import Adapter, Factors, Layer, covariance
 from fedray.adapters.modules import HadamardProduct
-from fedray.lowrank import LowRank, khatri_rao_columns, khatri_rao_rows, top_svd
+from fedray.lowrank import LowRank, khatri_rao_columns, khatri_rao_rows, same, top_svd
 from fedray.options import option
 
 A1, B1, A2, B2 = "abba_A1", "abba_B1", "abba_A2", "abba_B2"
@@ -82,14 +82,15 @@ class Abba(Adapter):
         return self.lift(layer, factors, LowRank(factors[B2], factors[A2]))
 
     def lift(self, layer: Layer, factors: Factors, inner: LowRank) -> LowRank:
-        return LowRank(layer.scale * khatri_rao_rows(factors[B1], inner.B), khatri_rao_columns(factors[A1], inner.A))
+        rows, columns = khatri_rao_rows(factors[B1], inner.B), khatri_rao_columns(factors[A1], inner.A)
+        return LowRank(rows, columns) * layer.scale
 
     def averaging_error(
         self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors
     ) -> LowRank:
         """The covariance of the pair where all clients share (B1, A1); the plain difference otherwise."""
         first = clients[0]
-        if all(torch.equal(c[B1], first[B1]) and torch.equal(c[A1], first[A1]) for c in clients[1:]):
+        if all(same(c[B1], first[B1]) and same(c[A1], first[A1]) for c in clients[1:]):
             return self.lift(layer, first, covariance(clients, weights, means, B2, A2))
         return super().averaging_error(layer, clients, weights, means)
 

@@ -32,7 +32,7 @@ class Lora(Adapter):
         return {A: (2 * A_rn - 1) / layer.n**0.5, B: torch.zeros(layer.m, layer.rank)}
 
     def delta(self, layer: Layer, factors: Factors) -> LowRank:
-        return LowRank(layer.scale * factors[B], factors[A])
+        return LowRank(factors[B], factors[A]) * layer.scale
 
     def lift(self, layer: Layer, factors: Factors, inner: LowRank) -> LowRank:
         return inner * layer.scale

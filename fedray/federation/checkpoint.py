@@ -106,8 +106,8 @@ def latest(folder: Path, spec: Spec) -> Checkpoint | None:
         tuple(plain["trained"]),
         plain["draw"],
         plain["plain"],
-        spec,
-        tuple(plain["heads"]),
-        by_kind["memory"],
+        spec=spec,
+        heads=tuple(plain["heads"]),
+        memory=by_kind["memory"],
     )
     return Checkpoint(state, plain["seen"], kept, tuple(plain["records"]), plain["start"])

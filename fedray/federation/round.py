@@ -20,7 +20,7 @@ from fedray.federation.questions import MethodQuestion
 from fedray.federation.record import RoundRecord
 from fedray.federation.wire import pack, unpack
 from fedray.methods import Diagnostics, State, Update
-from fedray.methods.base import factor_of
+from fedray.methods.state import factor_of
 
 if TYPE_CHECKING:
     from fedray.federation.coordinator import Coordinator

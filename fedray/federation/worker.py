@@ -18,7 +18,7 @@ from fedray.federation.messages import Answered, Failure, Orders, Trained
 from fedray.federation.questions import Question
 from fedray.federation.wire import Header, Packet, decode, inputs_digest, pack, unpack
 from fedray.methods import View
-from fedray.methods.base import factor_of
+from fedray.methods.state import factor_of
 from fedray.training.local import LocalResult, LocalTrainer
 
 Fetch = Callable[[int], Packet]

@@ -5,19 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 
 from fedray.adapters import ADAPTERS
-from fedray.methods.base import (
-    Broadcast,
-    Diagnostics,
-    Increment,
-    Method,
-    Payload,
-    Spec,
-    State,
-    Update,
-    View,
-)
+from fedray.methods.base import Method
 from fedray.methods.fedex import FedEx, FedExKeep
 from fedray.methods.server import ServerOptimizer
+from fedray.methods.state import Broadcast, Diagnostics, Increment, Spec, State, Update, View
 
 #: Module and class of each method, in the order in which tables show them. A new one is its file and a line here.
 _CLASSES = (
@@ -67,7 +58,6 @@ __all__ = [
     "FedExKeep",
     "Increment",
     "Method",
-    "Payload",
     "ServerOptimizer",
     "Spec",
     "State",

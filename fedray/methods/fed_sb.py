@@ -1,24 +1,24 @@
-"""Fed-SB (Singhal, Ponkshe et al., 2025, arXiv 2502.15436) and RAVAN (NeurIPS 2025, arXiv 2506.05568): between frozen, shared
-bases only small cores train, and the delta is linear in them. METHODS.md section 3 and 6.13.
+"""Fed-SB (Singhal, Ponkshe et al., 2025, arXiv 2502.15436) and RAVAN (NeurIPS 2025, arXiv 2506.05568): between frozen,
+shared bases only small cores train, and the delta is linear in them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from fedray.adapters.base import Adapter
 from fedray.adapters.ravan import H, S
-from fedray.methods.base import Payload, Spec, key
 from fedray.methods.fedit import FedIT
+from fedray.methods.state import Spec, factor_of, key
 
 
 @dataclass(frozen=True)
 class FedSB(FedIT):
-    """R <- sum p_i R_i. Sends r^2 both ways, whatever the number of clients; the bases once, r (m + n). With ravan: its cores,
-    scales held at 1."""
+    """R <- sum p_i R_i. Sends r^2 both ways, whatever the number of clients; the bases once, r (m + n). With ravan: its
+    cores, scales held at 1."""
 
     name = "fed-sb"
     adapters = ("lora-sb", "ravan")
@@ -39,7 +39,8 @@ class FedSB(FedIT):
 
 @dataclass(frozen=True)
 class RavanMean(FedIT):
-    """H_h <- sum p_i s_ih H_ih, s_h <- 1: clients train cores and scales and send the products, so the mean is exact. h r^2 both ways."""
+    """H_h <- sum p_i s_ih H_ih, s_h <- 1: clients train cores and scales and send the products, so the mean is exact.
+    h r^2 both ways."""
 
     name = "ravan"
     adapters = ("ravan",)
@@ -58,10 +59,7 @@ class RavanMean(FedIT):
         return {name: 0 for name in spec.names if name != H}
 
     def upload(self, spec: Spec, client: str, tensors: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
-        sent = {n: t for n, t in tensors.items() if n.rsplit(".", 1)[1] not in (H, S)}
+        sent = {n: t for n, t in tensors.items() if factor_of(n) not in (H, S)}
         for layer in spec.layers:
             sent[key(layer, H)] = tensors[key(layer, H)] * tensors[key(layer, S)][:, None, None]
         return sent
-
-    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
-        return Payload(up=spec.size(H), down=spec.size(H))

@@ -1,40 +1,25 @@
 """FedEx-LoRA (Singhal, Ponkshe, Vepakomma, ACL 2025, arXiv 2410.09432): exact, because the frozen base absorbs
-whatever the clients' new factors do not say. METHODS.md 4.1 to 4.3.
+whatever the clients' new factors do not say.
 
 `FedEx` assigns the mean factors (the paper's choice), or fresh ones; `FedExKeep` leaves every client its own.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from fedray.adapters.base import Layer
 from fedray.lowrank import LowRank
-from fedray.methods.base import (
-    Broadcast,
-    Cohort,
-    Deltas,
-    Method,
-    Payload,
-    PerLayer,
-    Spec,
-    State,
-    View,
-    add_increment,
-    averaging_error,
-    base_parts,
-    base_tensors,
-    deltas,
-    ideal,
-    increment_numbers,
-    key,
-    stacked_base_tensors,
-)
+from fedray.methods.base import Method
+from fedray.methods.deltas import PerLayer, averaging_error, deltas, ideal
+from fedray.methods.increments import add_increment, base_parts, base_tensors, stacked_base_tensors
+from fedray.methods.state import Broadcast, Cohort, Deltas, Spec, State, Tensors, View, key
 from fedray.options import option
 
 
@@ -80,22 +65,14 @@ class FedEx(Method):
             return {}
         return {name: 0 for name in self.trained(spec) if name not in spec.adapter.started}
 
+    @property
+    def moves_base(self) -> bool:
+        return True
+
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         spec, average = state.spec, self.assignment == "average"
         sent = cohort.cast({name: cohort.means[name] for name in state.tensors})
-        if average and len(cohort.clients) == 1:
-            stored = cohort.cast(
-                base_tensors({layer.name: LowRank.zeros(layer.m, layer.n) for layer in spec.layers})
-            )  # its own mean
-        elif spec.adapter.stacked and self.residual_rank is None:
-            stored = cohort.cast(stacked_base_tensors(spec, cohort, sent if average else None))
-        else:
-            update = averaging_error(spec, cohort) if average else ideal(spec, cohort)
-            if self.residual_rank is not None:
-                update = PerLayer(
-                    spec.layers, lambda layer, whole=update: whole[layer.name].compress(self.residual_rank)
-                )
-            stored = {n: t for name in update for n, t in cohort.cast(base_tensors({name: update[name]})).items()}
+        stored = self._base_update(spec, cohort, sent if average else None)
         means = deltas(spec, sent) if average else {}
 
         def landed(layer: Layer) -> LowRank:
@@ -104,38 +81,21 @@ class FedEx(Method):
 
         increments = add_increment(state, stored) if any(t.numel() for t in stored.values()) else state.increments
         draw = state.draw if average else dict.fromkeys(state.draw, state.round + 1)
-        return state.replace(round=state.round + 1, tensors=sent, increments=increments, draw=draw), PerLayer(
-            spec.layers, landed
-        )
+        merged = state.replace(round=state.round + 1, tensors=sent, increments=increments, draw=draw)
+        return merged, PerLayer(spec.layers, landed)
 
-    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
-        average, k, adapter = self.assignment == "average", len(cohort), spec.adapter
-        ranks = [spec.ranks.get(c) for c in cohort]
-        numbers, columns = [], []
-        for layer in spec.layers:
-            own = [adapter.delta_columns(layer.rank if r is None else r) for r in ranks]
-            if adapter.stacked and self.residual_rank is None:
-                terms = 0 if average and k == 1 else k + average
-                numbers.append(terms * sum(math.prod(shape) for shape in adapter.shapes(layer).values()))
-                columns.append(terms * own[0])
-                continue
-            # averaging: a covariance of rank (k - 1) r; a stacked adapter's is the plain difference, of k + 1 deltas
-            wide = sum(own) if not average else (k - 1) * own[0] if not adapter.stacked else (k + 1) * own[0] * (k > 1)
-            wide = wide if self.residual_rank is None else min(self.residual_rank, wide, layer.m, layer.n)
-            numbers.append(wide * (layer.m + layer.n))
-            columns.append(wide)
-        weights = (
-            (k + average) * len(spec.layers) if adapter.stacked and self.residual_rank is None and sum(numbers) else 0
-        )
-        usual = sum(numbers) + weights if round else 0
-        rests = spec.size(*adapter.started) if adapter.started and self.fresh else 0
-        sent = increment_numbers(spec, numbers, columns, round, rests)
-        again = max(0, sent - usual) if sent != sum(numbers) else 0
-        return Payload(
-            up=spec.size(client=client),
-            down=usual + (spec.size() if average else 0),
-            once=again + (rests if round == 0 else 0),
-        )
+    def _base_update(self, spec: Spec, cohort: Cohort, means: Tensors | None) -> dict[str, Tensor]:
+        """sum p_i delta_i, less the delta of `means` where clients go on from those, as it travels."""
+        if means is not None and len(cohort.clients) == 1:  # its own mean
+            zeros = {layer.name: LowRank.zeros(layer.m, layer.n) for layer in spec.layers}
+            return cohort.cast(base_tensors(zeros))
+        if spec.adapter.stacked and self.residual_rank is None:
+            return cohort.cast(stacked_base_tensors(spec, cohort, means))
+        whole = ideal(spec, cohort) if means is None else averaging_error(spec, cohort)
+        update = whole
+        if self.residual_rank is not None:
+            update = PerLayer(spec.layers, lambda layer: whole[layer.name].compress(self.residual_rank))
+        return {n: t for name in update for n, t in cohort.cast(base_tensors({name: update[name]})).items()}
 
 
 @dataclass(frozen=True)
@@ -144,8 +104,8 @@ class FedExKeep(Method):
 
     All clients' effective weights agree: W0 + E, with E_new = E + sum_j p_j (delta_j_new - delta_j_old). E is a stack
     of the clients' unscaled last factors with one coefficient each, so a client finds its own in it to the bit, and
-    k r (m + n) numbers travel down in all. Older factors cancel when cohort and weights repeat; what is left of them otherwise
-    becomes a base update, sent once. `plain["blocks"]` names the stack's blocks: [client, coefficient].
+    k r (m + n) numbers travel down in all. Older factors cancel when cohort and weights repeat; what is left of them
+    otherwise becomes a base update, sent once. `plain["blocks"]` names the stack's blocks: [client, coefficient].
     """
 
     name = "fedex"
@@ -168,7 +128,7 @@ class FedExKeep(Method):
             stack_A, stack_B = message.tensors[f"{layer.name}.stack_A"], message.tensors[f"{layer.name}.stack_B"]
             width = layer.rank
             coefficients = torch.tensor([c - (i == own) for i, (_, c) in enumerate(blocks)], dtype=torch.float64)
-            stack = LowRank(stack_B * (layer.scale * coefficients.repeat_interleave(width)).to(stack_B.dtype), stack_A)
+            stack = LowRank(stack_B * (layer.scale * coefficients.repeat_interleave(width)).to(stack_B), stack_A)
             base[layer.name] = start.base[layer.name] + stack if layer.name in start.base else stack
             if own is not None:
                 cut = slice(own * width, (own + 1) * width)
@@ -176,44 +136,69 @@ class FedExKeep(Method):
                 tensors[key(layer, A)], tensors[key(layer, B)] = stack_A[cut].clone(), stack_B[:, cut].clone()
         return View(tensors, base, message.trained)
 
+    @property
+    def moves_base(self) -> bool:
+        return True
+
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         spec, blocks = state.spec, [list(b) for b in state.plain.get("blocks", [])]
         weight = dict(zip(cohort.clients, cohort.weights, strict=True))
         stays = [i for i, (client, _) in enumerate(blocks) if client not in weight]
-        leaves = [
-            (i, c - weight[client]) for i, (client, c) in enumerate(blocks) if client in weight and c != weight[client]
-        ]
         plain = {"blocks": [blocks[i] for i in stays] + [[client, p] for client, p in weight.items()]}
-        sent, left = {name: cohort.means[name] for name in state.heads}, {}
-        name_B, name_A = spec.adapter.pair
+        sent = {name: cohort.means[name] for name in state.heads}
         for layer in spec.layers:
-            r, new = layer.rank, cohort.factors(spec, layer)
-            B, A = (state.tensors.get(f"{layer.name}.stack_{side}") for side in "BA")
-            sent[f"{layer.name}.stack_B"] = torch.cat(
-                [*(B[:, i * r : (i + 1) * r] for i in stays), *(f[name_B] for f in new)], 1
-            )
-            sent[f"{layer.name}.stack_A"] = torch.cat(
-                [*(A[i * r : (i + 1) * r] for i in stays), *(f[name_A] for f in new)], 0
-            )
-            if leaves:
-                parts = [
-                    LowRank(layer.scale * B[:, i * r : (i + 1) * r].double(), A[i * r : (i + 1) * r].double())
-                    for i, _ in leaves
-                ]
-                left[layer.name] = LowRank.sum(parts, [c for _, c in leaves])
+            sent |= _stack(state, cohort, layer, stays)
+        left = _left_over(state, blocks, weight)
         increments = add_increment(state, cohort.cast(base_tensors(left))) if left else state.increments
         merged = state.replace(round=state.round + 1, tensors=cohort.cast(sent), plain=plain, increments=increments)
-        before = self.view(spec, self.broadcast(state), None).base
-        after = self.view(spec, self.broadcast(merged), None).base
-        starts = [self.view(spec, self.broadcast(state), c).tensors for c in cohort.clients]
-        landed = {}
-        for layer in spec.layers:
+        return merged, self._landed(state, merged, cohort)
+
+    def _landed(self, state: State, merged: State, cohort: Cohort) -> PerLayer:
+        """Per layer, the base's change and the mean of the deltas that the cohort started this round with."""
+        spec = state.spec
+
+        @cache
+        def bases() -> tuple[Deltas, Deltas]:
+            return tuple(self.view(spec, self.broadcast(s), None).base for s in (state, merged))
+
+        @cache
+        def starts() -> list[Tensors]:
+            return [self.view(spec, self.broadcast(state), client).tensors for client in cohort.clients]
+
+        def landed(layer: Layer) -> LowRank:
+            before, after = bases()
             change = after[layer.name].to(torch.float64)
             if layer.name in before:
                 change = change - before[layer.name].to(torch.float64)
-            old = [spec.adapter.delta(layer, spec.factors(layer, t)).to(torch.float64) for t in starts]
-            landed[layer.name] = change + LowRank.sum(old, cohort.weights)
-        return merged, landed
+            old = [spec.adapter.delta(layer, spec.factors(layer, t)).to(torch.float64) for t in starts()]
+            return change + LowRank.sum(old, cohort.weights)
 
-    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
-        return Payload(up=spec.size(), down=len(cohort) * spec.size() if round else 0)
+        return PerLayer(spec.layers, landed)
+
+
+def _stack(state: State, cohort: Cohort, layer: Layer, stays: list[int]) -> dict[str, Tensor]:
+    """One layer's stack: the blocks of clients that were not asked, then the cohort's new factors."""
+    r, new = layer.rank, cohort.factors(state.spec, layer)
+    name_B, name_A = state.spec.adapter.pair
+    B, A = (state.tensors.get(f"{layer.name}.stack_{side}") for side in "BA")
+    old_B, old_A = [B[:, i * r : (i + 1) * r] for i in stays], [A[i * r : (i + 1) * r] for i in stays]
+    return {
+        f"{layer.name}.stack_B": torch.cat([*old_B, *(f[name_B] for f in new)], 1),
+        f"{layer.name}.stack_A": torch.cat([*old_A, *(f[name_A] for f in new)], 0),
+    }
+
+
+def _left_over(state: State, blocks: list[list], weight: dict[str, float]) -> dict[str, LowRank]:
+    """Per layer, what the replaced blocks leave in the base, where a client's weight is not what it was; empty where
+    it is."""
+    leaves = [(i, c - weight[name]) for i, (name, c) in enumerate(blocks) if name in weight and c != weight[name]]
+    left = {}
+    for layer in state.spec.layers if leaves else ():
+        r = layer.rank
+        B, A = state.tensors[f"{layer.name}.stack_B"], state.tensors[f"{layer.name}.stack_A"]
+        parts = [
+            LowRank(layer.scale * B[:, i * r : (i + 1) * r].double(), A[i * r : (i + 1) * r].double())
+            for i, _ in leaves
+        ]
+        left[layer.name] = LowRank.sum(parts, [c for _, c in leaves])
+    return left

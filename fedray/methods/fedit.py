@@ -1,14 +1,15 @@
 """FedIT (Zhang et al., 2023, arXiv 2305.05644): the weighted mean of each factor.
 
-Not exact: the mean of products is not the product of means. METHODS.md 6.1.
+Not exact: the mean of products is not the product of means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedray.methods.base import Cohort, Deltas, Method, Payload, Spec, State, deltas
+from fedray.methods.base import Method
+from fedray.methods.deltas import deltas
+from fedray.methods.state import Cohort, Deltas, State
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,3 @@ class FedIT(Method):
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         sent = cohort.cast({name: cohort.means[name] for name in state.tensors})
         return state.replace(round=state.round + 1, tensors=sent), deltas(state.spec, cohort.means | sent)
-
-    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
-        size, rests = spec.size(*self.trained(spec)), [f for f in spec.adapter.started if f not in self.trained(spec)]
-        return Payload(up=size, down=size, once=spec.size(*rests) if rests and round == 0 else 0)

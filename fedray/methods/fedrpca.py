@@ -1,5 +1,5 @@
-"""FedRPCA (Jhunjhunwala et al., 2025, arXiv 2506.01194): the clients' changes split into what they share and what is their own, by robust
-PCA, and the second counted more. METHODS.md 6.12.
+"""FedRPCA (Jhunjhunwala et al., 2025, arXiv 2506.01194): the clients' changes split into what they share and what is
+their own, by robust PCA, and the second counted more.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedray.methods.base import Cohort, Deltas, State, deltas, key
+from fedray.methods.deltas import deltas
 from fedray.methods.fedit import FedIT
+from fedray.methods.state import Cohort, Deltas, State, key
 from fedray.options import option
 
 
 @dataclass(frozen=True)
 class FedRPCA(FedIT):
-    """Per factor, D (numbers x k) holds the clients' changes as columns, D = L + S by robust PCA; the factor moves by L p + `sparse_scale` S p.
-    Not exact, on purpose. r (m + n) both ways."""
+    """Per factor, D (numbers x k) holds the clients' changes as columns, D = L + S by robust PCA; the factor moves by
+    L p + `sparse_scale` S p. Not exact, on purpose. r (m + n) both ways."""
 
     name = "fedrpca"
     exact = "no"
@@ -28,19 +29,21 @@ class FedRPCA(FedIT):
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         spec, means = state.spec, dict(cohort.means)
         before = self.view(spec, self.broadcast(state), None).tensors
-        p_k = torch.tensor(cohort.weights, dtype=torch.float64)
         for name in (key(layer, f) for layer in spec.layers for f in state.trained):
             old = before[name].double()
             D_nk = torch.stack([(t[name].double() - old).flatten() for t in cohort.tensors], 1)
             L_nk, S_nk = robust_pca(D_nk)
+            p_k = D_nk.new_tensor(cohort.weights)
             means[name] = old + (L_nk @ p_k + self.sparse_scale * (S_nk @ p_k)).reshape(old.shape)
         sent = cohort.cast({name: means[name] for name in state.tensors})
         return state.replace(round=state.round + 1, tensors=sent), deltas(spec, means | sent)
 
 
 def robust_pca(D: Tensor, tolerance: float = 1e-7, steps: int = 500) -> tuple[Tensor, Tensor]:
-    """L (low rank) and S (sparse) with L + S = D, N x k with k small, fp64: principal component pursuit by inexact augmented Lagrange
-    multipliers (Lin, Chen, Ma, 2010, arXiv 1009.5055), lambda = 1 / sqrt(max(N, k))."""
+    """L (low rank) and S (sparse) with L + S = D, N x k with k small, fp64: principal component pursuit by inexact
+    augmented Lagrange multipliers (Lin, Chen, Ma, 2010, arXiv 1009.5055), lambda = 1 / sqrt(max(N, k))."""
+    if D.is_meta:  # no numbers to split: both have D's shape
+        return D, torch.empty_like(D)
     norm = torch.linalg.matrix_norm(D)
     if D.shape[1] == 1 or norm == 0:
         return D, torch.zeros_like(D)

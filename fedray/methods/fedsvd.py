@@ -1,17 +1,19 @@
-"""FedSVD (Lee et al., NeurIPS 2025, arXiv 2505.12805): FFA with a new basis every round. METHODS.md 6.9."""
+"""FedSVD (Lee et al., NeurIPS 2025, arXiv 2505.12805): FFA with a new basis every round."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedray.lowrank import LowRank
-from fedray.methods.base import Cohort, Deltas, Method, Payload, Spec, State, deltas, key
+from fedray.methods.base import Method
+from fedray.methods.deltas import deltas
+from fedray.methods.state import Cohort, Deltas, Spec, State, key
 
 
 @dataclass(frozen=True)
 class FedSVD(Method):
-    """B trains; U S V^T = SVD((sum p_i B_i) A), then B <- U S, A <- V^T: lossless, since the product has rank r. r m up, r (m + n) down."""
+    """B trains; U S V^T = SVD((sum p_i B_i) A), then B <- U S, A <- V^T: lossless, since the product has rank r. r m
+    up, r (m + n) down."""
 
     name = "fedsvd"
     exact = "yes"
@@ -32,9 +34,3 @@ class FedSVD(Method):
             sent |= {key(layer, B): U * S, key(layer, A): Vt}
         sent = cohort.cast(sent)
         return state.replace(round=state.round + 1, tensors=sent), deltas(spec, cohort.means | sent)
-
-    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
-        started = spec.size(*spec.adapter.started) if spec.adapter.started and round == 0 else 0
-        return Payload(
-            up=spec.size(spec.adapter.pair[0]), down=spec.size(*spec.adapter.pair) if round else 0, once=started
-        )

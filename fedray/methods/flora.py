@@ -1,7 +1,7 @@
 """FLoRA (Wang et al., NeurIPS 2024, arXiv 2409.05976): the clients' factors stacked, merged into the base, and
-fresh factors every round. METHODS.md 6.3.
+fresh factors every round.
 
-The same map as FedEx with `assignment: reinit` (METHODS.md 4.3), under its own name; clients may have different ranks.
+The same map as FedEx with `assignment: reinit`, under its own name; clients may have different ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from fedray.methods.fedex import FedEx
 
 @dataclass(frozen=True)
 class FLoRA(FedEx):
-    """W0 <- W0 + s [B_1 ... B_k] [p_1 A_1; ...; p_k A_k]; A fresh, B zero. Sends r_i (m + n) up and sum r_j (m + n) down."""
+    """W0 <- W0 + s [B_1 ... B_k] [p_1 A_1; ...; p_k A_k]; A fresh, B zero. Sends r_i (m + n) up and sum r_j (m + n)
+    down."""
 
     name = "flora"
     exact = "yes"

@@ -1,4 +1,4 @@
-"""FRA-LoRA (Trautmann, Hales, Volk, FLTA 2024, arXiv 2501.06332), Full Rank Aggregation, METHODS.md section 5, and the methods that
+"""FRA-LoRA (Trautmann, Hales, Volk, FLTA 2024, arXiv 2501.06332), Full Rank Aggregation, and the methods that
 are the same map with one thing changed: FlexLoRA (clients of different ranks) and FLoRIST (a rank chosen by energy).
 
 `FRA` aggregates the full updates and reduces them to rank r by SVD; `FRAFFA` freezes A after some rounds of it.
@@ -6,7 +6,7 @@ are the same map with one thing changed: FlexLoRA (clients of different ranks) a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,25 +14,12 @@ import torch
 from torch import Tensor
 
 from fedray.adapters.base import pad_to
-from fedray.lowrank import LowRank
-from fedray.methods.base import (
-    Broadcast,
-    Cohort,
-    Deltas,
-    Method,
-    Payload,
-    PerLayer,
-    Spec,
-    State,
-    View,
-    add_increment,
-    base_tensors,
-    deltas,
-    increment_numbers,
-    inner_mean,
-    key,
-)
+from fedray.lowrank import LowRank, columns_reaching
+from fedray.methods.base import Method
+from fedray.methods.deltas import PerLayer, deltas, inner_mean
 from fedray.methods.ffa import FFA
+from fedray.methods.increments import add_increment, base_tensors
+from fedray.methods.state import Broadcast, Cohort, Deltas, Spec, State, View, key
 from fedray.options import option
 
 
@@ -40,10 +27,10 @@ from fedray.options import option
 class FRA(Method):
     """U S V^T = SVD_r(sum p_i B_i A_i); B <- U S, A <- V^T. Exact up to the tail sum_{j>r} S_j^2. r (m + n) both ways.
 
-    `split`: `orthonormal` (default: A keeps the unit-sized rows it had at the start, so the learning rate of B keeps its
-    meaning, and FRA-FFA can freeze it) or `balanced` (S^1/2 on both sides: small singular values shrink both gradients).
-    `residual`: `drop` (the paper) or `fold` the tail into the base: then exact, at FedEx's download. With abba: the pair (B2, A2) over a
-    resting (B1, A1).
+    `split`: `orthonormal` (default: A keeps the unit-sized rows it had at the start, so the learning rate of B keeps
+    its meaning, and FRA-FFA can freeze it) or `balanced` (S^1/2 on both sides: small singular values shrink both
+    gradients). `residual`: `drop` (the paper) or `fold` the tail into the base: then exact, at FedEx's download. With
+    abba: the pair (B2, A2) over a resting (B1, A1).
     """
 
     name = "fra"
@@ -59,6 +46,10 @@ class FRA(Method):
 
     def trained(self, spec: Spec) -> tuple[str, ...]:
         return spec.adapter.pair
+
+    @property
+    def moves_base(self) -> bool:
+        return self.residual == "fold"
 
     def kept_rank(self, S: Tensor, inner: LowRank) -> int:
         """How many of the first singular values of `inner` the factors take: as many as they have room for."""
@@ -94,27 +85,11 @@ class FRA(Method):
             merged = merged.replace(increments=add_increment(state, stored))
         return merged, landed
 
-    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
-        pair, adapter = spec.adapter.pair, spec.adapter
-        size, rests = spec.size(*pair, client=client), spec.size(*adapter.started) if adapter.started else 0
-        usual = again = 0
-        if self.residual == "fold" and round:
-            columns = []
-            for layer in spec.layers:
-                room = adapter.shapes(layer)[pair[1]][0]
-                columns.append(
-                    (min(len(cohort) * room, layer.m, layer.n) - room) * (adapter.delta_columns(layer.rank) // room)
-                )
-            numbers = [c * (layer.m + layer.n) for c, layer in zip(columns, spec.layers, strict=True)]
-            usual = sum(numbers)
-            again = max(0, increment_numbers(spec, numbers, columns, round, rests) - usual)
-        return Payload(up=size, down=size + usual, once=again + (rests if round == 0 else 0))
-
 
 @dataclass(frozen=True)
 class FRAFFA(FRA):
-    """A schedule over methods: `fra_rounds` rounds of FRA, then A stays as FRA left it (orthonormal rows, shared by all)
-    and only B trains and is averaged: exact, r m a round. The frozen A is sent once."""
+    """A schedule over methods: `fra_rounds` rounds of FRA, then A stays as FRA left it (orthonormal rows, shared by
+    all) and only B trains and is averaged: exact, r m a round. The frozen A is sent once."""
 
     name = "fra-ffa"
     exact = "to its tail, then yes"
@@ -148,16 +123,15 @@ class FRAFFA(FRA):
             merged = merged.replace(tensors=sent, increments=increments, trained=(B,))
         return merged, landed
 
-    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
-        B, A = spec.adapter.pair
-        if round < self.fra_rounds:
-            return super().payload(spec, cohort, client, round)
-        return Payload(up=spec.size(B), down=spec.size(B), once=spec.size(A) if round == self.fra_rounds else 0)
+    @property
+    def turns_after(self) -> int:
+        return self.fra_rounds
 
 
 @dataclass(frozen=True)
 class FlexLoRA(FRA):
-    """FlexLoRA (Bai et al., NeurIPS 2024): FRA for clients of different ranks; client i gets and sends the first r_i components.
+    """FlexLoRA (Bai et al., NeurIPS 2024): FRA for clients of different ranks; client i gets and sends the first r_i
+    components.
 
     `exactness` is that of the global model, of the largest rank."""
 
@@ -172,8 +146,8 @@ class FlexLoRA(FRA):
 
 @dataclass(frozen=True)
 class FLoRIST(FRA):
-    """FLoRIST (arXiv 2506.09199): as FRA, but a layer's rank p <= r is the smallest that keeps `energy` of sum S_j^2. Sends p (m + n)
-    down. What p leaves of the rank starts anew, A drawn and B zero, so that it trains again."""
+    """FLoRIST (arXiv 2506.09199): as FRA, but a layer's rank p <= r is the smallest that keeps `energy` of sum S_j^2.
+    Sends p (m + n) down. What p leaves of the rank starts anew, A drawn and B zero, so that it trains again."""
 
     name = "florist"
     exact = "to its tail"
@@ -183,7 +157,7 @@ class FLoRIST(FRA):
 
     def kept_rank(self, S: Tensor, inner: LowRank) -> int:
         whole = inner.norm() ** 2 * (1 - 1e-12)  # the norm is rounded
-        return min(len(S), int((S.square().cumsum(0) < self.energy * whole).sum()) + 1)
+        return columns_reaching(S, self.energy * whole)
 
     def view(self, spec: Spec, message: Broadcast, client: str | None) -> View:
         start = super().view(spec, message, client)
@@ -194,7 +168,3 @@ class FLoRIST(FRA):
             tensors[name] = torch.cat([rows, fresh[name][rows.shape[0] :].to(rows.dtype)])
             tensors[key(layer, B)] = pad_to(tensors[key(layer, B)], spec.adapter.shapes(layer)[B])
         return View(tensors, start.base, start.trained)
-
-    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
-        """An upper bound: what goes down is p (m + n) with the p of each layer."""
-        return super().payload(spec, cohort, client, round)

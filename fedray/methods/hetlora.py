@@ -1,19 +1,20 @@
-"""HetLoRA (Cho et al., EMNLP 2024, arXiv 2401.06432): clients of different ranks, padded with zeros. METHODS.md 6.5."""
+"""HetLoRA (Cho et al., EMNLP 2024, arXiv 2401.06432): clients of different ranks, padded with zeros."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedray.lowrank import LowRank, weighted_sum
-from fedray.methods.base import Cohort, Deltas, Method, Payload, Spec, State, deltas, key
+from fedray.methods.base import Method
+from fedray.methods.deltas import deltas
+from fedray.methods.state import Cohort, Deltas, State, key
 
 
 @dataclass(frozen=True)
 class HetLoRA(Method):
-    """Factors padded to the largest rank and averaged with weights ||B_i A_i||_F / sum_j ||B_j A_j||_F (a layer's own, and instead of
-    p_i, as published); client i gets the first r_i components. Not exact. The paper's pruning of a client's own rank is not done here:
-    ranks stay as configured."""
+    """Factors padded to the largest rank and averaged with weights ||B_i A_i||_F / sum_j ||B_j A_j||_F (a layer's
+    own, and instead of p_i, as published); client i gets the first r_i components. Not exact. The paper's pruning of
+    a client's own rank is not done here: ranks stay as configured."""
 
     name = "hetlora"
     adapters = ("lora",)
@@ -32,7 +33,3 @@ class HetLoRA(Method):
                 means[name] = weighted_sum([t[name] for t in cohort.tensors], shares)
         sent = cohort.cast({name: means[name] for name in state.tensors})
         return state.replace(round=state.round + 1, tensors=sent), deltas(spec, sent)
-
-    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
-        size = spec.size(client=client)
-        return Payload(up=size, down=size)

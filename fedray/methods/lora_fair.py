@@ -1,4 +1,4 @@
-"""LoRA-FAIR (Bian et al., ICCV 2025, arXiv 2411.14961): the mean factors, B corrected towards the ideal. METHODS.md 6.8."""
+"""LoRA-FAIR (Bian et al., ICCV 2025, arXiv 2411.14961): the mean factors, B corrected towards the ideal."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from fedray.methods.base import Cohort, Deltas, State, deltas, inner_mean, key
+from fedray.methods.deltas import deltas, inner_mean
 from fedray.methods.fedit import FedIT
+from fedray.methods.state import Cohort, Deltas, Spec, State, key
 from fedray.options import option
 
 
 @dataclass(frozen=True)
 class LoRAFair(FedIT):
-    """A <- Abar, B <- Bbar + dB with dB = argmin ||sum p_i B_i A_i - (Bbar + dB) Abar||^2 + c ||dB||^2, solved in closed form:
-    dB = (sum p_i B_i A_i - Bbar Abar) Abar^T (Abar Abar^T + c I)^-1, c = `correction` times the mean square of Abar's rows. The paper
-    descends on a cosine distance instead; the least-squares form needs no server learning rate. r (m + n) both ways."""
+    """A <- Abar, B <- Bbar + dB with dB = argmin ||sum p_i B_i A_i - (Bbar + dB) Abar||^2 + c ||dB||^2, solved in
+    closed form: dB = (sum p_i B_i A_i - Bbar Abar) Abar^T (Abar Abar^T + c I)^-1, c = `correction` times the mean
+    square of Abar's rows. The paper descends on a cosine distance instead; the least-squares form needs no server
+    learning rate. r (m + n) both ways."""
 
     name = "lora-fair"
     exact = "no"
@@ -23,7 +25,7 @@ class LoRAFair(FedIT):
     kept = ()
     correction: float = option(0.01, "weight of ||dB||^2 against the fit, relative to A's rows", gt=0)
 
-    def trained(self, spec) -> tuple[str, ...]:
+    def trained(self, spec: Spec) -> tuple[str, ...]:
         return spec.adapter.pair
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:

@@ -1,17 +1,19 @@
-"""RoLoRA (Chen et al., NeurIPS 2025, arXiv 2502.01755): B and A train in turn, a round each. METHODS.md 6.6."""
+"""RoLoRA (Chen et al., NeurIPS 2025, arXiv 2502.01755): B and A train in turn, a round each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedray.methods.base import Cohort, Deltas, Increment, Method, Payload, Spec, State, deltas, key
+from fedray.methods.base import Method
+from fedray.methods.deltas import deltas
+from fedray.methods.state import Cohort, Deltas, Increment, Spec, State, key
 
 
 @dataclass(frozen=True)
 class RoLoRA(Method):
-    """Round 1, 3, ...: B <- sum p_i B_i over the shared A; round 2, 4, ...: A <- sum p_i A_i over the shared B. Exact, because the
-    delta is linear in the factor that trains. r m, then r n, both ways: the factor averaged last is sent once to each client."""
+    """Round 1, 3, ...: B <- sum p_i B_i over the shared A; round 2, 4, ...: A <- sum p_i A_i over the shared B. Exact,
+    because the delta is linear in the factor that trains. r m, then r n, both ways: the factor averaged last is sent
+    once to each client."""
 
     name = "rolora"
     exact = "yes"
@@ -28,9 +30,8 @@ class RoLoRA(Method):
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         spec, (factor,) = state.spec, state.trained
         new = cohort.cast({key(layer, factor): cohort.means[key(layer, factor)] for layer in spec.layers})
-        older = tuple(
-            i for i in state.increments if not i.tensors.keys() <= new.keys()
-        )  # the same factor's last value is obsolete
+        # the same factor's last value is obsolete
+        older = tuple(i for i in state.increments if not i.tensors.keys() <= new.keys())
         version = max((i.version for i in state.increments), default=0) + 1
         other = next(f for f in spec.adapter.pair if f != factor)
         heads = cohort.cast({name: cohort.means[name] for name in state.heads})
@@ -38,9 +39,3 @@ class RoLoRA(Method):
             round=state.round + 1, tensors=heads, increments=(*older, Increment(version, new)), trained=(other,)
         )
         return merged, deltas(spec, cohort.means | new)
-
-    def payload(self, spec: Spec, cohort: Sequence[str], client: str, round: int) -> Payload:
-        B, A = spec.adapter.pair
-        sizes = [spec.size(B), spec.size(A)]
-        started = spec.size(*spec.adapter.started) if spec.adapter.started and round == 0 else 0
-        return Payload(up=sizes[round % 2], down=sizes[(round - 1) % 2] if round else 0, once=started)

@@ -1,5 +1,6 @@
-"""Server optimizers (Reddi et al., ICLR 2021, arXiv 2003.00295; FedAvgM: Hsu et al., 2019, arXiv 1909.06335): a step along the
-change that the mean of a linear method makes, instead of the mean itself. Algorithm 2 there, without bias correction.
+"""Server optimizers (Reddi et al., ICLR 2021, arXiv 2003.00295; FedAvgM: Hsu et al., 2019, arXiv 1909.06335): a step
+along the change that the mean of a linear method makes, instead of the mean itself. Algorithm 2 there, without bias
+correction.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class ServerOptimizer:
     def step(
         self, x: dict[str, Tensor], mean: dict[str, Tensor], memory: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The new values and the new moments (`m/NAME`, `v/NAME`, fp64) of the tensors that are given; other moments rest."""
+        """The new values and the new moments (`m/NAME`, `v/NAME`, fp64) of the tensors that are given; other moments
+        rest."""
         stepped, memory = {}, dict(memory)
         for name, old in x.items():
             d = mean[name] - old

@@ -18,6 +18,7 @@ from fedray.errors import ClientError, ConfigError, RoundError
 from fedray.federation import pool_inline, results, worker_ray
 from fedray.federation.worker import Worker
 from fedray.methods import View
+from fedray.methods.traffic import simulate
 from fedray.training.local import LocalTrainer
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # worker processes cannot import this file
@@ -182,10 +183,11 @@ def test_bytes_are_the_closed_form_and_the_serialised_size(name, task, played):
     state = results.load_state(folder, config, results.classes_of(config))
     heads = sum(state.tensors[n].numel() for n in state.heads)
     method, names = make_method(config), tuple(f"client-{i}" for i in range(3))
+    each = [simulate(method, state.spec, names, name, len(rounds(folder))) for name in names]
     for record in rounds(folder):
-        payloads = [method.payload(state.spec, names, name, record["round"] - 1) for name in names]
-        assert record["bytes_up"] == sum(4 * (p.up + heads) for p in payloads)
-        down = sum(4 * (p.down + p.once + heads) for p in payloads)
+        moves = [of_client[record["round"] - 1] for of_client in each]
+        assert record["bytes_up"] == sum(4 * (m.up + heads) for m in moves)
+        down = sum(4 * (m.down + m.once + heads) for m in moves)
         assert record["bytes_down"] <= down if "florist" in name else record["bytes_down"] == down
     on_disk = sum(len(t.numpy().tobytes()) for n, t in final_tensors(folder).items() if n.startswith("tensors/"))
     assert on_disk == 4 * sum(t.numel() for t in state.tensors.values())  # what the next round would send
