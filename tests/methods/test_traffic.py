@@ -5,9 +5,9 @@ import dataclasses
 
 import pytest
 import torch
+from algebra import LAYERS, aggregate, begin, method_of, spec, train
 from closed_forms import closed_form
 from support import ALL
-from test_methods import LAYERS, aggregate, begin, method_of, spec, train
 
 from fedray.adapters import Layer
 from fedray.methods.fedex import FedEx
