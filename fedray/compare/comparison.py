@@ -15,7 +15,8 @@ from fedray.compare.runs import Runs
 from fedray.errors import FedrayError
 
 Say = Callable[[str], None]
-#: What each of an entry's rates gave on the validation split (None: the run failed); empty where there is one rate only.
+#: What each of an entry's rates gave on the validation split (None: the run failed); empty where there is one rate
+#: only.
 Tuning = dict[Entry, dict[float, float | None]]
 
 

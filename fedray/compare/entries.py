@@ -17,8 +17,8 @@ _SHARED = ("adapter.kind", "method.name", "method.weights")
 
 @dataclass(frozen=True)
 class Entry:
-    """`[ADAPTER+]METHOD[@RANK]`. An adapter that is not named is the config's own where it fits the method, else the method's
-    first."""
+    """`[ADAPTER+]METHOD[@RANK]`. An adapter that is not named is the config's own where it fits the method, else the
+    method's first."""
 
     text: str
     adapter: str
@@ -46,7 +46,9 @@ class Entry:
     def flags(self, flags: Mapping[str, str]) -> list[str]:
         """The words that a run of this entry is given. `flags`: the comparison's own, among them perhaps this entry's
         options. Raises ConfigError for options that are none, or that are one for all entries."""
-        keys = [(key, str(value)) for key, value in self.keys.items()] + self._options(flags.get(f"set.{self.text}", ""))
+        keys = [(key, str(value)) for key, value in self.keys.items()] + self._options(
+            flags.get(f"set.{self.text}", "")
+        )
         return [word for key, value in keys for word in (f"--{key}", value)]
 
     def _options(self, text: str) -> list[tuple[str, str]]:

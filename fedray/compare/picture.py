@@ -99,7 +99,5 @@ def _bar(axes: Any, row: Row, place: float) -> Any:
     """The box of a point with its error bar, in pixels."""
     from matplotlib.transforms import Bbox
 
-    transform = axes.transData.transform
-    left, low = transform((place, min(row["finals"]))) - (3, 0)
-    right, high = transform((place, max(row["finals"]))) + (3, 0)
-    return Bbox([[left, low], [right, high]])
+    low, high = axes.transData.transform([(place, min(row["finals"])), (place, max(row["finals"]))])
+    return Bbox([[low[0] - 3, low[1]], [high[0] + 3, high[1]]])

@@ -26,8 +26,8 @@ _TAKEN = ("--seed", "--federation.lr", "--output.dir", "--method.name", "--adapt
 
 @dataclass(frozen=True)
 class Request:
-    """`flags`: the comparison's own, with defaults; `shared`: the words that every run is given; `rates`: each entry's grid of
-    learning rates, the smallest first; `jobs`: how many runs at a time."""
+    """`flags`: the comparison's own, with defaults; `shared`: the words that every run is given; `rates`: each
+    entry's grid of learning rates, the smallest first; `jobs`: how many runs at a time."""
 
     flags: Mapping[str, str]
     shared: Sequence[str]
@@ -54,8 +54,8 @@ class Request:
 
 
 def read_request(argv: Sequence[str]) -> Request:
-    """The request that a command line means. `--lrs.ENTRY` is one entry's own grid, `--set.ENTRY key=value,key=value` what only
-    its runs are given. Raises ConfigError, also for a config that the entries cannot share."""
+    """The request that a command line means. `--lrs.ENTRY` is one entry's own grid, `--set.ENTRY key=value,key=value`
+    what only its runs are given. Raises ConfigError, also for a config that the entries cannot share."""
     flags, shared = split(argv, lambda name: name in _DEFAULTS or name.startswith(("lrs.", "set.")))
     flags = _DEFAULTS | flags
     config = read_config(shared)

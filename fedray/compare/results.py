@@ -16,8 +16,8 @@ from fedray.compare.picture import picture
 
 @dataclass(frozen=True)
 class Result:
-    """One entry's outcome: the tuned rate, what each rate gave on the validation split (None: it diverged), and a summary a
-    seed."""
+    """One entry's outcome: the tuned rate, what each rate gave on the validation split (None: it diverged), and a
+    summary a seed."""
 
     entry: Entry
     lr: float

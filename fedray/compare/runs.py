@@ -48,8 +48,8 @@ class Runs:
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     def final(self, flags: Sequence[str], folder: Path) -> dict[str, Any]:
-        """The summary of a run that must succeed. Raises FedrayError, with the last line of its log, where it does not, and
-        ConfigError when the directory holds a run of another config."""
+        """The summary of a run that must succeed. Raises FedrayError, with the last line of its log, where it does
+        not, and ConfigError when the directory holds a run of another config."""
         summary = _there(flags, folder)
         if summary is not None:
             return summary

@@ -55,8 +55,8 @@ def split_of(config: Config) -> str:
 
 
 def released_by(runs: Sequence[TrialFolder]) -> tuple[list[Releases], list[str]]:
-    """What each of these runs has released so far, of a run without privacy a release without noise; and how each dealt the
-    data out."""
+    """What each of these runs has released so far, of a run without privacy a release without noise; and how each
+    dealt the data out."""
     releases = [run.released for run in runs]
     return [PUBLIC_RUN if each is None else each for each in releases], [split_of(run.config) for run in runs]
 
@@ -84,8 +84,9 @@ def check_budget(trials: Sequence[Trial], prepared: Sequence[Prepared], times: i
     total = _spent(private, splits, delta) if times is None else _most_spent(private, splits, delta, times)
     if total > budget:
         raise ConfigError(
-            f"{len(runs) if times is None else times} trials together would spend epsilon {total:.4g} at delta {delta:g} "
-            f"of the data, and privacy.sweep_epsilon is {budget:g}: lower privacy.epsilon, try fewer, or raise it"
+            f"{len(runs) if times is None else times} trials together would spend epsilon {total:.4g} "
+            f"at delta {delta:g} of the data, and privacy.sweep_epsilon is {budget:g}: "
+            "lower privacy.epsilon, try fewer, or raise it"
         )
 
 

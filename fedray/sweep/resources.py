@@ -59,8 +59,8 @@ def _counted(count: float, kind: str) -> str:
 
 
 def bundles(config: Config, clients: int, gpus_there: float) -> Bundles:
-    """The resources of a trial: one worker (or `worker.count`, or, where `worker.gpus` is given, one for each client of a
-    cohort) of `worker.gpus` GPUs (default 1 where the cluster has any) and `worker.cpus` CPUs (default 1)."""
+    """The resources of a trial: one worker (or `worker.count`, or, where `worker.gpus` is given, one for each client
+    of a cohort) of `worker.gpus` GPUs (default 1 where the cluster has any) and `worker.cpus` CPUs (default 1)."""
     each = _training(config, gpus_there)
     if config.engine == "inline":
         return Bundles(each, {}, 0)
@@ -116,8 +116,8 @@ def check_placeable(name: str, needed: Bundles, nodes: Sequence[Node]) -> None:
 
 
 def placed(config: Config, clients: int, gpus_there: float, folder: Path) -> tuple[Config, Bundles]:
-    """The config with its workers and its run directory spelled out, so that the same run can be made again alone; and its
-    bundles."""
+    """The config with its workers and its run directory spelled out, so that the same run can be made again alone;
+    and its bundles."""
     needed = bundles(config, clients, gpus_there)
     worker = config.worker.model_copy(
         update={
@@ -140,7 +140,7 @@ def _count(config: Config, needed: Bundles) -> int | None:
 
 
 def cache_folder(out: Path) -> Path:
-    """Where a sweep's trials share what they tokenised, on each machine by itself: the sweep removes it when it ends. The
-    base weights need no such place: they are mapped from the model's own files, so that trials on one machine share them
-    through the page cache."""
+    """Where a sweep's trials share what they tokenised, on each machine by itself: the sweep removes it when it ends.
+    The base weights need no such place: they are mapped from the model's own files, so that trials on one machine
+    share them through the page cache."""
     return Path(tempfile.gettempdir()) / f"fedray-{os.getuid()}-{hashlib.sha256(str(out).encode()).hexdigest()[:12]}"

@@ -38,8 +38,8 @@ View = Callable[[int, bool], tune.Callback]
 
 @dataclass(frozen=True)
 class Request:
-    """A sweep as a person asked for it, read and checked: what to run, where, and how. `base`: the config that all trials
-    share; `notes`: what the person should know of how it was read."""
+    """A sweep as a person asked for it, read and checked: what to run, where, and how. `base`: the config that all
+    trials share; `notes`: what the person should know of how it was read."""
 
     sweep: Sweep
     space: str
@@ -91,7 +91,8 @@ def _changes(flags: dict[str, str]) -> dict[str, Any]:
 
 
 def _check_given(given: Sequence[str], sweep: Sweep) -> None:
-    """Raises ConfigError for config flags that the sweep sets itself, or that would break what its space varies together."""
+    """Raises ConfigError for config flags that the sweep sets itself, or that would break what its space varies
+    together."""
     for key in given:
         if key in ("seed", "output.dir", "output.resume", "output.track"):
             raise ConfigError(f"--{key} is set by the sweep itself: use --seeds, --out, --resume or --track")
@@ -101,8 +102,7 @@ def _check_given(given: Sequence[str], sweep: Sweep) -> None:
     for key in given:
         if key in together:
             raise ConfigError(
-                f"--{key} is what the space varies together with other keys: "
-                "leave it out, or write a space of your own"
+                f"--{key} is what the space varies together with other keys: leave it out, or write a space of your own"
             )
 
 
@@ -115,14 +115,15 @@ def _tracked(flags: dict[str, str]) -> tuple[str, ...]:
     names = tuple(name for name in flags.get("track", "").split(",") if name)
     if strange := [name for name in names if name not in TRACKERS]:
         raise ConfigError(
-            f"--track '{strange[0]}' is not known: choose {', '.join(TRACKERS)} (TensorBoard's files are always written)"
+            f"--track '{strange[0]}' is not known: choose {', '.join(TRACKERS)} "
+            "(TensorBoard's files are always written)"
         )
     return names
 
 
 def _base(sweep: Sweep, argv: Sequence[str]) -> Config:
-    """What all trials share: a file of `--config`, over it the space's base, over that the flags, as if the base had been
-    given in front of them."""
+    """What all trials share: a file of `--config`, over it the space's base, over that the flags, as if the base had
+    been given in front of them."""
     words = [word for key, value in settings(sweep.base).items() for word in (f"--{key}", as_word(value))]
     return rooted(read_config([*words, *argv]))
 
@@ -132,8 +133,8 @@ def _base(sweep: Sweep, argv: Sequence[str]) -> Config:
 
 @dataclass(frozen=True)
 class Checked:
-    """A sweep that has passed every check. `trials`: all of them, or, of an adaptive search, the corners of what it may try;
-    `left_out`: a line for each combination that no method admits; `count`: how many trials there will be."""
+    """A sweep that has passed every check. `trials`: all of them, or, of an adaptive search, the corners of what it
+    may try; `left_out`: a line for each combination that no method admits; `count`: how many trials there will be."""
 
     shared: Shared
     trials: list[Trial]
@@ -179,8 +180,7 @@ def _check_folder(request: Request) -> None:
         raise ConfigError(f"--out '{out}' holds another sweep: choose another, or go on with it by --resume")
     if folder.has_settings and not _same(folder.settings, request):
         raise ConfigError(
-            f"--out '{out}' holds a sweep of another space or other flags: "
-            "give the same to resume it, or another --out"
+            f"--out '{out}' holds a sweep of another space or other flags: give the same to resume it, or another --out"
         )
 
 
@@ -195,8 +195,8 @@ def _dump(base: Config) -> dict[str, Any]:
 
 
 def _draws(request: Request) -> tuple[int, int]:
-    """How many draws of the space, and the seed that they come from: as asked and 0, or both secret, the same ones after a
-    resume. Raises FedrayError where the secret number is 0."""
+    """How many draws of the space, and the seed that they come from: as asked and 0, or both secret, the same ones
+    after a resume. Raises FedrayError where the secret number is 0."""
     sweep = request.sweep
     if sweep.random_stopping is None:
         return sweep.samples, 0
@@ -214,8 +214,8 @@ def _draws(request: Request) -> tuple[int, int]:
 
 
 def run_sweep(request: Request, view: View, say: Say) -> Path:
-    """Check everything, run all trials, and return the folder, where `fedray.report.sweep` finds them. Raises ConfigError
-    before anything runs, KeyboardInterrupt when it was stopped."""
+    """Check everything, run all trials, and return the folder, where `fedray.report.sweep` finds them. Raises
+    ConfigError before anything runs, KeyboardInterrupt when it was stopped."""
     _check_folder(request)
     _set_up_tune()
     draws, seed = _draws(request)
@@ -275,7 +275,7 @@ def _is_over(folder: SweepFolder, checked: Checked) -> bool:
 
 def _note_failures(folder: SweepFolder, results: tune.ResultGrid) -> None:
     """Write down which trials Tune has given up. It was not their own fault: --resume tries them again."""
-    for result in results:
+    for result in (results[i] for i in range(len(results))):
         trial = _folder_of(folder, result) if result.error is not None else None
         if trial is not None and not trial.failed:
             lines = str(result.error).strip().splitlines() or [type(result.error).__name__]

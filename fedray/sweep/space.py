@@ -23,15 +23,15 @@ SEARCHES, STOPS = ("grid", "random", "optuna"), ("asha", "median", "none")
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to try. `space`: by config key (or any name, for several keys at once: the values are then mappings) Tune's
-    `grid_search`, `choice`, `loguniform`, ...; the key `entry` takes `[ADAPTER+]METHOD[@RANK]`. `base`: config keys that
-    all trials share.
+    """What to try. `space`: by config key (or any name, for several keys at once: the values are then mappings)
+    Tune's `grid_search`, `choice`, `loguniform`, ...; the key `entry` takes `[ADAPTER+]METHOD[@RANK]`. `base`: config
+    keys that all trials share.
 
-    `samples`: how many draws (of random and optuna; grids are crossed with each). `seeds`: every trial is run with each.
-    `objective`: a metric of the task (default: the one in `summary.json`). `stop`: asha, median or none, from round `grace`
-    on; `reduction`: of asha. `random_stopping`: geometric or poisson: the number of draws is secret and random, `samples`
-    on average, and the privacy of the best alone is told too.
-    Raises ConfigError for what is no sweep.
+    `samples`: how many draws (of random and optuna; grids are crossed with each). `seeds`: every trial is run with
+    each. `objective`: a metric of the task (default: the one in `summary.json`). `stop`: asha, median or none, from
+    round `grace` on; `reduction`: of asha. `random_stopping`: geometric or poisson: the number of draws is secret and
+    random, `samples` on average, and the privacy of the best alone is told too. Raises ConfigError for what is no
+    sweep.
     """
 
     space: Mapping[str, Any]
@@ -168,8 +168,8 @@ def _fault(error: Exception, file: Path) -> str:
 
 
 def settings(point: Mapping[str, Any]) -> dict[str, Any]:
-    """A point of the space as config keys (and `entry`): values that are mappings give several keys. Raises ConfigError for
-    unknown keys."""
+    """A point of the space as config keys (and `entry`): values that are mappings give several keys. Raises
+    ConfigError for unknown keys."""
     flat: dict[str, Any] = {}
     for key, value in point.items():
         flat |= value if isinstance(value, Mapping) else {key: value}

@@ -52,7 +52,8 @@ class Draw:
 
     @classmethod
     def of(cls, point: Mapping[str, Any], sweep: Sweep) -> Draw:
-        """Of what Tune hands over: a trial of the list, or keys that a search has drawn and, with several seeds, the turn."""
+        """Of what Tune hands over: a trial of the list, or keys that a search has drawn and, with several seeds, the
+        turn."""
         if "name" in point:
             return cls(point["name"], point["values"], True)
         drawn = {key: value for key, value in point.items() if key != TRIAL_INDEX}
@@ -77,8 +78,8 @@ class TrialResources:
 
 
 class RoundReports:
-    """Tells Tune of each round. The last one is held back until the run's results are written: a scheduler ends a trial that
-    reports it."""
+    """Tells Tune of each round. The last one is held back until the run's results are written: a scheduler ends a
+    trial that reports it."""
 
     def __init__(self, objective: str, rounds: int) -> None:
         self.objective, self.rounds = objective, rounds

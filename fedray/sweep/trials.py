@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,8 @@ class Trial:
 
 
 def plain(value: Any) -> Any:
-    """A value of a space as YAML has it: numpy's numbers as Python's; the words null and none unset a key, as on the command
-    line."""
+    """A value of a space as YAML has it: numpy's numbers as Python's; the words null and none unset a key, as on the
+    command line."""
     if isinstance(value, np.generic):
         return value.item()
     return None if value in ("null", "none", "None") else value
@@ -103,7 +103,8 @@ def without_seed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trials_of(sweep: Sweep, base: Config, draws: int, seed: int = 0) -> tuple[list[Trial], list[str]]:
-    """All trials of a grid or of random draws, and for each combination that no method admits a line of why it is left out.
+    """All trials of a grid or of random draws, and for each combination that no method admits a line of why it is
+    left out.
 
     Raises ConfigError for a config that is bad otherwise.
     """
@@ -146,8 +147,8 @@ def label(point: Mapping[str, Any]) -> str:
 
 def corners(sweep: Sweep, base: Config) -> list[Trial]:
     """Trials that stand for all that an adaptive search may try: every combination of what shapes privacy, data or
-    resources, other keys at one value. Raises ConfigError where such a key is drawn from a range, which cannot be checked
-    beforehand."""
+    resources, other keys at one value. Raises ConfigError where such a key is drawn from a range, which cannot be
+    checked beforehand."""
     axes = {key: _to_check(key, axis) for key, axis in sweep.space.items()}
     trials = []
     for combination in itertools.product(*axes.values()):

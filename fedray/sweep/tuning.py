@@ -36,8 +36,9 @@ class Goal:
 def tuner(
     shared: Shared, trials: Sequence[Trial], goal: Goal, view: tune.Callback, tracked: Sequence[str]
 ) -> tune.Tuner:
-    """Tune for this sweep: as it was left, where it has begun before. `trials`: those of a list; an adaptive search draws its
-    own. `tracked`: the trackers of `--track`. Raises ConfigError for a search or a tracker that is not installed."""
+    """Tune for this sweep: as it was left, where it has begun before. `trials`: those of a list; an adaptive search
+    draws its own. `tracked`: the trackers of `--track`. Raises ConfigError for a search or a tracker that is not
+    installed."""
     trainable, space = _work(shared, trials)
     state = str(Path(shared.out) / STATE)
     if tune.Tuner.can_restore(state):
@@ -81,7 +82,8 @@ def _work(shared: Shared, trials: Sequence[Trial]) -> tuple[Any, dict[str, Any]]
 
 
 def listed_name(config: Mapping[str, Any]) -> str | None:
-    """The name of a trial of a list, from what Tune gave it; None of one that a search drew, or that was given nothing."""
+    """The name of a trial of a list, from what Tune gave it; None of one that a search drew, or that was given
+    nothing."""
     return config["trial"]["name"] if "trial" in config else None
 
 
@@ -101,8 +103,9 @@ class _Ended:
 
 
 class _Lasting(TrialScheduler):
-    """A scheduler that outlives its sweep: it writes down whom it stops, and after a resume it knows what the trials that had
-    ended told (Tune itself keeps nothing of a scheduler). Trials that go on tell their earlier rounds again themselves."""
+    """A scheduler that outlives its sweep: it writes down whom it stops, and after a resume it knows what the trials
+    that had ended told (Tune itself keeps nothing of a scheduler). Trials that go on tell their earlier rounds again
+    themselves."""
 
     out: Path
     objective: str
@@ -120,7 +123,7 @@ class _Lasting(TrialScheduler):
                 result = {"round": record["round"], "objective": record["metrics"][self.objective]}
                 self.remember(_Ended(trial.name), result)
 
-    def remember(self, trial: _Ended, result: dict[str, Any]) -> None:
+    def remember(self, trial: Any, result: dict[str, Any]) -> None:
         """Take in what an ended trial told of one round."""
         raise NotImplementedError
 
@@ -142,12 +145,12 @@ def _folders_of(sweep: SweepFolder, trial: Any) -> list[TrialFolder]:
 
 
 class _Asha(_Lasting, AsyncHyperBandScheduler):
-    def remember(self, trial: _Ended, result: dict[str, Any]) -> None:
+    def remember(self, trial: Any, result: dict[str, Any]) -> None:
         self._brackets[0].on_result(trial, result["round"], self._metric_op * result["objective"])
 
 
 class _Median(_Lasting, MedianStoppingRule):
-    def remember(self, trial: _Ended, result: dict[str, Any]) -> None:
+    def remember(self, trial: Any, result: dict[str, Any]) -> None:
         self._results[trial].append(result)
 
 
