@@ -63,20 +63,14 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         console.print(f"fedray {fedray.__version__}")
         return 0
-    return _command(argv[0], argv[1:], console)
+    return _guarded(argv[0], argv[1:], console)
 
 
-def _command(name: str, argv: list[str], console: Console) -> int:
-    """Do it; whatever goes wrong is told in one sentence, and is the exit code."""
+def _guarded(name: str, argv: list[str], console: Console) -> int:
+    """`_command`, where whatever goes wrong is told in one sentence, and is the exit code."""
     errors = Console(stderr=True, highlight=False)
     try:
-        if name not in _COMMANDS:
-            raise ConfigError(f"unknown command '{name}': choose {', '.join(_COMMANDS)}")
-        if "--help" in argv or "-h" in argv:
-            _help(console)
-            return 0
-        stop_on_sigterm()
-        return _COMMANDS[name](argv, console)
+        return _command(name, argv, console)
     except FedrayError as error:
         errors.print(f"fedray: {error}", style="red", markup=False, soft_wrap=True)
         if details := getattr(error, "details", ""):
@@ -88,6 +82,17 @@ def _command(name: str, argv: list[str], console: Console) -> int:
             "and --output.resume (of a sweep --resume) goes on from it"
         )
         return 143 if isinstance(stopped, Terminated) else 130
+
+
+def _command(name: str, argv: list[str], console: Console) -> int:
+    """Do it, or say how; the exit code."""
+    if name not in _COMMANDS:
+        raise ConfigError(f"unknown command '{name}': choose {', '.join(_COMMANDS)}")
+    if "--help" in argv or "-h" in argv:
+        _help(console)
+        return 0
+    stop_on_sigterm()
+    return _COMMANDS[name](argv, console)
 
 
 def _quiet() -> None:

@@ -40,10 +40,15 @@ def print_comparison(console: Console, results: Sequence[Result]) -> None:
         cells = _cells(row)
         table.add_row(*(cells[column] for column in columns))
     console.print(table)
-    if private:
+    _print_notes(console, results, rows[0]["delta"] if private else None)
+
+
+def _print_notes(console: Console, results: Sequence[Result], delta: float | None) -> None:
+    """`delta`: of private runs."""
+    if delta is not None:
         runs = sum(len(result.tuning) + len(result.finals) for result in results)
         console.print(
-            f"epsilon is of one run at delta {rows[0]['delta']:g}; the {runs} runs behind this table, tuning included, "
+            f"epsilon is of one run at delta {delta:g}; the {runs} runs behind this table, tuning included, "
             "are releases of the same data, and their sum is not accounted for",
             soft_wrap=True,
         )

@@ -109,6 +109,17 @@ def _check_units(configs: Sequence[Config]) -> None:
             "the sweep varies privacy.unit, and what examples and what clients are told cannot be added up: "
             "make two sweeps"
         )
+    _check_sequences(private)
+    if len({split_of(config) for config in private if config.privacy.unit == "client"}) > 1:
+        raise ConfigError(
+            "privacy.unit client with trials that deal the data out differently (other seeds, clients or partitions): "
+            "a client of one is no client of another, and what they are told "
+            "cannot be added up; use one seed, or data whose clients are given"
+        )
+
+
+def _check_sequences(private: Sequence[Config]) -> None:
+    """Raises ConfigError where texts are cut into sequences, the examples that are protected, in different ways."""
     cut = [config for config in private if config.model.task == "causal-lm" and config.data.completion is None]
     lengths, models = {config.data.max_length for config in cut}, {config.model.path for config in cut}
     for key, values in (("data.max_length", lengths), ("model.path", models)):
@@ -117,12 +128,6 @@ def _check_units(configs: Sequence[Config]) -> None:
                 f"the sweep varies {key}, which decides what one private example is: releases of different units "
                 "cannot be added up; make two sweeps"
             )
-    if len({split_of(config) for config in private if config.privacy.unit == "client"}) > 1:
-        raise ConfigError(
-            "privacy.unit client with trials that deal the data out differently (other seeds, clients or partitions): "
-            "a client of one is no client of another, and what they are told "
-            "cannot be added up; use one seed, or data whose clients are given"
-        )
 
 
 def _budget_of(trials: Sequence[Trial]) -> float | None:

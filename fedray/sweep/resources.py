@@ -64,17 +64,20 @@ def bundles(config: Config, clients: int, gpus_there: float) -> Bundles:
     each = _training(config, gpus_there)
     if config.engine == "inline":
         return Bundles(each, {}, 0)
-    worker = config.worker
     if config.siloed:
-        at_most = worker.count or (clients if worker.gpus else 1)
-        labels = tuple(
-            dict(where) for where, members in silos_of(config).items() for _ in range(min(at_most, len(members)))
-        )
+        labels = _labels(config, clients)
         # A bundle of its own, a byte, for the trial and its coordinator: they see every update, and belong on no silo's
         # machine.
         return Bundles({"memory": 1.0}, each, len(labels), labels)
     cohort = min(config.federation.cohort or clients, clients)
-    return Bundles({}, each, worker.count or (cohort if worker.gpus else 1))
+    return Bundles({}, each, config.worker.count or (cohort if config.worker.gpus else 1))
+
+
+def _labels(config: Config, clients: int) -> tuple[dict[str, str], ...]:
+    """The labels of each worker's node where clients are kept to their own: of every place as many workers as are
+    asked for, at most one a client."""
+    at_most = config.worker.count or (clients if config.worker.gpus else 1)
+    return tuple(dict(where) for where, members in silos_of(config).items() for _ in members[:at_most])
 
 
 def _training(config: Config, gpus_there: float) -> dict[str, float]:

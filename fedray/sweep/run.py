@@ -178,16 +178,18 @@ def _check_folder(request: Request) -> None:
         raise ConfigError(f"--out '{out}' is not empty and holds no sweep: choose another")
     if not request.resume:
         raise ConfigError(f"--out '{out}' holds another sweep: choose another, or go on with it by --resume")
-    if folder.has_settings and not _same(folder.settings, request):
-        raise ConfigError(
-            f"--out '{out}' holds a sweep of another space or other flags: give the same to resume it, or another --out"
-        )
+    if folder.has_settings:
+        _check_same(folder.settings, request)
 
 
-def _same(kept: dict[str, Any], request: Request) -> bool:
-    """Whether `sweep.json` says that the same was asked for."""
+def _check_same(kept: dict[str, Any], request: Request) -> None:
+    """Raises ConfigError where `sweep.json` says that something else was asked for."""
     now = json.loads(json.dumps({"base": _dump(request.base), "sweep": in_words(request.sweep)}))
-    return kept["base"] == now["base"] and kept["sweep"] == now["sweep"]
+    if kept["base"] != now["base"] or kept["sweep"] != now["sweep"]:
+        raise ConfigError(
+            f"--out '{request.out}' holds a sweep of another space or other flags: "
+            "give the same to resume it, or another --out"
+        )
 
 
 def _dump(base: Config) -> dict[str, Any]:

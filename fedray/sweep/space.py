@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -85,8 +85,11 @@ def _check_search(sweep: Sweep) -> None:
             f"'{domains[0]}' draws its values, which search grid does not do: "
             "give tune.grid_search([...]), or search='random'"
         )
-    if not sweep.adaptive:
-        return
+    if sweep.adaptive:
+        _check_adaptive(sweep)
+
+
+def _check_adaptive(sweep: Sweep) -> None:
     if grids := _grids(sweep):
         raise ConfigError(f"'{grids[0]}' is a grid, which optuna does not take: give tune.choice([...])")
     if len(sweep.seeds) > 1 and sweep.stop != "none":
@@ -170,16 +173,20 @@ def _fault(error: Exception, file: Path) -> str:
 def settings(point: Mapping[str, Any]) -> dict[str, Any]:
     """A point of the space as config keys (and `entry`): values that are mappings give several keys. Raises
     ConfigError for unknown keys."""
-    flat: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     for key, value in point.items():
-        flat |= value if isinstance(value, Mapping) else {key: value}
+        keys |= value if isinstance(value, Mapping) else {key: value}
+    _check_keys(keys)
+    return keys
+
+
+def _check_keys(keys: Iterable[str]) -> None:
     known = {*known_keys(), "entry"}
-    for key in flat:
+    for key in keys:
         if key not in known and not key.startswith("clients."):
             raise ConfigError(f"the space's key '{key}' is not known{nearest(key, known)}")
         if key.startswith("output.") or key == "seed":
             raise ConfigError(f"the space may not set {key}: the sweep does (seeds=..., --out)")
-    return flat
 
 
 def points(sweep: Sweep, draws: int, seed: int = 0) -> Iterator[dict[str, Any]]:

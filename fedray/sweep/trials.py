@@ -63,7 +63,7 @@ def as_word(value: Any) -> str:
 def merged(config: Config, values: Mapping[str, Any]) -> Config:
     """The config with these dotted keys set. Raises ConfigError.
 
-    TODO at the merge of branch `config`: `fedray.config.read.merged` takes its place.
+    To be replaced by `fedray.config.read.merged`, which is the same, as soon as that is there.
     """
     nested = config.model_dump(mode="json", exclude_unset=True)
     for key, value in values.items():

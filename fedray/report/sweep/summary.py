@@ -46,8 +46,9 @@ def _points_table(points: pd.DataFrame, summary: Mapping[str, Any], rows: int) -
     title = f"{summary['objective'].replace('_', ' ')}, best first ({counts})"
     table = Table(title=title, title_justify="left")
     columns = [*knobs, "mean", *several, "moved", *private, "front"]
+    words = {*knobs, "front"}
     for column in columns:
-        table.add_column(column, justify="left" if column in knobs or column == "front" else "right")
+        table.add_column(column, justify="left" if column in words else "right")
     order = points.sort_values("mean", ascending=summary["mode"] != "max", kind="stable").head(rows)
     for _, row in order.iterrows():
         cells = _cells(row, knobs, bool(private))
