@@ -52,10 +52,7 @@ class Draw:
 
     @classmethod
     def of(cls, point: Mapping[str, Any], sweep: Sweep) -> Draw:
-        """Of what Tune hands over: a trial of the list, or keys that a search has drawn and, with several seeds, the
-        turn."""
-        if "name" in point:
-            return cls(point["name"], point["values"], True)
+        """Of what a search has drawn: keys of the space and, with several seeds, the turn."""
         drawn = {key: value for key, value in point.items() if key != TRIAL_INDEX}
         seed = sweep.seeds[point.get(TRIAL_INDEX, 0)]
         name = f"{tune.get_context().get_trial_id()},{label(without_seed(drawn))},seed={seed}"
@@ -123,17 +120,22 @@ class RoundReports:
 
 
 def run_listed(config: dict[str, Any], shared: Shared) -> None:
-    """`run_trial` for a trial of a list."""
-    run_trial(config["trial"], shared)
+    """The trainable for a trial of a list."""
+    listed = config["trial"]
+    _run_to_its_end(Draw(listed["name"], listed["values"], True), shared)
 
 
-def run_trial(point: dict[str, Any], shared: Shared) -> None:
-    """The trainable: one federated run in the trial's placement group, from its own checkpoint where there is one.
+def run_trial(config: dict[str, Any], shared: Shared) -> None:
+    """The trainable for a trial that a search has drawn."""
+    _run_to_its_end(Draw.of(config, shared.sweep), shared)
+
+
+def _run_to_its_end(draw: Draw, shared: Shared) -> None:
+    """One federated run in the trial's placement group, from its own checkpoint where there is one.
 
     A run that fails for its own reason (it diverged, it cannot afford its privacy) leaves `NAME.failed.json` and ends;
     anything else is raised, and Tune tries the trial again.
     """
-    draw = Draw.of(point, shared.sweep)
     folder = shared.folder.trial(draw.name)
     if folder.stopped:
         return  # a scheduler has ended it, and Tune was killed before it wrote that down
