@@ -30,7 +30,7 @@ class LiveTable(tune.Callback):
         return {"count": self.count, "maximise": self.maximise, "rows": self.rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(None, **state)
+        LiveTable.__init__(self, None, **state)
 
     @property
     def unfinished(self) -> int:
