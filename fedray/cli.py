@@ -1,4 +1,5 @@
-"""The command line. Bad input: one sentence on standard error and exit code 2. A failed run: one sentence and 1. Ctrl-C: 130, SIGTERM: 143."""
+"""The command line. Bad input: one sentence on standard error and exit code 2. A failed run: one sentence and 1.
+Ctrl-C: 130, SIGTERM: 143."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -16,19 +19,32 @@ from fedray.argv import split, words
 from fedray.errors import ConfigError, FedrayError
 from fedray.stopping import Terminated, stop_on_sigterm
 
+if TYPE_CHECKING:  # at run time each command imports what it needs: `fedray --help` then answers at once
+    from rich.table import Table
+
+    from fedray.config.sections import Config
+    from fedray.plan import Plan
+
 _USAGE = """fedray: exact, private, federated low-rank fine-tuning of language models
 
   fedray run      [--config F.yaml] [--section.key value ...]   one federated run; no arguments: the built-in demo
   fedray plan     the same arguments [--json]                   what it would cost, before it runs
   fedray methods                                                adapters and methods: what fits, what is exact
-  fedray compare  [--methods a,b] [--seeds 0,1,2] [--lrs 1e-3,3e-3,1e-2] [--out DIR] [--jobs N] [--section.key value ...]
-                                                                several methods and seeds, tuned alike: one table, one picture
-                  --methods: [ADAPTER+]METHOD[@RANK],...; --lrs.ENTRY: an entry's own grid; --set.ENTRY key=value,...: its own options
-  fedray sweep    --space tune_spaces/X.py [--out DIR] [--resume] [--seeds 0,1] [--samples N] [--max-concurrent N] [--track mlflow,wandb]
-                  [--section.key value ...]                     many runs under Ray Tune: tables, Pareto fronts, what mattered, best.yaml
+  fedray compare  [--methods a,b] [--seeds 0,1,2] [--lrs 1e-3,3e-3,1e-2] [--out DIR] [--jobs N] \
+[--section.key value ...]
+                                                                several methods and seeds, tuned \
+alike: one table, one picture
+                  --methods: [ADAPTER+]METHOD[@RANK],...; --lrs.ENTRY: an entry's own grid; \
+--set.ENTRY key=value,...: its own options
+  fedray sweep    --space tune_spaces/X.py [--out DIR] [--resume] [--seeds 0,1] [--samples N] \
+[--max-concurrent N] [--track mlflow,wandb]
+                  [--section.key value ...]                     many runs under Ray Tune: tables, \
+Pareto fronts, what mattered, best.yaml
   fedray evaluate RUN_DIR [--json]                              held-out metrics of a run's last state
-  fedray report   RUN_DIR                                       write report.html again, of an unfinished run too; or a sweep's tables and pictures
-  fedray forget   RUN_DIR                                       remove this machine's noise keys of a private run that will not go on
+  fedray report   RUN_DIR                                       write report.html again, of an \
+unfinished run too; or a sweep's tables and pictures
+  fedray forget   RUN_DIR                                       remove this machine's noise keys of \
+a private run that will not go on
   fedray export   RUN_DIR OUT --format lora|peft|merged         write its result for others to load
   fedray run --help                                             every key, its default and what it means
 """
@@ -39,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # In a file or a pipe a table keeps its columns.
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 170
-    console, errors = Console(highlight=False, width=wide), Console(stderr=True, highlight=False)
+    console = Console(highlight=False, width=wide)
     _quiet()
     if not argv or argv[0] in ("-h", "--help"):
         console.print(_USAGE, markup=False)
@@ -47,15 +63,14 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         console.print(f"fedray {fedray.__version__}")
         return 0
-    command, rest = argv[0], argv[1:]
+    return _guarded(argv[0], argv[1:], console)
+
+
+def _guarded(name: str, argv: list[str], console: Console) -> int:
+    """`_command`, where whatever goes wrong is told in one sentence, and is the exit code."""
+    errors = Console(stderr=True, highlight=False)
     try:
-        if command not in _COMMANDS:
-            raise ConfigError(f"unknown command '{command}': choose {', '.join(_COMMANDS)}")
-        if "--help" in rest or "-h" in rest:
-            _help(console)
-            return 0
-        stop_on_sigterm()
-        return _COMMANDS[command](rest, console)
+        return _command(name, argv, console)
     except FedrayError as error:
         errors.print(f"fedray: {error}", style="red", markup=False, soft_wrap=True)
         if details := getattr(error, "details", ""):
@@ -63,9 +78,21 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt as stopped:
         errors.print(
-            "fedray: stopped; the last finished round is kept, and --output.resume (of a sweep --resume) goes on from it"
+            "fedray: stopped; the last finished round is kept, "
+            "and --output.resume (of a sweep --resume) goes on from it"
         )
         return 143 if isinstance(stopped, Terminated) else 130
+
+
+def _command(name: str, argv: list[str], console: Console) -> int:
+    """Do it, or say how; the exit code."""
+    if name not in _COMMANDS:
+        raise ConfigError(f"unknown command '{name}': choose {', '.join(_COMMANDS)}")
+    if "--help" in argv or "-h" in argv:
+        _help(console)
+        return 0
+    stop_on_sigterm()
+    return _COMMANDS[name](argv, console)
 
 
 def _quiet() -> None:
@@ -118,77 +145,104 @@ def _run(argv: list[str], console: Console) -> int:
 
 def _plan(argv: list[str], console: Console) -> int:
     from fedray.config.read import read_config
-    from fedray.plan import plan
-    from fedray.report.console import UNKNOWN_COUNTS, print_plan
+    from fedray.report.plan import print_plan
     from fedray.training.model import shape_names
 
-    as_json = "--json" in argv
-    config = read_config([a for a in argv if a != "--json"])
-    placement = None
-    if config.model.path in shape_names():
-        costs = plan(config)
-        if config.privacy.on and not as_json:
-            console.print(
-                "privacy  needs the clients' numbers of examples: give model.path a model and data.source the data to see noise and epsilon"
-            )
-    else:
-        from fedray.federation.prepare import prepare
-
-        prepared = prepare(config)
-        if config.privacy.on and config.siloed and not as_json:
-            console.print(UNKNOWN_COUNTS)
-        costs, placement = (
-            plan(
-                config,
-                prepared.cohort,
-                len(prepared.data.classes) or 2,
-                prepared.units() if config.privacy.on else None,
-            ),
-            prepared.placement.reason,
-        )
+    as_json, argv = _json_asked(argv)
+    config = read_config(argv)
+    make = _plan_of_shape if config.model.path in shape_names() else _plan_of_run
+    costs, placement, note = make(config)
     if as_json:
         print(json.dumps(costs.to_json() | {"placement": placement}, indent=2))
-    else:
-        print_plan(console, costs, placement)
+        return 0
+    if note:
+        console.print(note)
+    print_plan(console, costs, placement)
     return 0
 
 
+def _plan_of_shape(config: Config) -> tuple[Plan, None, str | None]:
+    """What a model that is known by its shape alone would cost, and what cannot be known without data."""
+    from fedray.plan import plan
+
+    note = (
+        "privacy  needs the clients' numbers of examples: "
+        "give model.path a model and data.source the data to see noise and epsilon"
+    )
+    return plan(config), None, note if config.privacy.on else None
+
+
+def _plan_of_run(config: Config) -> tuple[Plan, str, str | None]:
+    """What a run would cost, where its workers would be, and what cannot be known yet."""
+    from fedray.federation.prepare import prepare
+    from fedray.plan import plan
+    from fedray.report.plan import UNKNOWN_COUNTS
+
+    prepared, private = prepare(config), config.privacy.on
+    units = prepared.units() if private else None
+    costs = plan(config, prepared.cohort, len(prepared.data.classes) or 2, units)
+    return costs, prepared.placement.reason, UNKNOWN_COUNTS if private and config.siloed else None
+
+
+def _json_asked(argv: list[str]) -> tuple[bool, list[str]]:
+    """Whether --json is among the words, and the others."""
+    return "--json" in argv, [word for word in argv if word != "--json"]
+
+
 def _methods(argv: list[str], console: Console) -> int:
+    if argv == ["--markdown"]:
+        print(_methods_in_markdown())
+        return 0
+    if argv:
+        raise ConfigError(f"fedray methods takes nothing but --markdown, not '{argv[0]}'")
+    console.print(_methods_table())
+    console.print("why not")
+    for line in _misfits():
+        console.print(line, markup=False, soft_wrap=True)
+    return 0
+
+
+def _methods_in_markdown() -> str:
+    from fedray.adapters import ADAPTERS
+    from fedray.methods import METHODS
+
+    head = "| method | " + " | ".join(ADAPTERS) + " | exact |\n|" + "---|" * (len(ADAPTERS) + 2)
+    fits = {name: ["yes" if kind in method.adapters else "" for kind in ADAPTERS] for name, method in METHODS.items()}
+    rows = [f"| `{name}` | {' | '.join(fits[name])} | {method.exact} |" for name, method in METHODS.items()]
+    return "\n".join([head, *rows])
+
+
+def _methods_table() -> Table:
     from rich.markup import escape
     from rich.table import Table
 
     from fedray.adapters import ADAPTERS
-    from fedray.methods import METHODS, why_not
+    from fedray.methods import METHODS
 
-    if argv == ["--markdown"]:
-        print("| method | " + " | ".join(ADAPTERS) + " | exact |\n|" + "---|" * (len(ADAPTERS) + 2))
-        for name, method in METHODS.items():
-            print(
-                f"| `{name}` | "
-                + " | ".join("yes" if kind in method.adapters else "" for kind in ADAPTERS)
-                + f" | {method.exact} |"
-            )
-        return 0
-    if argv:
-        raise ConfigError(f"fedray methods takes nothing but --markdown, not '{argv[0]}'")
     table = Table()
     for column in ("method", *ADAPTERS, "exact", "what it does"):
         table.add_column(column)
     for name, method in METHODS.items():
         fits = ["yes" if kind in method.adapters else "no" for kind in ADAPTERS]
-        table.add_row(name, *fits, method.exact, escape(" ".join(method.__doc__.split("\n\n")[0].split())))
-    console.print(table)
-    console.print("why not")
+        first_paragraph = " ".join((method.__doc__ or "").split("\n\n")[0].split())
+        table.add_row(name, *fits, method.exact, escape(first_paragraph))
+    return table
+
+
+def _misfits() -> Iterator[str]:
+    """Why each pair that does not fit does not."""
+    from fedray.adapters import ADAPTERS
+    from fedray.methods import METHODS, why_not
+
     for name in METHODS:
         for kind in ADAPTERS:
             if reason := why_not(name, kind):
-                console.print(f"  {name} with {kind}: {reason}", markup=False, soft_wrap=True)
-    return 0
+                yield f"  {name} with {kind}: {reason}"
 
 
 def _compare(argv: list[str], console: Console) -> int:
     from fedray.compare import compare
-    from fedray.report.console import print_comparison
+    from fedray.report.comparison import print_comparison
 
     results, out = compare(argv, lambda line: console.print(line, markup=False, soft_wrap=True))
     print_comparison(console, results)
@@ -197,14 +251,13 @@ def _compare(argv: list[str], console: Console) -> int:
 
 
 def _sweep(argv: list[str], console: Console) -> int:
-    from fedray.report.console import print_sweep
     from fedray.report.live import LiveTable
     from fedray.report.sweep import write_sweep
-    from fedray.sweep import read_sweep, run_sweep
+    from fedray.report.sweep.summary import print_sweep
+    from fedray.sweep.run import read_sweep, run_sweep
 
-    asked = read_sweep(argv)
     out = run_sweep(
-        asked,
+        read_sweep(argv),
         lambda count, maximise: LiveTable(console, count, maximise),
         lambda line: console.print(line, markup=False, soft_wrap=True),
     )
@@ -216,17 +269,21 @@ def _sweep(argv: list[str], console: Console) -> int:
 def _evaluate(argv: list[str], console: Console) -> int:
     from fedray.federation.results import evaluate
 
-    as_json, names = "--json" in argv, [a for a in argv if a != "--json"]
+    as_json, names = _json_asked(argv)
     if len(names) != 1:
         raise ConfigError("fedray evaluate takes one run directory")
     result = evaluate(Path(names[0]))
     if as_json:
         print(json.dumps(result, indent=2))
         return 0
-    console.print(f"after round {result['round']}: " + ", ".join(f"{k} {v:.4f}" for k, v in result["metrics"].items()))
+    console.print(f"after round {result['round']}: {_metrics(result['metrics'])}")
     for group, metrics in result["groups"].items():
-        console.print(f"  {group}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+        console.print(f"  {group}: {_metrics(metrics)}")
     return 0
+
+
+def _metrics(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def _export(argv: list[str], console: Console) -> int:
@@ -234,12 +291,12 @@ def _export(argv: list[str], console: Console) -> int:
 
     if words(argv)[-1:] == ["--format"]:
         raise ConfigError(f"--format needs one of {', '.join(FORMATS)}")
-    own, places = split(argv, lambda name: name == "format")
-    if len(places) != 2 or any(p.startswith("--") for p in places):
+    flags, places = split(argv, lambda name: name == "format")
+    if len(places) != 2 or any(place.startswith("--") for place in places):
         raise ConfigError(
             "fedray export takes a run directory and a place to write to: fedray export RUN_DIR OUT --format peft"
         )
-    export(Path(places[0]), Path(places[1]), own.get("format", "peft"))
+    export(Path(places[0]), Path(places[1]), flags.get("format", "peft"))
     console.print(f"written to {places[1]}")
     return 0
 
@@ -248,29 +305,35 @@ def _forget(argv: list[str], console: Console) -> int:
     from fedray.federation.channels.accounted import forget
     from fedray.federation.results import read_run_config
 
-    if len(argv) != 1 or argv[0].startswith("--"):
-        raise ConfigError("fedray forget takes one run directory")
-    removed = forget(read_run_config(Path(argv[0])), Path(argv[0]))
+    folder = _run_directory("forget", argv)
+    removed = forget(read_run_config(folder), folder)
     console.print(
-        f"{removed} noise key{'s' if removed != 1 else ''} removed from this machine; the run cannot go on with the same noise",
+        f"{removed} noise key{'s' if removed != 1 else ''} removed from this machine; "
+        "the run cannot go on with the same noise",
         soft_wrap=True,
     )
     return 0
 
 
 def _report(argv: list[str], console: Console) -> int:
-    from fedray.report.html import write_report
-
-    if len(argv) != 1 or argv[0].startswith("--"):
-        raise ConfigError("fedray report takes one run directory")
-    if (Path(argv[0]) / "sweep.json").is_file():
-        from fedray.report.console import print_sweep
+    folder = _run_directory("report", argv)
+    if (folder / "sweep.json").is_file():
         from fedray.report.sweep import write_sweep
+        from fedray.report.sweep.summary import print_sweep
 
-        print_sweep(console, Path(argv[0]), write_sweep(Path(argv[0])))
-        return 0
-    console.print(f"written to {write_report(Path(argv[0]))}", soft_wrap=True)
+        print_sweep(console, folder, write_sweep(folder))
+    else:
+        from fedray.report.html import write_report
+
+        console.print(f"written to {write_report(folder)}", soft_wrap=True)
     return 0
+
+
+def _run_directory(command: str, argv: list[str]) -> Path:
+    """The only word of a command. Raises ConfigError for anything else."""
+    if len(argv) != 1 or argv[0].startswith("--"):
+        raise ConfigError(f"fedray {command} takes one run directory")
+    return Path(argv[0])
 
 
 _COMMANDS = {

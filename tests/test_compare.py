@@ -9,8 +9,11 @@ import pytest
 import yaml
 from matplotlib.text import Text
 
-from fedray import compare
 from fedray.cli import main
+from fedray.compare import compare
+from fedray.compare import runs as compare_runs
+from fedray.compare.entries import Entry
+from fedray.compare.picture import picture
 from fedray.config.read import read_config
 from fedray.data.partition import load_data
 from fedray.errors import ConfigError, FedrayError
@@ -45,7 +48,7 @@ def runs(monkeypatch):
             return 0
 
     # The module's own name, and not subprocess.Popen: others start processes too.
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=Popen, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(compare_runs, "subprocess", SimpleNamespace(Popen=Popen, STDOUT=subprocess.STDOUT))
     return started
 
 
@@ -104,7 +107,7 @@ def test_each_entry_is_tuned_on_the_validation_split_and_run_with_its_best_rate(
     runs.clear()
     assert main(["compare", *argv]) == 0 and runs == []  # all of it was there
     with pytest.raises(ConfigError, match="holds a run with another federation.rounds .1, now 2.: give another --out"):
-        compare.compare([*argv, "--federation.rounds", "2"], print)
+        compare([*argv, "--federation.rounds", "2"], print)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +165,7 @@ def test_labels_of_the_picture_do_not_overlap():
         }
         for i in range(12)
     ]
-    figure = compare.picture(rows)
+    figure = picture(rows)
     figure.canvas.draw()
     boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]  # the words alone, without their lines
     assert len(boxes) == 12
@@ -177,12 +180,9 @@ def test_the_command_as_its_user_runs_it(flags, tmp_path):
 
 
 def test_an_entry_takes_the_configs_adapter_where_it_fits_and_ranks_of_its_own():
-    assert (
-        compare.Entry.parse("fedit", "abba").adapter == "abba"
-        and compare.Entry.parse("fed-sb", "abba").adapter == "lora-sb"
-    )
-    assert compare.Entry.parse("lora+fedit", "abba").adapter == "lora"
-    entry = compare.Entry.parse("flexlora", None)
+    assert Entry.parse("fedit", "abba").adapter == "abba" and Entry.parse("fed-sb", "abba").adapter == "lora-sb"
+    assert Entry.parse("lora+fedit", "abba").adapter == "lora"
+    entry = Entry.parse("flexlora", None)
     assert entry.flags({"set.flexlora": "adapter.rank=3,2,1,method.split=balanced"})[4:] == [
         "--adapter.rank",
         "3,2,1",

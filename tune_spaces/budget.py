@@ -1,8 +1,8 @@
 """The best metric under a byte budget and an epsilon budget, searched by Optuna (pip install 'fedray[optuna]').
 
-A trial ends when another round would pass `federation.max_bytes`, so cheap methods get more rounds out of the same budget; every trial
-keeps epsilon 8, and all of them together `privacy.sweep_epsilon`.
-    fedray sweep --space tune_spaces/budget.py --samples 30 --federation.max_bytes 2e7 --model.path ... --data.source ...
+A trial ends when another round would pass `federation.max_bytes`, so cheap methods get more rounds out of the same
+budget; every trial keeps epsilon 8, and all of them together `privacy.sweep_epsilon`.
+  fedray sweep --space tune_spaces/budget.py --samples 30 --federation.max_bytes 2e7 --model.path ... --data.source ...
 """
 
 from ray import tune

@@ -1,6 +1,8 @@
-"""Methods x ranks x epsilon, none included: what privacy costs each method. Trials are releases of the same data: the report adds them up.
+"""Methods x ranks x epsilon, none included: what privacy costs each method. Trials are releases of the same data: the
+report adds them up.
 
-The trials without privacy make that sum infinite; leave them out (and set `--privacy.sweep_epsilon`) where the data are not public.
+The trials without privacy make that sum infinite; leave them out (and set `--privacy.sweep_epsilon`) where the data
+are not public.
     fedray sweep --space tune_spaces/dp_epsilons.py --model.path ... --data.source ... --model.task classification
 """
 
@@ -8,7 +10,8 @@ from ray import tune
 
 from fedray.sweep import Sweep
 
-# DP-SGD takes larger batches, fewer steps and its own rates: the fewer numbers train, the larger. (rate without privacy, rate with)
+# DP-SGD takes larger batches, fewer steps and its own rates: the fewer numbers train, the larger. (rate without
+# privacy, rate with)
 RATES = {"fed-sb": (4e-2, 2.5e-1), "ffa": (1.5e-2, 1e-1), "fedex": (1e-3, 3e-2), "fedit": (6e-3, 3e-2)}
 EPSILONS = (None, 8.0, 1.0)
 

@@ -1,6 +1,7 @@
-"""The fair-comparison grid: each method with its own learning rates, judged on the validation split, never on the test split.
+"""The fair-comparison grid: each method with its own learning rates, judged on the validation split, never on the
+test split.
 
-Tuned rates bring most LoRA variants within one or two percent of each other (METHODS.md 6.14): a comparison at one rate is void.
+Tuned rates bring most LoRA variants within one or two percent of each other: a comparison at one rate for all is void.
 Afterwards run the best of each with `data.evaluate_on test`, or use `fedray compare`, which does both.
 """
 

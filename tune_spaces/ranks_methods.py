@@ -1,6 +1,7 @@
-"""Methods x adapters x ranks, two seeds: what a larger adapter buys, and at how many bytes. Each pair has a rate of its own kind.
+"""Methods x adapters x ranks, two seeds: what a larger adapter buys, and at how many bytes. Each pair has a rate of
+its own kind.
 
-LoRA-SB trains r^2 numbers a layer and RAVAN four times as many, so they take larger ranks and rates (METHODS.md 1.2, 2.6).
+LoRA-SB trains r^2 numbers a layer and RAVAN four times as many, so they take larger ranks and rates.
     fedray sweep --space tune_spaces/ranks_methods.py --model.path ... --data.source ... --model.task classification
 """
 

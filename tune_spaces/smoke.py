@@ -1,4 +1,5 @@
-"""Three minutes on two cores, with the built-in demo: methods x ranks x epsilons, halved by ASHA. To see that everything works."""
+"""Three minutes on two cores, with the built-in demo: methods x ranks x epsilons, halved by ASHA. To see that
+everything works."""
 
 from ray import tune
 

@@ -52,21 +52,7 @@ def load_data(config: Config, reads: Sequence[str] = ()) -> FederatedData:
                 f"clients have their own sources: give data.source, a folder or hub id with a {split} split, for the evaluation"
             )
     else:
-        everything, test = load_splits(config.data)
-        if test is None:
-            everything, test = _hold_out(config, everything, "held-out")
-        if config.data.evaluate_on == "validation":
-            validation = (
-                None
-                if config.data.source == BUILTIN
-                else load_splits(config.data, split=config.data.validation_split)[1]
-            )
-            if validation is None:
-                everything, test = _hold_out(config, everything, "validation")
-            else:
-                test = validation
-        if config.data.limit is not None:
-            everything = _draw(everything, config.data.limit, config.seed, "limit")
+        everything, test = _dealt_out(config)
         train = _deal(config, everything)
         clients = list(train)
     for name in config.clients:
@@ -92,6 +78,48 @@ def load_data(config: Config, reads: Sequence[str] = ()) -> FederatedData:
             train[name], held_out[name] = halves["train"], halves["test"]
     group = "package" if config.data.source == BUILTIN else config.data.column
     return FederatedData(clients, train, held_out, test, text, group if group in test.column_names else None, classes)
+
+
+def client_names(config: Config) -> list[str]:
+    """`load_data(config).clients`, from as little data as names need: none, unless clients are the values of a column.
+    Checks nothing. Raises ConfigError for a source or a column that is not there."""
+    if with_sources := [name for name, client in config.clients.items() if client.source is not None]:
+        return with_sources
+    by_column = _client_column(config)
+    if by_column is None:
+        return _numbered(config.federation.clients or DEFAULT_CLIENTS)
+    examples = _dealt_out(config)[0]
+    return sorted(map(str, examples.unique(require_column(examples, by_column, "data.column"))))
+
+
+def _numbered(clients: int) -> list[str]:
+    """The names of clients that have none by nature."""
+    width = len(str(clients - 1))
+    return [f"client-{i:0{width}d}" for i in range(clients)]
+
+
+def _client_column(config: Config) -> str | None:
+    """The column whose values are the clients; None where examples are dealt out by chance."""
+    data = config.data
+    return "package" if data.source == BUILTIN else data.column if data.partition == "column" else None
+
+
+def _dealt_out(config: Config) -> tuple[Dataset, Dataset]:
+    """(what is dealt out to the clients, what is held out of it) where all clients share one source."""
+    everything, test = load_splits(config.data)
+    if test is None:
+        everything, test = _hold_out(config, everything, "held-out")
+    if config.data.evaluate_on == "validation":
+        validation = (
+            None if config.data.source == BUILTIN else load_splits(config.data, split=config.data.validation_split)[1]
+        )
+        if validation is None:
+            everything, test = _hold_out(config, everything, "validation")
+        else:
+            test = validation
+    if config.data.limit is not None:
+        everything = _draw(everything, config.data.limit, config.seed, "limit")
+    return everything, test
 
 
 def _hold_out(config: Config, examples: Dataset, purpose: str) -> tuple[Dataset, Dataset]:
@@ -124,7 +152,7 @@ def _deal(config: Config, examples: Dataset) -> dict[str, Dataset]:
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner
 
     data, clients = config.data, config.federation.clients or DEFAULT_CLIENTS
-    by_column = "package" if data.source == BUILTIN else data.column if data.partition == "column" else None
+    by_column = _client_column(config)
     if by_column is not None:
         require_column(examples, by_column, "data.column")
         if examples.data.column(by_column).null_count:
@@ -157,9 +185,8 @@ def _deal(config: Config, examples: Dataset) -> dict[str, Dataset]:
             seed=derive(config.seed, "partition") % 2**32,
         )
         partitioner.dataset = examples
-    width = len(str(clients - 1))
     try:
-        return {f"client-{i:0{width}d}": partitioner.load_partition(i) for i in range(clients)}
+        return {name: partitioner.load_partition(i) for i, name in enumerate(_numbered(clients))}
     except ValueError as error:
         raise ConfigError(
             f"data.alpha {data.alpha} leaves a client with too few examples: raise it, or lower federation.clients ({error})"

@@ -17,7 +17,7 @@ from fedray.adapters.export import Learned, merge, write_lora, write_peft
 from fedray.config.build import make_method, make_spec
 from fedray.config.read import from_dict
 from fedray.config.sections import Config
-from fedray.data.partition import load_data
+from fedray.data.partition import client_names, load_data
 from fedray.data.tasks import TASKS, grouped
 from fedray.errors import ConfigError
 from fedray.federation import checkpoint as checkpoints
@@ -51,7 +51,7 @@ def classes_of(config: Config) -> int:
 
 def load_checkpoint(folder: Path, config: Config, classes: int) -> checkpoints.Checkpoint:
     """The last checkpoint. Raises ConfigError when there is none."""
-    clients = [] if isinstance(config.adapter.rank, int) else load_data(config).clients
+    clients = [] if isinstance(config.adapter.rank, int) else client_names(config)
     spec = make_spec(config, attach.layers(skeleton(config, classes or 2)), clients)
     found = checkpoints.latest(Path(folder) / "checkpoint", spec)
     if found is None:

@@ -17,7 +17,8 @@ ENDED = ("ended", "failed")
 
 
 class LiveTable(tune.Callback):
-    """Follows Tune's trials. `count`: how many there will be (0: unknown). Nothing of it goes into Tune's checkpoints."""
+    """Follows Tune's trials. `count`: how many there will be (0: unknown). Nothing of it goes into Tune's
+    checkpoints."""
 
     def __init__(self, console: Console | None = None, count: int = 0, maximise: bool = True, rows: int = 14):
         self.console, self.count, self.maximise, self.rows = console or Console(), count, maximise, rows
@@ -29,7 +30,7 @@ class LiveTable(tune.Callback):
         return {"count": self.count, "maximise": self.maximise, "rows": self.rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(None, **state)
+        LiveTable.__init__(self, None, **state)
 
     @property
     def unfinished(self) -> int:
@@ -68,13 +69,7 @@ class LiveTable(tune.Callback):
 
     def _row(self, trial: Any) -> dict[str, Any]:
         if trial.trial_id not in self.seen:
-            listed = trial.config.get("trial")
-            name = (
-                listed["name"]
-                if listed
-                else f"{trial.trial_id} " + ", ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in trial.config.items())
-            )
-            self.seen[trial.trial_id] = {"name": name, "state": "waiting"}
+            self.seen[trial.trial_id] = {"name": _name(trial), "state": "waiting"}
         return self.seen[trial.trial_id]
 
     def _end(self, trial: Any, state: str) -> None:
@@ -99,30 +94,44 @@ class LiveTable(tune.Callback):
         self._live.update(self._table())
 
     def _table(self) -> Group:
-        rows = list(self.seen.values())
-        states = {state: sum(r["state"] == state for r in rows) for state in ("running", "waiting", *ENDED)}
-        states["waiting"] = max(states["waiting"], self.count - len(rows) + states["waiting"])
         table = Table(title_justify="left")
         for column in ("trial", "", "round", "objective", "moved", "epsilon"):
             table.add_column(column, justify="left" if column in ("trial", "") else "right", no_wrap=column != "trial")
         # Those that run, then the best of those that ended: always as many lines as fit.
-        running = [r for r in rows if r["state"] == "running"]
-        rest = sorted(
-            (r for r in rows if r["state"] in ENDED),
-            key=lambda r: (
-                (-1 if self.maximise else 1) * r.get("objective", float("-inf") if self.maximise else float("inf"))
-            ),
-        )
-        for row in [*running, *rest][: self.rows]:
-            table.add_row(
-                Text(row["name"]),
-                row["state"],
-                f"{row.get('round', '-')}",
-                f"{row['objective']:.4f}" if "objective" in row else "-",
-                size(row["bytes"]) if "bytes" in row else "-",
-                f"{row['epsilon']:.3g}" if row.get("epsilon") is not None else "-",
-            )
-        words = (
-            ", ".join(f"{n} {state}" for state, n in states.items() if n) + f"; {time.monotonic() - self._began:.0f} s"
-        )
-        return Group(table, Text(words))
+        running = [row for row in self.seen.values() if row["state"] == "running"]
+        ended = sorted((row for row in self.seen.values() if row["state"] in ENDED), key=self._rank)
+        for row in [*running, *ended][: self.rows]:
+            table.add_row(*_cells(row))
+        return Group(table, Text(f"{self._counts()}; {time.monotonic() - self._began:.0f} s"))
+
+    def _rank(self, row: dict[str, Any]) -> float:
+        """The best first, those without a result last."""
+        if "objective" not in row:
+            return float("inf")
+        return -row["objective"] if self.maximise else row["objective"]
+
+    def _counts(self) -> str:
+        """How many trials are in which state; those that Tune has not seen yet wait."""
+        rows = self.seen.values()
+        states = {state: sum(row["state"] == state for row in rows) for state in ("running", "waiting", *ENDED)}
+        states["waiting"] += max(0, self.count - len(rows))
+        return ", ".join(f"{count} {state}" for state, count in states.items() if count)
+
+
+def _name(trial: Any) -> str:
+    """A trial of a list by its name, another by what was drawn for it."""
+    listed = trial.config.get("trial")
+    if listed:
+        return listed["name"]
+    return f"{trial.trial_id} " + ", ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in trial.config.items())
+
+
+def _cells(row: dict[str, Any]) -> tuple[Text, str, str, str, str, str]:
+    return (
+        Text(row["name"]),
+        row["state"],
+        f"{row.get('round', '-')}",
+        f"{row['objective']:.4f}" if "objective" in row else "-",
+        size(row["bytes"]) if "bytes" in row else "-",
+        f"{row['epsilon']:.3g}" if row.get("epsilon") is not None else "-",
+    )

@@ -1,4 +1,5 @@
-"""A run's numbers for Prometheus, through `ray.util.metrics`: every node of the cluster serves them at its metrics port, with the prefix ray_.
+"""A run's numbers for Prometheus, through `ray.util.metrics`: every node of the cluster serves them at its metrics
+port, with the prefix ray_.
 
 `k8s/monitoring/` holds the Grafana dashboard that asks for them by these names.
 """
@@ -34,7 +35,7 @@ class RayMetrics:
     """A listener that keeps METRICS up to date. Needs a connection to Ray when the first record comes."""
 
     def __init__(self):
-        self._own: dict[str, Any] = {}
+        self._made_so_far: dict[str, Any] = {}
         self._tags: dict[str, str] = {}
         self._dropped = 0
 
@@ -50,11 +51,8 @@ class RayMetrics:
         self._set("fedray_rounds_planned", self._planned)
         self._set("fedray_round", 0)
         self._metrics(record)
-        start = record.get("start") or {}
-        for way in ("up", "down"):
-            self._add("fedray_bytes_total", start.get(f"bytes_{way}", 0), direction=way)
-        for phase, seconds in record["seconds"].items():
-            self._observe(phase, seconds)
+        self._moved(record.get("start") or {})
+        self._phases(record)
 
     def round(self, record: dict[str, Any]) -> None:
         self._set("fedray_round", record["round"])
@@ -68,8 +66,14 @@ class RayMetrics:
                 self._set(f"fedray_{name}", record[name])
         if record["epsilon"]:
             self._set("fedray_epsilon", max(record["epsilon"].values()))
+        self._moved(record)
+        self._phases(record)
+
+    def _moved(self, record: dict[str, Any]) -> None:
         for way in ("up", "down"):
-            self._add("fedray_bytes_total", record[f"bytes_{way}"], direction=way)
+            self._add("fedray_bytes_total", record.get(f"bytes_{way}", 0), direction=way)
+
+    def _phases(self, record: dict[str, Any]) -> None:
         for phase, seconds in record["seconds"].items():
             self._observe(phase, seconds)
 
@@ -78,11 +82,13 @@ class RayMetrics:
             self._set("fedray_metric", value, name=name)
 
     def _made(self, name: str) -> Any:
-        if name not in self._own:
+        if name not in self._made_so_far:
             kind, words, tags = METRICS[name]
             more = {"boundaries": BOUNDARIES} if kind is Histogram else {}
-            self._own[name] = kind(name, description=words, tag_keys=("run", "method", "adapter", *tags), **more)
-        return self._own[name]
+            self._made_so_far[name] = kind(
+                name, description=words, tag_keys=("run", "method", "adapter", *tags), **more
+            )
+        return self._made_so_far[name]
 
     def _set(self, metric: str, value: float, /, **tags: str) -> None:
         self._made(metric).set(float(value), tags={**self._tags, **tags})

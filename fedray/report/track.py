@@ -1,4 +1,5 @@
-"""A run's numbers for TensorBoard, MLflow and Weights & Biases: listeners of a single run (a sweep has Ray Tune's own)."""
+"""A run's numbers for TensorBoard, MLflow and Weights & Biases: listeners of a single run (a sweep has Ray Tune's
+own)."""
 
 from __future__ import annotations
 
@@ -15,24 +16,24 @@ from fedray.federation.prepare import Prepared
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
     """The plain numbers of a round's record by name, as all trackers show them."""
-    found = {f"metrics/{k}": v for k, v in (record["metrics"] or {}).items()}
-    found |= {k: record.get(k) for k in ("train_loss", "exactness", "aggregation_error", "bytes_up", "bytes_down")}
-    found |= {f"seconds/{k}": v for k, v in record["seconds"].items()}
-    found["epsilon"] = max((record.get("epsilon") or {}).values(), default=None)
+    values = {f"metrics/{k}": v for k, v in (record["metrics"] or {}).items()}
+    values |= {k: record.get(k) for k in ("train_loss", "exactness", "aggregation_error", "bytes_up", "bytes_down")}
+    values |= {f"seconds/{k}": v for k, v in record["seconds"].items()}
+    values["epsilon"] = max((record.get("epsilon") or {}).values(), default=None)
     if "dropped" in record:
-        found["dropped"] = len(record["dropped"])
-    return {k: float(v) for k, v in found.items() if v is not None}
+        values["dropped"] = len(record["dropped"])
+    return {k: float(v) for k, v in values.items() if v is not None}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested config as one level of names, what is not set left out."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.")
+            result |= flat(value, f"{prefix}{name}.")
         elif value is not None:
-            found[prefix + name] = value
-    return found
+            result[prefix + name] = value
+    return result
 
 
 class Tracker:
@@ -60,8 +61,9 @@ class Tracker:
             return
         try:
             self.log(record["round"], numbers(record))
-        except Exception as error:  # a server that is down must not cost the run; rounds.jsonl has the numbers
-            self.broken = f"{type(self).__name__} was told nothing from round {record['round']} on: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        except Exception as error:  # noqa: BLE001 (a server that is down must not cost the run; rounds.jsonl has all)
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self.broken = f"{type(self).__name__} was told nothing from round {record['round']} on: {reason}"
 
     def open(self, config: Config, folder: Path) -> None:
         raise NotImplementedError
@@ -75,7 +77,8 @@ class Tracker:
 
 
 class TensorBoard(Tracker):
-    """Event files in RUN_DIR/tensorboard; of a resumed run the old ones are replaced, since all rounds are told again."""
+    """Event files in RUN_DIR/tensorboard; of a resumed run the old ones are replaced, since all rounds are told
+    again."""
 
     def open(self, config: Config, folder: Path) -> None:
         from tensorboardX import SummaryWriter
@@ -132,7 +135,7 @@ class WandB(Tracker):
     def open(self, config: Config, folder: Path) -> None:
         import wandb
 
-        self._own = wandb.init(
+        self._wandb_run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "fedray"),
             name=folder.name,
             dir=str(folder),
@@ -140,11 +143,11 @@ class WandB(Tracker):
         )
 
     def log(self, round: int, values: dict[str, float]) -> None:
-        self._own.log(values, step=round)
+        self._wandb_run.log(values, step=round)
 
     def close(self, finished: bool) -> None:
         if "_own" in vars(self):
-            self._own.finish(exit_code=0 if finished else 1)
+            self._wandb_run.finish(exit_code=0 if finished else 1)
 
 
 TRACKERS = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}

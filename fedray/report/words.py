@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 TITLES = {"bits_per_byte": "bits per byte", "accuracy": "accuracy"}
+_UNITS = ("B", "KiB", "MiB", "GiB")
 
 
 def size(count: float) -> str:
     """Bytes for a person: 1024-based, three digits."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return (
-                f"{count:.0f} {unit}"
-                if unit == "B"
-                else f"{count:.3g} {unit}"
-                if count < 1000
-                else f"{count:.0f} {unit}"
-            )
-        count /= 1024
-    raise AssertionError("unreachable")
+    power = 0
+    while count >= 1024 and power < len(_UNITS) - 1:
+        count, power = count / 1024, power + 1
+    whole = power == 0 or count >= 1000
+    return f"{count:{'.0f' if whole else '.3g'}} {_UNITS[power]}"
 
 
 def number(count: int) -> str:
     """Parameters for a person."""
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count:,}"
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} B"
+    return f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count:,}"
 
 
 def share(value: float | None, form: str) -> str:

@@ -37,23 +37,18 @@ from fedray.privacy.accountant import ORDERS, Release, epsilon
 from fedray.privacy.keys import Key
 from fedray.privacy.ledger import Ledger
 from fedray.privacy.selection import best_alone, composed, dominating, draw_runs
-from fedray.report.console import sweep_privacy
 from fedray.report.live import LiveTable
-from fedray.report.sweep import effects, pareto, points_table, tied
-from fedray.sweep import (
-    Sweep,
-    _scheduler,
-    bundles,
-    cache_folder,
-    check_budget,
-    check_placeable,
-    corners,
-    in_words,
-    load_space,
-    read_sweep,
-    trials_of,
-)
-from fedray.sweep import settings as keys_of
+from fedray.report.sweep.effects import effects, pareto, tied
+from fedray.report.sweep.summary import sweep_privacy
+from fedray.report.sweep.tables import points_table
+from fedray.sweep import Sweep
+from fedray.sweep.budget import check_budget
+from fedray.sweep.resources import bundles, cache_folder, check_placeable
+from fedray.sweep.run import read_sweep
+from fedray.sweep.space import in_words, load_space
+from fedray.sweep.space import settings as keys_of
+from fedray.sweep.trials import corners, trials_of
+from fedray.sweep.tuning import scheduler
 
 SPACES = ROOT / "tune_spaces"
 
@@ -86,7 +81,7 @@ def test_a_grid_is_every_combination_with_every_seed():
         },
         seeds=(0, 7),
     )
-    trials, left_out = trials_of(sweep, ["--adapter.alpha", "4"], 1)
+    trials, left_out = trials_of(sweep, read_config(["--adapter.alpha", "4"]), 1)
     assert not left_out and len(trials) == 16 == len({t.name for t in trials})
     told = {
         (t.config.method.name, t.config.adapter.kind, t.config.federation.lr, t.config.privacy.epsilon, t.config.seed)
@@ -105,11 +100,11 @@ def test_random_draws_are_the_same_every_time_and_equal_runs_are_made_once():
         search="random",
         samples=9,
     )
-    first, again = (trials_of(sweep, [], 9)[0] for _ in range(2))
+    first, again = (trials_of(sweep, read_config([]), 9)[0] for _ in range(2))
     assert [t.values for t in first] == [t.values for t in again] and len(first) == 9
     assert all(1e-4 <= t.config.federation.lr <= 1e-1 for t in first)
     few = Sweep(space={"adapter.rank": tune.choice([2, 4])}, search="random", samples=20)
-    assert sorted(t.config.adapter.rank for t in trials_of(few, [], 20)[0]) == [2, 4]
+    assert sorted(t.config.adapter.rank for t in trials_of(few, read_config([]), 20)[0]) == [2, 4]
 
 
 def test_pairs_that_no_method_admits_are_left_out_with_the_reason():
@@ -119,7 +114,7 @@ def test_pairs_that_no_method_admits_are_left_out_with_the_reason():
             "adapter.kind": tune.grid_search(["lora", "lora-sb"]),
         }
     )
-    trials, left_out = trials_of(sweep, [], 1)
+    trials, left_out = trials_of(sweep, read_config([]), 1)
     assert {(t.config.method.name, t.config.adapter.kind) for t in trials} == {("fedex", "lora"), ("fed-sb", "lora-sb")}
     assert [line.split(": ")[0] for line in left_out] == ["fedex,kind=lora-sb", "fed-sb,kind=lora"]
 
@@ -138,11 +133,9 @@ def test_every_space_that_ships_gives_configs_that_are_sound(path, tiny):
             str(tiny / "classes.csv"),
         ]
     if sweep.search == "optuna":
-        from fedray.sweep import corners
-
-        assert len(corners(sweep, flags)) == 32
+        assert len(corners(sweep, read_config(flags))) == 32
         return
-    trials, left_out = trials_of(sweep, flags, sweep.samples)
+    trials, left_out = trials_of(sweep, read_config(flags), sweep.samples)
     assert not left_out and len(trials) >= 8 and len({t.name for t in trials}) == len(trials)
 
 
@@ -221,7 +214,7 @@ def test_a_key_on_the_command_line_fixes_it():
     assert (
         "adapter.rank" not in asked.sweep.space
         and asked.notes
-        and asked.base["adapter"]["rank"] == 4
+        and asked.base.adapter.rank == 4
         and asked.sweep.seeds == (1, 2)
     )
 
@@ -376,7 +369,7 @@ def test_the_budget_space_that_ships_can_be_afforded_and_more_of_it_cannot(tiny)
         "--engine",
         "inline",
     ]
-    trials = corners(sweep, flags)[::7]
+    trials = corners(sweep, read_config(flags))[::7]
     prepared = [prepare(t.config, (9, 9)) for t in trials]
     check_budget(trials, prepared, times=sweep.samples)
     with pytest.raises(ConfigError, match="24 trials together would spend epsilon"):
@@ -764,7 +757,7 @@ def test_a_resumed_scheduler_judges_by_the_trials_that_ended_before(stop, mode, 
     good, bad = (0.9, 0.5) if mode == "max" else (0.5, 0.9)
 
     def verdict(out: Path, value: float) -> str:
-        made = _scheduler(
+        made = scheduler(
             Sweep(space={"seed": tune.grid_search([0])}, stop=stop, grace=1, reduction=2), 4, out, "accuracy"
         )
         made = cloudpickle.loads(cloudpickle.dumps(made))  # what a restored tuner holds
