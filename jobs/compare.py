@@ -1,4 +1,7 @@
-"""Several methods and seeds, for `ray job submit --working-dir . -- python jobs/compare.py --methods fedit,fedex --config F.yaml ...`."""
+"""Several methods and seeds, as a job of a cluster.
+
+ray job submit --working-dir . -- python jobs/compare.py --methods fedit,fedex --config F.yaml ...
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Held-out metrics of a run's last state, for `ray job submit --working-dir . -- python jobs/evaluate.py RUN_DIR [--json]`."""
+"""Held-out metrics of a run's last state, as a job of a cluster.
+
+ray job submit --working-dir . -- python jobs/evaluate.py RUN_DIR [--json]
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""One federated run, for `ray job submit --working-dir . -- python jobs/federate.py --config F.yaml [--section.key value ...]`."""
+"""One federated run, as a job of a cluster.
+
+ray job submit --working-dir . -- python jobs/federate.py --config F.yaml [--section.key value ...]
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Many runs under Ray Tune, for `ray job submit --working-dir . -- python jobs/sweep.py --space tune_spaces/ranks_methods.py ...`."""
+"""Many runs under Ray Tune, as a job of a cluster.
+
+ray job submit --working-dir . -- python jobs/sweep.py --space tune_spaces/ranks_methods.py ...
+"""
 
 import sys
 
