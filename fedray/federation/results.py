@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from peft import LoraConfig
 
 from fedray.adapters import attach
 from fedray.adapters.export import Learned, merge, write_lora, write_peft
@@ -44,17 +45,17 @@ def read_rounds(folder: Path) -> list[dict[str, Any]]:
 
 def classes_of(config: Config) -> int:
     """Number of classes of a classification run, 0 otherwise."""
-    return len(load_data(config).classes) if config.model.task == "classification" else 0
+    return len(load_data(config).classes) if TASKS[config.model.task].labelled else 0
 
 
 def load_checkpoint(folder: Path, config: Config, classes: int) -> checkpoints.Checkpoint:
     """The last checkpoint. Raises ConfigError when there is none."""
     clients = [] if isinstance(config.adapter.rank, int) else load_data(config).clients
     spec = make_spec(config, attach.layers(skeleton(config, classes or 2)), clients)
-    found = checkpoints.latest(Path(folder) / "checkpoint", spec)
-    if found is None:
+    last = checkpoints.latest(Path(folder) / "checkpoint", spec)
+    if last is None:
         raise ConfigError(f"'{folder}' has no checkpoint yet: its first round is not done")
-    return found
+    return last
 
 
 def load_state(folder: Path, config: Config, classes: int) -> State:
@@ -68,7 +69,8 @@ def global_view(config: Config, state: State) -> View:
 
 
 def views(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str | None, View]:
-    """The models a run ended with: the global one (under None), or each client's own where the method keeps factors with them."""
+    """The models a run ended with: the global one (under None), or each client's own where the method keeps factors
+    with them."""
     method, state = make_method(config), checkpoint.state
     keeps = method.keeps(state.spec)
     if not keeps:
@@ -84,7 +86,8 @@ def views(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str | None
 
 
 def export(folder: Path, out: Path, format: str) -> None:
-    """Write a run's result to `out`: `lora` (the trained factors), `peft` (with the base update), `merged` (a whole model).
+    """Write a run's result to `out`: `lora` (the trained factors), `peft` (with the base update), `merged` (a whole
+    model).
 
     Raises ConfigError for an unknown format, a target that is not empty, or an adapter that alone would be wrong.
     """
@@ -106,7 +109,8 @@ def write(config: Config, checkpoint: checkpoints.Checkpoint, out: Path, format:
 
 
 def folder_name(client: str) -> str:
-    """A client's name as one folder's name: names come from data, and must not lead out of the place that is written to."""
+    """A client's name as one folder's name: names come from data, and must not lead out of the place that is written
+    to."""
     quoted = urllib.parse.quote(client, safe=" ")
     return quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
 
@@ -120,6 +124,8 @@ def _write_view(config: Config, state: State, view: View, out: Path, format: str
         load_tokenizer(config).save_pretrained(out)
         return
     peft_config = skeleton(config, classes or 2).peft_config[attach.ADAPTER]
+    if not isinstance(peft_config, LoraConfig):
+        raise TypeError(f"adapter '{config.adapter.kind}' is no LoRA to PEFT, but {type(peft_config).__name__}")
     peft_config.base_model_name_or_path = resolve(config.model.path)
     {"lora": write_lora, "peft": write_peft}[format](out, learned, peft_config)
 
@@ -130,22 +136,29 @@ def evaluate(folder: Path) -> dict[str, Any]:
     data = load_data(config)
     if config.siloed and make_method(config).personal and config.data.client_held_out > 0:
         raise ConfigError(
-            "this run's clients have models of their own and are measured on examples that their own nodes keep: see metrics of its rounds.jsonl"
+            "this run's clients have models of their own and are measured on examples that their own nodes "
+            "keep: see metrics of its rounds.jsonl"
         )
     checkpoint = load_checkpoint(folder, config, len(data.classes))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trainer = LocalTrainer(config, device, torch.get_num_threads(), data)
-    found: dict[str | None, list[dict[str, Any]]] = {}
-    for client, view in views(config, checkpoint).items():
-        part = "held-out" if client is not None and data.held_out else "test"
-        found[client] = [s for batch in trainer.evaluate(view, part, client or "", (0, 1)) for s in batch]
-    each = {client: trainer.task.metrics(statistics) for client, statistics in found.items()}
+    statistics = {
+        client: _statistics(trainer, view, client, bool(data.held_out))
+        for client, view in views(config, checkpoint).items()
+    }
+    each = {client: trainer.task.metrics(entries) for client, entries in statistics.items()}
     result = {
         "round": checkpoint.state.round,
         "metrics": {name: math.fsum(m[name] for m in each.values()) / len(each) for name in next(iter(each.values()))},
-        "groups": grouped(trainer.task, found[None]) if None in found else {},
+        "groups": grouped(trainer.task, statistics[None]) if None in statistics else {},
     }
     return result if None in each else result | {"client_metrics": each}
+
+
+def _statistics(trainer: LocalTrainer, view: View, client: str | None, kept: bool) -> list[dict[str, Any]]:
+    """One model's statistics: of the client's own held-out examples, where clients have kept some, else of all."""
+    part = "held-out" if client is not None and kept else "test"
+    return [s for batch in trainer.evaluate(view, part, client or "", (0, 1)) for s in batch]
 
 
 def summarise(
