@@ -16,6 +16,7 @@ from fedray.adapters import attach
 from fedray.config.build import make_method, make_spec
 from fedray.config.read import from_dict
 from fedray.config.sections import DEFAULT_CLIENTS, Config
+from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError
 from fedray.federation import start
 from fedray.methods import METHODS, Spec
@@ -181,7 +182,8 @@ def _memory(config: Config, spec: Spec, base: int, heads: int) -> Memory:
     layers, hidden = getattr(shape, "num_hidden_layers", 0), getattr(shape, "hidden_size", 0)
     inner = getattr(shape, "intermediate_size", 4 * hidden) or 4 * hidden
     tokens = config.federation.micro_batch * config.data.max_length
-    logits = 2 * 4 * tokens * getattr(shape, "vocab_size", 0) if config.model.task == "causal-lm" else 0
+    speaks = TASKS[config.model.task].model == "causal-lm"
+    logits = 2 * 4 * tokens * getattr(shape, "vocab_size", 0) if speaks else 0
     return Memory(
         base=width * base,
         # fp32: value, gradient, and two moments; factors at rest: their value

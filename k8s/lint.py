@@ -1,10 +1,12 @@
-"""Check manifests before a cluster sees them: KubeRay's own rules, which no schema holds, and, where they are at hand, its CRDs.
+"""Check manifests before a cluster sees them: KubeRay's own rules, which no schema holds, and, where they are at hand,
+its CRDs.
 
-    python k8s/lint.py k8s/overlays/*/*.yaml                       the operator's rules (KubeRay v1.7.0), and fedray's own
-    python k8s/lint.py --crds ../shared/kuberay k8s/overlays/...   the CRDs' schemas too, strictly, with their defaults applied
+    python k8s/lint.py k8s/overlays/*/*.yaml                       the rules of KubeRay v1.7.0, and fedray's own
+    python k8s/lint.py --crds ../shared/kuberay k8s/overlays/...   the CRDs' schemas too, with their defaults applied
     kubectl kustomize k8s/overlays/rayjob | python k8s/lint.py -   what kustomize makes of them
 
-Prints a line for each fault and exits with 1 where there is any. Rules: ray-operator/controllers/ray/utils/validation.go of v1.7.0.
+Prints a line for each fault and exits with 1 where there is any. Rules: validation.go of ray-operator v1.7.0
+(ray-operator/controllers/ray/utils).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ import yaml
 
 LONGEST = {"RayCluster": 53, "RayJob": 47, "RayService": 47, "RayCronJob": 36}
 SUBMISSION_MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
-MANAGERS = (None, "ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
+MANAGERS = ("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
 RESOURCE_PARAMS = {"num-cpus": "CPU", "num-gpus": "GPU", "memory": "memory"}
+NEVER = (None, "Never")
 REDIS_VARIABLES = ("REDIS_PASSWORD", "RAY_REDIS_ADDRESS")
 
 Object = dict[str, Any]
@@ -32,117 +35,151 @@ def documents(text: str) -> list[Object]:
     return [d for d in yaml.load_all(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if d]
 
 
+def _part(whole: Object, key: str) -> Any:
+    """What lies under a key; an empty object where nothing does, or null."""
+    return whole.get(key) or {}
+
+
 def lint(thing: Object) -> list[str]:
     """What is wrong with an object of ray.io, a sentence each; nothing for other kinds."""
-    kind, name = thing.get("kind"), thing.get("metadata", {}).get("name", "")
-    if kind not in LONGEST:
-        return []
-    found = list(_names(kind, name))
+    kind = thing.get("kind")
+    return [*_names(thing), *_BY_KIND[kind](thing)] if kind in _BY_KIND else []
+
+
+def _ray_cluster(thing: Object) -> Iterator[str]:
     spec = thing.get("spec", {})
-    if kind == "RayCronJob":
-        return found + list(_job(spec.get("jobTemplate", {}), thing))
-    if kind == "RayJob":
-        return found + list(_job(spec, thing))
-    if spec.get("managedBy") not in MANAGERS:
-        found.append(f"managedBy '{spec['managedBy']}' is not known: {', '.join(MANAGERS[1:])}")
-    if kind == "RayService":
-        return found + list(_service(spec)) + list(_cluster(spec.get("rayClusterConfig", {}), kind, thing))
-    return found + list(_kueue(spec, thing)) + list(_cluster(spec, kind, thing))
+    yield from _managed(spec)
+    yield from _kueue(spec, thing)
+    yield from _cluster(spec, thing)
 
 
-def _service(spec: Object) -> Iterator[str]:
+def _ray_service(thing: Object) -> Iterator[str]:
+    spec = thing.get("spec", {})
+    cluster = spec.get("rayClusterConfig", {})
+    yield from _managed(spec)
     kinds = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
-    upgrade = (spec.get("upgradeStrategy") or {}).get("type")
+    upgrade = _part(spec, "upgradeStrategy").get("type")
     if upgrade is not None and upgrade not in kinds:
         yield f"upgradeStrategy '{upgrade}' is none of a RayService's: {', '.join(kinds)}"
-    if upgrade == "NewClusterWithIncrementalUpgrade" and not spec.get("rayClusterConfig", {}).get(
-        "enableInTreeAutoscaling"
-    ):
+    if upgrade == "NewClusterWithIncrementalUpgrade" and not cluster.get("enableInTreeAutoscaling"):
         yield "NewClusterWithIncrementalUpgrade needs the autoscaler"
+    yield from _cluster(cluster, thing)
 
 
-def _names(kind: str, name: str) -> Iterator[str]:
+_BY_KIND: dict[Any, Callable[[Object], Iterator[str]]] = {
+    "RayCluster": _ray_cluster,
+    "RayJob": lambda thing: _job(thing.get("spec", {}), thing),
+    "RayService": _ray_service,
+    "RayCronJob": lambda thing: _job(thing.get("spec", {}).get("jobTemplate", {}), thing),
+}
+
+
+def _names(thing: Object) -> Iterator[str]:
+    kind, name = thing["kind"], thing.get("metadata", {}).get("name", "")
     if len(name) > LONGEST[kind]:
         yield f"the name has {len(name)} characters, and a {kind}'s may have {LONGEST[kind]}"
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         yield f"the name '{name}' is no DNS-1035 label"
 
 
+def _managed(spec: Object) -> Iterator[str]:
+    if spec.get("managedBy") not in (None, *MANAGERS):
+        yield f"managedBy '{spec['managedBy']}' is not known: {', '.join(MANAGERS)}"
+
+
+# --- jobs -----------------------------------------------------------------------------------------------------------
+
+
 def _job(spec: Object, thing: Object) -> Iterator[str]:
-    cluster, selector, mode = (
-        spec.get("rayClusterSpec"),
-        spec.get("clusterSelector"),
-        spec.get("submissionMode", "K8sJobMode"),
-    )
-    if (cluster is None) == (not selector):
+    cluster = spec.get("rayClusterSpec")
+    yield from _job_cluster(spec)
+    yield from _submission(spec)
+    yield from _end(spec)
+    yield from _deletion(spec)
+    yield from _kueue(cluster or {}, thing)
+    yield from _kueue_job(spec, thing)
+    yield from _managed(spec)
+    if cluster is not None:
+        yield from _cluster(cluster, thing)
+
+
+def _job_cluster(spec: Object) -> Iterator[str]:
+    """A job makes its cluster or selects one."""
+    selector = spec.get("clusterSelector")
+    if (spec.get("rayClusterSpec") is not None) == bool(selector):
         yield "exactly one of rayClusterSpec and clusterSelector must be given"
-    if selector and (spec.get("suspend") or spec.get("backoffLimit", 0) > 0 or mode == "SidecarMode"):
+    sidecar = spec.get("submissionMode") == "SidecarMode"
+    if selector and (spec.get("suspend") or spec.get("backoffLimit", 0) > 0 or sidecar):
         yield "clusterSelector does not go with suspend, backoffLimit above 0 or SidecarMode"
+
+
+def _submission(spec: Object) -> Iterator[str]:
+    mode = spec.get("submissionMode", "K8sJobMode")
     if mode not in SUBMISSION_MODES:
         yield f"submissionMode '{mode}' is not known: {', '.join(SUBMISSION_MODES)}"
     if mode == "SidecarMode":
-        if spec.get("submitterPodTemplate") or spec.get("submitterConfig"):
-            yield "SidecarMode takes no submitterPodTemplate and no submitterConfig"
-        if _restart(cluster or {}) not in (None, "Never"):
-            yield "SidecarMode needs the head's restartPolicy Never"
+        yield from _sidecar(spec)
     if mode == "InteractiveMode" and spec.get("backoffLimit", 0) > 0:
         yield "InteractiveMode takes no backoffLimit"
-    ends = spec.get("shutdownAfterJobFinishes", False)
-    if spec.get("ttlSecondsAfterFinished", 0) > 0 and not ends:
-        yield "ttlSecondsAfterFinished needs shutdownAfterJobFinishes"
-    if spec.get("suspend") and not ends:
-        yield "suspend needs shutdownAfterJobFinishes"
-    yield from _deletion(spec, bool(selector))
-    yield from _kueue(cluster or {}, thing)
-    if "kueue.x-k8s.io/queue-name" in _labels(thing):
-        if not ends:
-            yield "Kueue needs shutdownAfterJobFinishes: true"
-        if selector:
-            yield "Kueue takes no clusterSelector"
-    if spec.get("managedBy") not in MANAGERS:
-        yield f"managedBy '{spec['managedBy']}' is not known: {', '.join(MANAGERS[1:])}"
-    if cluster is not None:
-        yield from _cluster(cluster, "RayJob", thing)
 
 
-def _deletion(spec: Object, selected: bool) -> Iterator[str]:
-    strategy = spec.get("deletionStrategy") or {}
-    rules = strategy.get("deletionRules") or []
-    scaled = (spec.get("rayClusterSpec") or {}).get("enableInTreeAutoscaling")
-    for old in ("onSuccess", "onFailure"):
-        if (strategy.get(old) or {}).get("policy") == "DeleteWorkers" and scaled:
-            yield "DeleteWorkers does not go with autoscaling"
-    if not rules:
+def _sidecar(spec: Object) -> Iterator[str]:
+    if spec.get("submitterPodTemplate") or spec.get("submitterConfig"):
+        yield "SidecarMode takes no submitterPodTemplate and no submitterConfig"
+    if _pod(_part(spec, "rayClusterSpec").get("headGroupSpec", {})).get("restartPolicy") not in NEVER:
+        yield "SidecarMode needs the head's restartPolicy Never"
+
+
+def _end(spec: Object) -> Iterator[str]:
+    if spec.get("shutdownAfterJobFinishes", False):
         return
-    if spec.get("shutdownAfterJobFinishes"):
-        yield "deletionRules exclude shutdownAfterJobFinishes"
-    if "onSuccess" in strategy or "onFailure" in strategy:
-        yield "deletionRules exclude onSuccess and onFailure"
+    if spec.get("ttlSecondsAfterFinished", 0) > 0:
+        yield "ttlSecondsAfterFinished needs shutdownAfterJobFinishes"
+    if spec.get("suspend"):
+        yield "suspend needs shutdownAfterJobFinishes"
+
+
+def _deletion(spec: Object) -> Iterator[str]:
+    strategy, selector = _part(spec, "deletionStrategy"), spec.get("clusterSelector")
+    rules = list(_part(strategy, "deletionRules"))
+    scaled = _part(spec, "rayClusterSpec").get("enableInTreeAutoscaling")
+    for old in ("onSuccess", "onFailure"):
+        if scaled and _part(strategy, old).get("policy") == "DeleteWorkers":
+            yield "DeleteWorkers does not go with autoscaling"
+    if rules:
+        if spec.get("shutdownAfterJobFinishes"):
+            yield "deletionRules exclude shutdownAfterJobFinishes"
+        if not strategy.keys().isdisjoint(("onSuccess", "onFailure")):
+            yield "deletionRules exclude onSuccess and onFailure"
+        refused = [("DeleteWorkers", "autoscaling")] * bool(scaled)
+        refused += [("DeleteWorkers", "clusterSelector"), ("DeleteCluster", "clusterSelector")] * bool(selector)
+        yield from _deletion_rules(rules, refused)
+
+
+def _deletion_rules(rules: list[Object], refused: list[tuple[str, str]]) -> Iterator[str]:
+    """`refused`: policies, each with what it does not go with."""
     seen = set()
     for rule in rules:
-        condition = rule.get("condition", {})
-        asked = [k for k in ("jobStatus", "jobDeploymentStatus") if condition.get(k)]
-        if len(asked) != 1:
+        condition, policy = rule.get("condition", {}), rule.get("policy")
+        given = {k: condition[k] for k in ("jobStatus", "jobDeploymentStatus") if condition.get(k)}
+        if len(given) != 1:
             yield "a deletion rule has exactly one of jobStatus and jobDeploymentStatus"
             continue
-        if asked == ["jobDeploymentStatus"] and condition["jobDeploymentStatus"] != "Failed":
+        if given.get("jobDeploymentStatus", "Failed") != "Failed":
             yield "jobDeploymentStatus of a deletion rule may only be Failed"
-        key = (rule.get("policy"), asked[0], condition[asked[0]])
+        key = (policy, *given.items())
         if key in seen:
-            yield f"the deletion rule {key[0]} on {key[2]} is there twice"
+            yield f"the deletion rule {policy} on {next(iter(given.values()))} is there twice"
         seen.add(key)
-        if rule.get("policy") == "DeleteWorkers" and scaled:
-            yield "DeleteWorkers does not go with autoscaling"
-        if selected and rule.get("policy") in ("DeleteWorkers", "DeleteCluster"):
-            yield f"{rule['policy']} does not go with clusterSelector"
+        yield from (f"{policy} does not go with {what}" for bad, what in refused if bad == policy)
 
 
-def _labels(thing: Object) -> Object:
-    return thing.get("metadata", {}).get("labels") or {}
+def _queued(thing: Object) -> bool:
+    return "kueue.x-k8s.io/queue-name" in _part(thing.get("metadata", {}), "labels")
 
 
 def _kueue(cluster: Object, thing: Object) -> Iterator[str]:
-    if "kueue.x-k8s.io/queue-name" not in _labels(thing):
+    if not _queued(thing):
         return
     if cluster.get("enableInTreeAutoscaling"):
         yield "Kueue takes no autoscaling: fix the replicas"
@@ -151,57 +188,87 @@ def _kueue(cluster: Object, thing: Object) -> Iterator[str]:
         yield "Kueue takes at most 7 worker groups, none of them named head"
 
 
-def _cluster(cluster: Object, kind: str, thing: Object) -> Iterator[str]:
+def _kueue_job(spec: Object, thing: Object) -> Iterator[str]:
+    if not _queued(thing):
+        return
+    if not spec.get("shutdownAfterJobFinishes", False):
+        yield "Kueue needs shutdownAfterJobFinishes: true"
+    if spec.get("clusterSelector"):
+        yield "Kueue takes no clusterSelector"
+
+
+# --- clusters -------------------------------------------------------------------------------------------------------
+
+
+def _cluster(cluster: Object, thing: Object) -> Iterator[str]:
     head, workers = cluster.get("headGroupSpec", {}), cluster.get("workerGroupSpecs") or []
-    groups = [("the head", head), *((f"worker group '{g.get('groupName')}'", g) for g in workers)]
-    scaled, options = cluster.get("enableInTreeAutoscaling", False), cluster.get("autoscalerOptions") or {}
     names = [g.get("groupName") for g in workers]
     if len(set(names)) < len(names):
         yield "two worker groups have one name"
-    for where, group in groups:
-        params = group.get("rayStartParams") or {}
-        for key, value in params.items():
-            if not isinstance(value, str):
-                yield f"{where}: rayStartParams {key} must be a string"
-            if key in RESOURCE_PARAMS and RESOURCE_PARAMS[key] in (group.get("resources") or {}):
-                yield f"{where}: {key} is in rayStartParams and in resources"
-        if "resources" in params and group.get("resources"):
-            yield f"{where}: resources are in rayStartParams and in the group's own resources"
-        if "labels" in params:
-            yield f"{where}: labels belong to the group's own labels, not to rayStartParams"
-        if "redis-password" in params and cluster.get("gcsFaultToleranceOptions"):
-            yield f"{where}: redis-password does not go with gcsFaultToleranceOptions"
-        if (
-            scaled
-            and options.get("version") == "v2"
-            and group.get("template", {}).get("spec", {}).get("restartPolicy") not in (None, "Never")
-        ):
-            yield f"{where}: autoscaler v2 needs restartPolicy Never"
-        if group.get("idleTimeoutSeconds") is not None and not (scaled and options.get("version") == "v2"):
-            yield f"{where}: idleTimeoutSeconds needs autoscaler v2"
-        if scaled and group.get("suspend"):
-            yield f"{where}: a suspended group does not go with autoscaling"
-        if scaled and options.get("version") and "RAY_enable_autoscaler_v2" in _environment(group):
-            yield f"{where}: autoscalerOptions.version and RAY_enable_autoscaler_v2 are two ways to say one thing"
+    for where, group in [("the head", head), *((f"worker group '{g.get('groupName')}'", g) for g in workers)]:
+        yield from (f"{where}: {fault}" for fault in _start_parameters(group, cluster))
+        yield from (f"{where}: {fault}" for fault in _group_scaling(group, cluster))
     for group in workers:
-        low, high = group.get("minReplicas"), group.get("maxReplicas")
-        if not scaled and (low is None or high is None):
-            yield f"worker group '{group.get('groupName')}': without autoscaling minReplicas and maxReplicas must be given"
-        if low is not None and high is not None and low > high:
-            yield f"worker group '{group.get('groupName')}': minReplicas is above maxReplicas"
-    yield from _auth(cluster, kind)
+        yield from (f"worker group '{group.get('groupName')}': {fault}" for fault in _replicas(group, cluster))
+    yield from _auth(cluster, thing)
     yield from _fault_tolerance(cluster, thing, head)
-    upgrade = (cluster.get("upgradeStrategy") or {}).get("type")
-    if kind == "RayCluster" and upgrade not in (None, "Recreate", "None"):
+    upgrade = _part(cluster, "upgradeStrategy").get("type")
+    if thing["kind"] == "RayCluster" and upgrade not in (None, "Recreate", "None"):
         yield f"upgradeStrategy '{upgrade}' is none of a RayCluster's: Recreate, None"
 
 
-def _auth(cluster: Object, kind: str) -> Iterator[str]:
-    auth = cluster.get("authOptions") or {}
+def _start_parameters(group: Object, cluster: Object) -> Iterator[str]:
+    params, resources = _part(group, "rayStartParams"), _part(group, "resources")
+    for key, value in params.items():
+        yield from _start_parameter(key, value, resources)
+    if "resources" in params and resources:
+        yield "resources are in rayStartParams and in the group's own resources"
+    if "labels" in params:
+        yield "labels belong to the group's own labels, not to rayStartParams"
+    if "redis-password" in params and cluster.get("gcsFaultToleranceOptions"):
+        yield "redis-password does not go with gcsFaultToleranceOptions"
+
+
+def _start_parameter(key: str, value: Any, resources: Object) -> Iterator[str]:
+    if not isinstance(value, str):
+        yield f"rayStartParams {key} must be a string"
+    if key in RESOURCE_PARAMS and RESOURCE_PARAMS[key] in resources:
+        yield f"{key} is in rayStartParams and in resources"
+
+
+def _group_scaling(group: Object, cluster: Object) -> Iterator[str]:
+    scaled = cluster.get("enableInTreeAutoscaling", False)
+    version = _part(cluster, "autoscalerOptions").get("version") if scaled else None
+    if group.get("idleTimeoutSeconds") is not None and version != "v2":
+        yield "idleTimeoutSeconds needs autoscaler v2"
+    if version == "v2" and _pod(group).get("restartPolicy") not in NEVER:
+        yield "autoscaler v2 needs restartPolicy Never"
+    if scaled:
+        yield from _scaled_group(group, version)
+
+
+def _scaled_group(group: Object, version: Any) -> Iterator[str]:
+    if group.get("suspend"):
+        yield "a suspended group does not go with autoscaling"
+    if version and "RAY_enable_autoscaler_v2" in _environment(group):
+        yield "autoscalerOptions.version and RAY_enable_autoscaler_v2 are two ways to say one thing"
+
+
+def _replicas(group: Object, cluster: Object) -> Iterator[str]:
+    limits = [group.get("minReplicas"), group.get("maxReplicas")]
+    if None not in limits:
+        if limits[0] > limits[1]:
+            yield "minReplicas is above maxReplicas"
+    elif not cluster.get("enableInTreeAutoscaling", False):
+        yield "without autoscaling minReplicas and maxReplicas must be given"
+
+
+def _auth(cluster: Object, thing: Object) -> Iterator[str]:
+    auth = _part(cluster, "authOptions")
     version = tuple(int(p) for p in re.findall(r"\d+", str(cluster.get("rayVersion", "")))[:2])
     if auth.get("mode") == "token" and version < (2, 52):
         yield "authOptions token needs rayVersion 2.52.0 or newer, written out"
-    if auth.get("enableK8sTokenAuth") and (version < (2, 55) or kind != "RayCluster"):
+    if auth.get("enableK8sTokenAuth") and (version < (2, 55) or thing["kind"] != "RayCluster"):
         yield "enableK8sTokenAuth needs rayVersion 2.55.0 and a RayCluster"
     # fedray's own rule: the operator takes a missing mode for none, whatever its documentation says.
     if auth.get("mode") != "token":
@@ -212,25 +279,33 @@ def _fault_tolerance(cluster: Object, thing: Object, head: Object) -> Iterator[s
     options = cluster.get("gcsFaultToleranceOptions")
     if options is None:
         return
-    if "ray.io/ft-enabled" in (thing.get("metadata", {}).get("annotations") or {}):
+    if "ray.io/ft-enabled" in _part(thing.get("metadata", {}), "annotations"):
         yield "GCS fault tolerance is asked for by annotation and by options"
     if given := [v for v in REDIS_VARIABLES if v in _environment(head)]:
         yield f"{given[0]} does not go with gcsFaultToleranceOptions"
-    if options.get("backend") == "rocksdb":
-        yield "the rocksdb backend needs the operator's feature gate GCSFaultToleranceEmbeddedStorage, which is off in 1.7"
+    yield from _backend(options)
+
+
+def _backend(options: Object) -> Iterator[str]:
+    backend = options.get("backend", "redis")
+    if backend == "rocksdb":
+        yield (
+            "the rocksdb backend needs the operator's feature gate GCSFaultToleranceEmbeddedStorage, "
+            "which is off in 1.7"
+        )
         if any(k.startswith("redis") for k in options):
             yield "the rocksdb backend takes no redis fields"
-    if options.get("backend", "redis") == "redis" and not options.get("redisAddress"):
+    if backend == "redis" and not options.get("redisAddress"):
         yield "gcsFaultToleranceOptions need a redisAddress"
 
 
+def _pod(group: Object) -> Any:
+    """The pod that a group's template describes."""
+    return group.get("template", {}).get("spec", {})
+
+
 def _environment(group: Object) -> set[str]:
-    containers = group.get("template", {}).get("spec", {}).get("containers") or []
-    return {e.get("name") for c in containers for e in c.get("env") or []}
-
-
-def _restart(cluster: Object) -> str | None:
-    return cluster.get("headGroupSpec", {}).get("template", {}).get("spec", {}).get("restartPolicy")
+    return {e.get("name") for c in _pod(group).get("containers") or [] for e in c.get("env") or []}
 
 
 # --- the CRDs' schemas ----------------------------------------------------------------------------------------------
@@ -238,12 +313,12 @@ def _restart(cluster: Object) -> str | None:
 
 def load_schemas(folder: Path) -> dict[str, Object]:
     """By kind: the v1 schema of each CRD in a folder, strict about unknown keys."""
-    found = {}
+    schemas = {}
     for path in sorted(Path(folder).glob("*.yaml")):
         for crd in documents(path.read_text()):
             version = next(v for v in crd["spec"]["versions"] if v["name"] == "v1")
-            found[crd["spec"]["names"]["kind"]] = _strict(version["schema"]["openAPIV3Schema"])
-    return found
+            schemas[crd["spec"]["names"]["kind"]] = _strict(version["schema"]["openAPIV3Schema"])
+    return schemas
 
 
 def _strict(schema: Any) -> Any:
@@ -252,52 +327,48 @@ def _strict(schema: Any) -> Any:
         return [_strict(s) for s in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {
-        k: (
-            {n: _strict(s) for n, s in v.items()}
-            if k == "properties"
-            else v
-            if k in ("default", "enum")
-            else _strict(v)
-        )
-        for k, v in schema.items()
-    }
+    made = {k: _strict_value(k, v) for k, v in schema.items()}
     if schema.get("x-kubernetes-int-or-string"):
         made["type"] = ["integer", "string"]
         made.pop("anyOf", None)
-    if (
-        "properties" in schema
-        and "additionalProperties" not in schema
-        and not schema.get("x-kubernetes-preserve-unknown-fields")
-    ):
-        made["additionalProperties"] = False
+    if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        made.setdefault("additionalProperties", False)
     return made
+
+
+def _strict_value(key: str, value: Any) -> Any:
+    """The value of a schema's key: names of properties, defaults and choices are no schemas."""
+    if key == "properties":
+        return {name: _strict(inner) for name, inner in value.items()}
+    return value if key in ("default", "enum") else _strict(value)
 
 
 def _defaulted(value: Any, schema: Object) -> Any:
     """The value without nulls that the API server drops, and with the schema's defaults."""
-    if isinstance(value, dict):
-        inner = schema.get("properties", {})
-        more = schema.get("additionalProperties")
-        made = {
-            k: _defaulted(v, inner.get(k) or (more if isinstance(more, dict) else {}))
-            for k, v in value.items()
-            if v is not None or inner.get(k, {}).get("nullable")
-        }
-        for name, sub in inner.items():
-            if name not in made and "default" in sub:
-                made[name] = copy.deepcopy(sub["default"])
-        return made
     if isinstance(value, list):
-        return [_defaulted(v, schema.get("items") or {}) for v in value]
-    return value
+        return [_defaulted(v, _part(schema, "items")) for v in value]
+    return _defaulted_object(value, schema) if isinstance(value, dict) else value
+
+
+def _defaulted_object(value: Object, schema: Object) -> Object:
+    inner, others = schema.get("properties", {}), schema.get("additionalProperties")
+    there = {k: v for k, v in value.items() if v is not None or inner.get(k, {}).get("nullable")}
+    made = {k: _defaulted(v, inner.get(k) or (others if isinstance(others, dict) else {})) for k, v in there.items()}
+    return made | _defaults(inner, there)
+
+
+def _defaults(properties: Object, there: Object) -> Object:
+    """Copies of the defaults of those properties that are not there."""
+    missing = {name: sub for name, sub in properties.items() if name not in there}
+    return {name: copy.deepcopy(sub["default"]) for name, sub in missing.items() if "default" in sub}
 
 
 def validate(thing: Object, schemas: dict[str, Object]) -> list[str]:
     """What the CRD's schema has against an object of ray.io; nothing for other kinds."""
     import jsonschema
 
-    schema = schemas.get(thing.get("kind")) if str(thing.get("apiVersion", "")).startswith("ray.io/") else None
+    ours = str(thing.get("apiVersion", "")).startswith("ray.io/")
+    schema = schemas.get(thing.get("kind", "")) if ours else None
     if schema is None:
         return []
     schema = {**schema, "properties": {**schema["properties"], "metadata": {"type": "object"}}}
@@ -307,21 +378,21 @@ def validate(thing: Object, schemas: dict[str, Object]) -> list[str]:
 
 def main(argv: list[str]) -> int:
     """See the module's docstring."""
-    schemas = {}
+    schemas: dict[str, Object] = {}
     if "--crds" in argv:
         at = argv.index("--crds")
         schemas = load_schemas(Path(argv[at + 1]))
-        del argv[at : at + 2]
+        argv = argv[:at] + argv[at + 2 :]
     if not argv:
         print(__doc__)
         return 2
-    faults = 0
+    faulty = False
     for place in argv:
         for thing in documents(sys.stdin.read() if place == "-" else Path(place).read_text()):
             for fault in [*lint(thing), *validate(thing, schemas)]:
-                faults += 1
+                faulty = True
                 print(f"{place}: {thing.get('kind')} {thing.get('metadata', {}).get('name')}: {fault}")
-    return 1 if faults else 0
+    return int(faulty)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """ABBA (Singhal, Ponkshe, Vepakomma, 2025): delta = s (B1 A1) o (B2 A2), a Hadamard product of two low-rank matrices.
 
-Its rank reaches r1 r2 at the (r1 + r2)(m + n) numbers of LoRA at rank r1 + r2. METHODS.md section 2.
+Its rank reaches r1 r2 at the (r1 + r2)(m + n) numbers of LoRA at rank r1 + r2: (B1 A1) o (B2 A2) = Bkr Akr with the
+Khatri-Rao factors Bkr[i, p r2 + q] = B1[i, p] B2[i, q] and Akr[p r2 + q, j] = A1[p, j] A2[q, j] (theorem 1 there).
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ A1, B1, A2, B2 = "abba_A1", "abba_B1", "abba_A2", "abba_B2"
 
 @dataclass(frozen=True)
 class Abba(Adapter):
-    """Factors `abba_B1` (m x r1), `abba_A1` (r1 x n), `abba_B2` (m x r2), `abba_A2` (r2 x n), with r1 + r2 = rank; see `Adapter`.
+    """Factors `abba_B1` (m x r1), `abba_A1` (r1 x n), `abba_B2` (m x r2), `abba_A2` (r2 x n), with r1 + r2 = rank;
+    see `Adapter`.
 
-    (B1, A1) start at the SVD of W0, B2 at zero, A2 Kaiming uniform (gain sqrt 2). `scale`: `paper` alpha^2 / sqrt(r1 r2) or
-    `released`, the authors' code: alpha. With (B1, A1) at rest the delta is bilinear in (B2, A2): that is the `pair`.
+    (B1, A1) start at the SVD of W0, B2 at zero, A2 Kaiming uniform (gain sqrt 2). `scale`: `paper` alpha^2 / sqrt(r1
+    r2) or `released`, the authors' code: alpha. With (B1, A1) at rest the delta is bilinear in (B2, A2): that is the
+    `pair`.
     """
 
     kind = "abba"

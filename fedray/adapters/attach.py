@@ -1,13 +1,14 @@
 """Ties an adapter to a real model through PEFT: attach, find the layers, name the tensors, write the base.
 
-PEFT has its own parameter names; everywhere else a factor is `LAYER.lora_A` and a head is `MODULE.weight`, with the names
-the base model itself gives its modules.
+PEFT has its own parameter names; everywhere else a factor is `LAYER.lora_A` and a head is `MODULE.weight`, with the
+names the base model itself gives its modules.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,23 +38,17 @@ def _adapter(section: AdapterSection) -> Adapter:
 
 
 def lora_config(section: AdapterSection, task: str) -> LoraConfig:
-    """PEFT's config of an adapter, our layer class registered in it: what `PeftModel.from_pretrained(..., config=...)` needs to
-    read an adapter that is not plain LoRA back."""
-    targets = list(section.targets) if isinstance(section.targets, tuple) else section.targets
-    if isinstance(targets, str) and targets != "all-linear" and targets.isidentifier():
-        targets = [targets]  # one name; any other string is a regular expression
-    elif isinstance(targets, str) and targets != "all-linear":
-        try:
-            re.compile(targets)
-        except re.error as error:
-            raise ConfigError(f"adapter.targets '{targets}' is no regular expression: {error}") from None
+    """PEFT's config of an adapter, with our layer class registered in it: what PeftModel.from_pretrained needs as its
+    `config` to read an adapter that is not plain LoRA back. `task`: the kind of model, `classification` or
+    `causal-lm`."""
     adapter, rank = _adapter(section), section.largest_rank
+    alpha = section.alpha if section.alpha is not None else adapter.alpha(rank)
     config = LoraConfig(
         r=rank,
-        lora_alpha=section.alpha if section.alpha is not None else adapter.alpha(rank),
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT calls it a whole number, and takes any
         lora_dropout=section.dropout,
         use_rslora=section.rslora,
-        target_modules=targets,
+        target_modules=_targets(section),
         modules_to_save=list(section.heads) or None,
         # PEFT trains a classifier whole; what is trained whole has no adapter inside.
         exclude_modules=r"(.*\.)?[^.]*(classifier|score)(\..*)?" if task == "classification" else None,
@@ -64,9 +59,25 @@ def lora_config(section: AdapterSection, task: str) -> LoraConfig:
     return config
 
 
+def _targets(section: AdapterSection) -> str | list[str]:
+    """`adapter.targets` as PEFT takes it: names, or a regular expression, or all-linear."""
+    if isinstance(section.targets, tuple):
+        return list(section.targets)
+    if section.targets == "all-linear":
+        return section.targets
+    if section.targets.isidentifier():
+        return [section.targets]  # one name; any other string is a regular expression
+    try:
+        re.compile(section.targets)
+    except re.error as error:
+        raise ConfigError(f"adapter.targets '{section.targets}' is no regular expression: {error}") from None
+    return section.targets
+
+
 def attach(model: nn.Module, section: AdapterSection, task: str) -> PeftModel:
-    """The model with frozen base and fp32 adapters. Raises ConfigError for targets or ranks that do not fit it."""
-    config, adapter = lora_config(section, task), _adapter(section)
+    """The model with frozen base and fp32 adapters. `task`: as `lora_config` takes it. Raises ConfigError for targets
+    or ranks that do not fit it."""
+    config = lora_config(section, task)
     linear = sorted(
         {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     )
@@ -75,27 +86,35 @@ def attach(model: nn.Module, section: AdapterSection, task: str) -> PeftModel:
     except ValueError as error:
         if "target modules" in str(error).lower():
             raise ConfigError(
-                f"adapter.targets {section.targets} match no layer that can be adapted: this model has {', '.join(linear)}"
+                f"adapter.targets {section.targets} match no layer that can be adapted: "
+                f"this model has {', '.join(linear)}"
             ) from None
         raise
     except TypeError as error:
         raise ConfigError(f"adapter.targets and adapter.heads overlap: {error}") from None
-    for name in section.heads:
-        if not any(
-            isinstance(m, ModulesToSaveWrapper) and n.split(".")[-1] == name.split(".")[-1]
-            for n, m in wrapped.named_modules()
-        ):
+    _check_heads(wrapped, section.heads)
+    _check_ranks(wrapped, _adapter(section))
+    _refuse_tied(wrapped)
+    _heads_in_fp32(wrapped)
+    return wrapped
+
+
+def _check_heads(model: PeftModel, heads: Sequence[str]) -> None:
+    whole = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    for name in heads:
+        if name.split(".")[-1] not in whole:
             raise ConfigError(f"adapter.heads '{name}' is no module of this model")
-    for layer in layers(wrapped):
+
+
+def _check_ranks(model: PeftModel, adapter: Adapter) -> None:
+    for layer in layers(model):
         width, room = adapter.width(layer.rank), min(layer.m, layer.n)
         if width > room:
             bases = f" ({width} columns in all)" if width > layer.rank else ""
             raise ConfigError(
-                f"adapter.rank {layer.rank}{bases} is above the size of layer {layer.name} ({layer.m} x {layer.n}): at most {room * layer.rank // width}"
+                f"adapter.rank {layer.rank}{bases} is above the size of layer {layer.name} "
+                f"({layer.m} x {layer.n}): at most {room * layer.rank // width}"
             )
-    _refuse_tied(wrapped)
-    _heads_in_fp32(wrapped)
-    return wrapped
 
 
 def _refuse_tied(model: PeftModel) -> None:
@@ -108,7 +127,8 @@ def _refuse_tied(model: PeftModel) -> None:
         inner = "base_layer.weight" if isinstance(module, LoraLayer) else "original_module.weight"
         if isinstance(module, (LoraLayer, ModulesToSaveWrapper)) and f"{name}.{inner}" in tied:
             raise ConfigError(
-                f"{name.removeprefix(PREFIX)} shares its weight with another layer (tied embeddings): leave it out of targets and heads"
+                f"{name.removeprefix(PREFIX)} shares its weight with another layer (tied embeddings): "
+                "leave it out of targets and heads"
             )
 
 
@@ -125,25 +145,27 @@ def _heads_in_fp32(model: PeftModel) -> None:
 
 
 def _lora_layers(model: PeftModel) -> list[tuple[str, LoraLayer]]:
-    found = [(name.removeprefix(PREFIX), m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
-    return sorted(found)
+    return sorted((name.removeprefix(PREFIX), m) for name, m in model.named_modules() if isinstance(m, LoraLayer))
 
 
 def layers(model: PeftModel) -> tuple[Layer, ...]:
     """The adapted layers by name, rank and scale read from the adapter itself. Works on the meta device."""
     result = []
     for name, module in _lora_layers(model):
-        if ADAPTER not in module.lora_A or not isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
+        m, n = module.out_features, module.in_features
+        linear = ADAPTER in module.lora_A and isinstance(module.get_base_layer(), (nn.Linear, Conv1D))
+        if not linear or m is None or n is None:
             raise ConfigError(
                 f"adapter.targets match {name}, which is no linear layer: leave embeddings and convolutions out"
             )
-        result.append(Layer(name, module.out_features, module.in_features, module.r[ADAPTER], module.scaling[ADAPTER]))
+        result.append(Layer(name, m, n, module.r[ADAPTER], module.scaling[ADAPTER]))
     return tuple(result)
 
 
 def factors(model: PeftModel) -> dict[str, nn.Parameter]:
-    """`LAYER.FACTOR` of every layer, sorted by name: `lora_A` (r x n) and `lora_B` (m x r), or what the adapter calls its own."""
-    named = {}
+    """`LAYER.FACTOR` of every layer, sorted by name: `lora_A` (r x n) and `lora_B` (m x r), or what the adapter calls
+    its own."""
+    named: dict[str, nn.Parameter] = {}
     for name, module in _lora_layers(model):
         if isinstance(module, FactoredLinear):
             named |= {f"{name}.{factor}": parameter for factor, parameter in module.lora_A[ADAPTER].named_parameters()}
@@ -174,14 +196,14 @@ class BaseWeights:
     `gathered(parameters)`: a context manager in which the weights are whole (ZeRO-3 partitions them).
     """
 
-    def __init__(self, model: PeftModel, gathered: Callable):
+    def __init__(self, model: PeftModel, gathered: Callable[[list[nn.Parameter]], AbstractContextManager[None]]):
         self._modules = dict(_lora_layers(model))
         self._gathered = gathered
         self._originals: dict[str, Tensor] = {}
         self._written: frozenset[str] = frozenset()
 
     @torch.no_grad()
-    def write(self, totals: dict[str, LowRank]) -> float:
+    def write(self, totals: Mapping[str, LowRank]) -> float:
         """Set each layer to its original plus `totals[layer]`; layers not named go back to the original.
 
         Returns the Frobenius norm, over all layers, of what the weights' dtype could not hold.
@@ -189,7 +211,7 @@ class BaseWeights:
         lost = 0.0
         for name in sorted(self._written | totals.keys()):
             module = self._modules[name]
-            weight = module.get_base_layer().weight
+            weight = module.get_base_layer().get_parameter("weight")
             with self._gathered([weight]):
                 original = self._originals.setdefault(name, weight.detach().to("cpu", copy=True))
                 original = original.to(weight.device)
@@ -197,7 +219,7 @@ class BaseWeights:
                     weight.copy_(original)
                     continue
                 update = totals[name].to(weight.device, torch.float32).dense()
-                wanted = original.float() + (update.T if module.fan_in_fan_out else update)
+                wanted = original.float() + (update.T if getattr(module, "fan_in_fan_out", False) else update)
                 weight.copy_(wanted)
                 lost += (weight.float() - wanted).double().square().sum().item()
         self._written = frozenset(totals)

@@ -1,7 +1,8 @@
 """What an adapter is: how one layer's update is parametrised by named factors, and the delta they mean.
 
 Pure values over tensors. The module that computes a factored product inside a model is in `modules.py`, the layer
-that PEFT puts it into in `peft_layer.py`, what ties it to a real model in `attach.py`, what writes it out in `export.py`.
+that PEFT puts it into in `peft_layer.py`, what ties it to a real model in `attach.py`, what writes it out in
+`export.py`.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ class Layer:
 class Adapter(ABC):
     """A parametrisation of the delta. Holds options, never tensors: every tensor is an argument.
 
-    `trains`: the factors that train unless a method says otherwise. `pair`: the names (B, A) of two factors whose product the delta
-    is linear in while the others rest (None where a single core trains). `started`: factors that come from the base
-    weights or from gradients before round 1, not from the seed. `stacked`: the clients' factors are fewer numbers than
-    their deltas' thin factors. `unpaired`: of an adapter without a pair, why methods that need one do not fit, and which
-    does.
+    `trains`: the factors that train unless a method says otherwise. `pair`: the names (B, A) of two factors whose
+    product the delta is linear in while the others rest (None where a single core trains). `started`: factors that
+    come from the base weights or from gradients before round 1, not from the seed. `stacked`: the clients' factors
+    are fewer numbers than their deltas' thin factors. `unpaired`: of an adapter without a pair,
+    why methods that need one do not fit, and which does.
     """
 
     kind: ClassVar[str]
@@ -65,7 +66,8 @@ class Adapter(ABC):
         return 16.0
 
     def width(self, rank: int) -> int:
-        """The longest side that two layers' bases share; at most min(m, n). Raises ValueError for a rank that cannot be."""
+        """The longest side that two layers' bases share; at most min(m, n). Raises ValueError for a rank that cannot
+        be."""
         return rank
 
     def delta_columns(self, rank: int) -> int:
@@ -78,7 +80,8 @@ class Adapter(ABC):
 
     @abstractmethod
     def draw(self, layer: Layer, seed: int) -> dict[str, Tensor]:
-        """Fresh fp32 factors, all but the `started` ones, the same on every client for the same seed; the delta is zero."""
+        """Fresh fp32 factors, all but the `started` ones, the same on every client for the same seed; the delta is
+        zero."""
 
     def start(self, layer: Layer, weight: Tensor, seed: int) -> dict[str, Tensor]:
         """The `started` factors from the base weight W0 (m x n) alone."""
@@ -89,10 +92,11 @@ class Adapter(ABC):
         """The m x n update that the factors mean, scale included."""
 
     def mean_delta(self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float]) -> LowRank:
-        """The ideal sum_i p_i delta(client_i), in the fewest columns: one client's where the delta is linear in all that differs."""
+        """The ideal sum_i p_i delta(client_i), in the fewest columns: one client's where the delta is linear in all
+        that differs."""
         differ = [f for f in clients[0] if any(c[f] is not clients[0][f] for c in clients)]
         if len(differ) <= 1:
-            mean = {f: sum(w * c[f] for w, c in zip(weights, clients, strict=True)) for f in differ}
+            mean: dict[str, Any] = {f: sum(w * c[f] for w, c in zip(weights, clients, strict=True)) for f in differ}
             return self.delta(layer, {**clients[0], **mean})
         return LowRank.sum([self.delta(layer, c) for c in clients], weights)
 
@@ -108,12 +112,14 @@ class Adapter(ABC):
         return LowRank.sum([*terms, self.delta(layer, means)], [*weights, -1.0])
 
     def module(self, layer: Layer) -> nn.Module | None:
-        """The module that computes scale-free x -> product x, its parameters named as the factors; None for PEFT's own LoRA."""
+        """The module that computes scale-free x -> product x, its parameters named as the factors; None for PEFT's
+        own LoRA."""
         return None
 
 
 def covariance(clients: Sequence[Factors], weights: Sequence[float], means: Factors, B: str, A: str) -> LowRank:
-    """sum_i p_i B_i A_i - Bbar Abar as sum_{i<k} p_i (B_i - Bbar)(A_i - A_k) (METHODS.md 4.2).
+    """sum_i p_i B_i A_i - Bbar Abar as sum_{i<k} p_i (B_i - Bbar)(A_i - A_k): the covariance of the factors, of which
+    sum_i p_i (B_i - Bbar) = 0 takes away one client.
 
     (k - 1) r columns, and no cancellation of large terms, unlike the difference of the two sums.
     """

@@ -48,11 +48,11 @@ def write_lora(folder: Path, learned: Learned, peft_config: LoraConfig) -> None:
 
 
 def write_peft(folder: Path, learned: Learned, peft_config: LoraConfig) -> None:
-    """A PEFT LoRA adapter that is right by itself and needs no fedray: lora-sb as (s B R, A), abba as its Khatri-Rao pair of
-    rank r1 r2, a base update as further rank.
+    """A PEFT LoRA adapter that is right by itself and needs no fedray: lora-sb as (s B R, A), abba as its Khatri-Rao
+    pair of rank r1 r2, a base update as further rank.
 
-    `peft_config`: the one the run trained with. LoRA's own factors keep its rank and alpha; all else has alpha equal to the
-    rank, so the scale is 1.
+    `peft_config`: the one the run trained with. LoRA's own factors keep its rank and alpha; all else has alpha equal
+    to the rank, so the scale is 1.
     """
     peft_config = copy.deepcopy(peft_config)
     tensors: dict[str, Tensor] = {f"{PREFIX}{name}": learned.tensors[name] for name in learned.heads}
@@ -79,7 +79,7 @@ def write_peft(folder: Path, learned: Learned, peft_config: LoraConfig) -> None:
         folder / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
-    peft_config.save_pretrained(folder)
+    peft_config.save_pretrained(str(folder))
 
 
 @torch.no_grad()

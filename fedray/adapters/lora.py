@@ -17,7 +17,8 @@ A, B = "lora_A", "lora_B"
 
 @dataclass(frozen=True)
 class Lora(Adapter):
-    """Factors `lora_A` (r x n) and `lora_B` (m x r); see `Adapter` for the contract. Inside the model it is PEFT's own layer."""
+    """Factors `lora_A` (r x n) and `lora_B` (m x r); see `Adapter` for the contract. Inside the model it is PEFT's
+    own layer."""
 
     kind = "lora"
     trains = (A, B)

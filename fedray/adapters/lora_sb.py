@@ -1,5 +1,5 @@
-"""LoRA-SB (Ponkshe et al., 2024): delta = s B R A between two frozen bases with orthonormal columns and rows; only the r x r
-core R trains. METHODS.md section 1. Where the bases come from is `adapter.subspace` (`fedray/federation/start.py`).
+"""LoRA-SB (Ponkshe et al., 2024): delta = s B R A between two frozen bases with orthonormal columns and rows; only
+the r x r core R trains. Where the bases come from is `adapter.subspace` (`fedray/federation/start.py`).
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ _BELONGS = {
 
 @dataclass(frozen=True)
 class LoraSB(Adapter):
-    """Factors `sb_B` (m x r), `sb_R` (r x r), `sb_A` (r x n); see `Adapter`. R starts at 0: the reference's own start of
-    R is 1e-5 of one optimizer step, so what matters is the subspace (METHODS.md 1.3). With s = 1 (alpha = rank) a step on R is the
-    projection of the full gradient's step on the subspace: (B B^T) g (A^T A)."""
+    """Factors `sb_B` (m x r), `sb_R` (r x r), `sb_A` (r x n); see `Adapter`.
+
+    R starts at 0: the authors' own start of R, diag of the singular values, is 1e-5 of one optimizer step, so what
+    matters is the subspace. With s = 1 (alpha = rank) a step on R is the projection of the full gradient's step on
+    the subspace: (B B^T) g (A^T A).
+    """
 
     kind = "lora-sb"
     trains = (R,)

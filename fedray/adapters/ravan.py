@@ -1,5 +1,5 @@
-"""RAVAN's adapter (NeurIPS 2025, arXiv 2506.05568): delta = s sum_h s_h B_h H_h A_h, several frozen random bases, of which
-the cores H_h and their scales s_h train. METHODS.md 6.13.
+"""RAVAN's adapter (NeurIPS 2025, arXiv 2506.05568): delta = s sum_h s_h B_h H_h A_h, several frozen random bases, of
+which the cores H_h and their scales s_h train. Clients upload s_h H_h, in which the delta is linear.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ A, B, H, S = "ravan_A", "ravan_B", "ravan_H", "ravan_s"
 
 @dataclass(frozen=True)
 class Ravan(Adapter):
-    """Factors `ravan_B` (m x h r), `ravan_A` (h r x n), `ravan_H` (h x r x r), `ravan_s` (h); `rank` is r, of each head.
+    """Factors `ravan_B` (m x h r), `ravan_A` (h r x n), `ravan_H` (h x r x r), `ravan_s` (h); `rank` is r, of each
+    head.
 
     The bases are orthonormal and drawn from the seed: no bytes, and no data. `cores`: h, so rank h r for h r^2 numbers.
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedray.config.build import make_adapter, make_method
 from fedray.config.sections import BUILTIN, Config
+from fedray.data.tasks import check_task
 from fedray.federation.channels.registry import check as check_privacy
 from fedray.methods import Method
 
@@ -44,22 +45,14 @@ def _rounds(config: Config, method: Method) -> None:
 
 
 def _columns(config: Config, method: Method) -> None:
-    data, classifies = config.data, config.model.task == "classification"
+    data = config.data
     if data.partition == "column" and data.column is None and data.source != BUILTIN:
         raise ValueError("data.partition column needs data.column, the column whose values are the clients")
-    if data.text_pair is not None and not classifies:
-        raise ValueError("data.text_pair belongs to classification; for causal-lm give data.completion")
 
 
 def _task(config: Config, method: Method) -> None:
-    if config.model.task != "classification":
-        return
-    if config.data.source == BUILTIN:
-        raise ValueError("the built-in corpus is for causal-lm: give data.source for classification")
-    if config.data.completion is not None:
-        raise ValueError("data.completion belongs to causal-lm; for classification give data.label")
-    if config.model.path == BUILTIN:
-        raise ValueError("the built-in model is for causal-lm: give model.path for classification")
+    """What the task itself does not take."""
+    check_task(config)
 
 
 def _sources(config: Config, method: Method) -> None:

@@ -9,15 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from fedray.adapters import ADAPTERS
 from fedray.config import forms
 from fedray.config.declared import Declared, of_one, of_register, with_options
+from fedray.data.builtin import BUILTIN
+from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError, nearest
 from fedray.methods import METHODS, ServerOptimizer
 
-BUILTIN = "builtin"
 DEFAULT_CLIENTS = 5
 SERVER = "server_"
 METHOD_OPTIONS = of_register("method", METHODS)
@@ -53,12 +54,19 @@ def _named(ranks: Mapping[str, int], clients: Sequence[str]) -> dict[str, int]:
     return {name: ranks[name] for name in clients}
 
 
+def _known_task(name: str) -> str:
+    """The name of a registered task."""
+    if name not in TASKS:
+        raise ValueError(f"input should be {' or '.join(map(repr, sorted(TASKS)))}")
+    return name
+
+
 class ModelSection(Section):
     """The frozen base model."""
 
     path: str = BUILTIN
     """Hub id or folder of the base model; `builtin` is the tiny byte-level Llama that ships with fedray."""
-    task: Literal["causal-lm", "classification"] = "causal-lm"
+    task: Annotated[str, AfterValidator(_known_task)] = "causal-lm"
     """What the model is trained for."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the frozen base; adapters and heads are always fp32."""

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
+#: The word that means the built-in corpus in `data.source`, and the built-in model in `model.path`.
+BUILTIN = "builtin"
 #: Packages that hold the demo's private data: one client each. Never part of the pretraining text.
 CLIENT_PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")
 #: Machine-made tables, vendored wheels and tests: no text worth modelling.
@@ -24,21 +27,22 @@ def _stdlib() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def _sources(paths) -> list[tuple[str, str]]:
+def _sources(paths: Iterable[Path]) -> list[tuple[str, str]]:
     root = _stdlib()
-    found = []
+    texts = []
     for path in sorted(paths):
         relative = path.relative_to(root)
         if _SKIPPED_PARTS.isdisjoint(relative.parts):
-            found.append((relative.as_posix(), path.read_bytes().decode("utf-8", errors="replace")))
-    return found
+            texts.append((relative.as_posix(), path.read_bytes().decode("utf-8", errors="replace")))
+    return texts
 
 
 def client_texts() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """(training rows, held-out rows), each `package`, `path`, `text`, sorted by path.
 
-    The last sixth of every file is held out; of that, about `HELD_OUT_BYTES` a package are kept, so that an evaluation takes
-    seconds. Raises FileNotFoundError, naming the package, where a Python was installed without part of its library.
+    The last sixth of every file is held out; of that, about `HELD_OUT_BYTES` a package are kept, so that an
+    evaluation takes seconds. Raises FileNotFoundError, naming the package, where a Python was installed without part
+    of its library.
     """
     train, held_out = [], []
     for package in CLIENT_PACKAGES:

@@ -1,5 +1,5 @@
-"""Tokenised examples as a few flat arrays: a tenth of the memory of lists, and, kept in a file, read by all processes of a machine
-through one copy in the page cache."""
+"""Tokenised examples as a few flat arrays: a tenth of the memory of lists, and, kept in a file, read by all processes
+of a machine through one copy in the page cache."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _ARRAYS = ("ids", "id_ends", "labels", "label_ends", "sizes", "groups")
 
 
 class Encoded(Sequence[Example]):
-    """Examples, made when they are asked for. `arrays`: ids and labels (int32) one after the other with where each example ends (int64),
-    sizes (fp64), and the number of each one's group among `names` (int32, -1: none)."""
+    """Examples, made when they are asked for. `arrays`: ids and labels (int32) one after the other with where each
+    example ends (int64), sizes (fp64), and the number of each one's group among `names` (int32, -1: none)."""
 
     def __init__(self, arrays: dict[str, np.ndarray], names: Sequence[str], order: np.ndarray | None = None):
         self._arrays, self._names = arrays, list(names)
@@ -44,7 +44,7 @@ class Encoded(Sequence[Example]):
         ids, id_ends = flat([e.input_ids for e in examples])
         labels, label_ends = flat([e.labels for e in examples])
         sizes = np.array([e.size for e in examples], np.float64)
-        groups = np.array([number.get(e.group, -1) for e in examples], np.int32)
+        groups = np.array([-1 if e.group is None else number[e.group] for e in examples], np.int32)
         return cls(dict(zip(_ARRAYS, (ids, id_ends, labels, label_ends, sizes, groups), strict=True)), names)
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class Encoded(Sequence[Example]):
     def __getitem__(self, index: int) -> Example: ...
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self._example(int(i)) for i in self._order[index]]
         return self._example(int(self._order[index]))
@@ -107,8 +107,8 @@ class Encoded(Sequence[Example]):
 
 
 def encode(task: Task, rows: Dataset, folder: str | None = None) -> Encoded:
-    """The task's examples of these rows. `folder`: where they are kept for the next process that asks for the same, if anywhere; it is
-    made for this user alone."""
+    """The task's examples of these rows. `folder`: where they are kept for the next process that asks for the same,
+    if anywhere; it is made for this user alone."""
     if folder is None:
         return Encoded.of(task.encode(rows))
     path = Path(folder) / f"{_fingerprint(task, rows)}.safetensors"
@@ -116,7 +116,8 @@ def encode(task: Task, rows: Dataset, folder: str | None = None) -> Encoded:
     there = path.parent.lstat()
     if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid() or there.st_mode & 0o022:
         raise ConfigError(
-            f"worker.cache '{folder}' is not a folder of this user's alone: another could change the training data in it; give another place"
+            f"worker.cache '{folder}' is not a folder of this user's alone: "
+            "another could change the training data in it; give another place"
         )
     if not path.is_file():
         Encoded.of(task.encode(rows)).save(path)
@@ -167,8 +168,9 @@ def _fingerprint(task: Task, rows: Dataset) -> str:
             )
         ).encode()
     )
-    # The table that lies behind the rows is mapped from its file, and which of its rows these are is a column of numbers: both are hashed
-    # where they are, since gathering the rows would cost each trial the memory that the file is there to save.
+    # The table that lies behind the rows is mapped from its file, and which of its rows these are is a column of
+    # numbers: both are hashed where they are, since gathering the rows would cost each trial the memory that the file
+    # is there to save.
     with (
         pa.PythonFile(_Sink(digest), "w") as sink,
         pa.ipc.new_stream(sink, rows.data.table.schema.remove_metadata()) as stream,

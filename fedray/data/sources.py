@@ -5,60 +5,74 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset
 
-from fedray.config.sections import BUILTIN, Config, DataSection
+from fedray.config.sections import BUILTIN, DataSection
 from fedray.data import builtin
 from fedray.errors import ConfigError
 
 _LOADERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_TEXT_COLUMNS = ("text", "sentence", "content", "question", "instruction")
 
 
 def load_splits(
-    data: DataSection, source: str | None = None, split: str | None = None, trains: bool = True
-) -> tuple[Dataset | None, Dataset | None]:
-    """(training examples, held-out examples or None) of `data.source`, or of a client's own source; `split`: another than the test split.
-    `trains=False`: only the held-out ones are wanted, and a folder may hold nothing else.
+    data: DataSection, source: str | None = None, split: str | None = None
+) -> tuple[Dataset, Dataset | None]:
+    """(training examples, held-out examples or None) of `data.source`, or of a client's own source; `split`: another
+    than the test split.
 
     Raises ConfigError when the source is missing, of an unknown kind, unreadable, or lacks the training split.
     """
     source, split = source or data.source, split or data.test_split
-    disable_progress_bars()
     if source == BUILTIN:
-        try:
-            train, held_out = builtin.client_texts()
-        except FileNotFoundError as error:
-            raise ConfigError(str(error)) from None
-        return Dataset.from_list(train), Dataset.from_list(held_out)
+        return _builtin()
+    splits, lacking = _open(data, source, (data.train_split, split))
+    if data.train_split not in splits:
+        raise ConfigError(f"data source '{source}' has no split '{data.train_split}': {lacking}")
+    return splits[data.train_split], splits.get(split)
+
+
+def load_held_out(data: DataSection, split: str) -> Dataset | None:
+    """That split of `data.source`, which may hold nothing else; None where it is not there (the built-in corpus names
+    none). Raises ConfigError as `load_splits`."""
+    return None if data.source == BUILTIN else _open(data, data.source, (split,))[0].get(split)
+
+
+def _builtin() -> tuple[Dataset, Dataset]:
+    disable_progress_bars()
+    try:
+        train, held_out = builtin.client_texts()
+    except FileNotFoundError as error:
+        raise ConfigError(str(error)) from None
+    return Dataset.from_list(train), Dataset.from_list(held_out)
+
+
+def _open(data: DataSection, source: str, wanted: tuple[str, ...]) -> tuple[DatasetDict, str]:
+    """The splits of a source (of a folder: those of `wanted` that are there), and what to say where the training
+    split is lacking."""
+    disable_progress_bars()
     path = Path(source)
     if data.subset is not None and path.exists():
         raise ConfigError(f"data.subset belongs to hub data sets, but '{source}' is local: leave it out")
     if path.is_dir():
-        splits = DatasetDict(
-            {
-                name: _read(file)
-                for name in ((data.train_split, split) if trains else (split,))
-                if (file := _split_file(path, name))
-            }
-        )
-        known = f"the folder holds no {data.train_split}{{{','.join(_LOADERS)}}}"
-    elif path.is_file():
-        splits, known = DatasetDict({data.train_split: _read(path)}), ""
-    elif (
-        path.suffix in _LOADERS
-        or path.is_absolute()
-        or source.startswith((".", "~"))
-        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)
-    ):
+        files = {name: _split_file(path, name) for name in wanted}
+        splits = DatasetDict({name: _read(file) for name, file in files.items() if file is not None})
+        return splits, f"the folder holds no {data.train_split}{{{','.join(_LOADERS)}}}"
+    if path.is_file():
+        return DatasetDict({data.train_split: _read(path)}), ""
+    if _looks_local(source):
         raise ConfigError(f"data source '{source}' does not exist: give a file, a folder or a hub id")
-    else:
-        splits = _from_hub(source, data.subset)
-        known = f"it has {', '.join(splits)}"
-    if trains and data.train_split not in splits:
-        raise ConfigError(f"data source '{source}' has no split '{data.train_split}': {known}")
-    return splits.get(data.train_split), splits.get(split)
+    splits = _from_hub(source, data.subset)
+    return splits, f"it has {', '.join(splits)}"
+
+
+def _looks_local(source: str) -> bool:
+    """Whether a source that does not exist here was meant as a path."""
+    path = Path(source)
+    if path.suffix in _LOADERS or path.is_absolute() or source.startswith((".", "~")):
+        return True
+    return not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)
 
 
 def _split_file(folder: Path, split: str) -> Path | None:
@@ -68,7 +82,7 @@ def _split_file(folder: Path, split: str) -> Path | None:
 def _read(file: Path) -> Dataset:
     if file.suffix not in _LOADERS:
         raise ConfigError(f"data source '{file}' must end in {', '.join(_LOADERS)}")
-    options = {}
+    options: dict[str, Any] = {}
     if file.suffix in (".csv", ".tsv"):
         options["keep_default_na"] = False  # "null" and "NA" are words
     if file.suffix == ".tsv":
@@ -88,29 +102,9 @@ def _from_hub(name: str, subset: str | None) -> DatasetDict:
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """The innermost cause in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def text_column(config: Config, dataset: Dataset) -> str:
-    """The column `data.text` names, or the first usual one. Raises ConfigError when it is not there."""
-    columns = dataset.column_names
-    if config.data.text is not None:
-        return require_column(dataset, config.data.text, "data.text")
-    found = next((c for c in _TEXT_COLUMNS if c in columns), None)
-    if found is None:
-        raise ConfigError(f"data.text is not given and no usual column is there: choose one of {', '.join(columns)}")
-    return found
-
-
-def require_column(dataset: Dataset, column: str, key: str) -> str:
-    """The column itself. Raises ConfigError, naming the key and the columns there are."""
-    if column not in dataset.column_names:
-        raise ConfigError(
-            f"{key} '{column}' is not a column of the data: choose one of {', '.join(dataset.column_names)}"
-        )
-    return column

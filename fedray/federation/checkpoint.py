@@ -1,7 +1,7 @@
 """The checkpoint: the server's state and what the round loop needs, written whole or not at all after every round.
 
-`checkpoint/round-00003/` holds `tensors.safetensors` and `state.json`. It is written under another name, flushed to disk and
-renamed, so a kill at any moment leaves the previous one; the last two are kept.
+`checkpoint/round-00003/` holds `tensors.safetensors` and `state.json`. It is written under another name, flushed to
+disk and renamed, so a kill at any moment leaves the previous one; the last two are kept.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after a round, the increments each client has seen, what clients keep (optimizer states, own factors), the run's
-    records, and what the adapter's start cost."""
+    """The state after a round, the increments each client has seen, what clients keep (optimizer states, own
+    factors), the run's records, and what the adapter's start cost."""
 
     state: State
     seen: dict[str, int]
@@ -44,8 +44,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     for increment in state.increments:
         tensors |= {f"increments/{increment.version}/{n}": t for n, t in increment.tensors.items()}
     tensors |= {f"memory/{n}": t for n, t in state.memory.items()}
-    for i, own in enumerate(checkpoint.kept.values()):
-        tensors |= {f"kept/{i}/{n}": t for n, t in own.items()}
+    for i, kept in enumerate(checkpoint.kept.values()):
+        tensors |= {f"kept/{i}/{n}": t for n, t in kept.items()}
     save_file({n: t.contiguous() for n, t in tensors.items()}, part / "tensors.safetensors")
     plain = {
         "round": state.round,
@@ -65,7 +65,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
     _flush(folder)
-    for old in _found(folder)[:-KEPT]:
+    for old in _rounds(folder)[:-KEPT]:
         shutil.rmtree(old)
 
 
@@ -77,18 +77,19 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _found(folder: Path) -> list[Path]:
+def _rounds(folder: Path) -> list[Path]:
+    """The complete checkpoints, the oldest first."""
     return sorted(folder.glob("round-*")) if folder.is_dir() else []
 
 
 def latest(folder: Path, spec: Spec) -> Checkpoint | None:
     """The last complete checkpoint, or None. `spec` is not stored: it follows from config and model."""
-    found = _found(folder)
-    if not found:
+    rounds = _rounds(folder)
+    if not rounds:
         return None
-    plain = json.loads((found[-1] / "state.json").read_text())
+    plain = json.loads((rounds[-1] / "state.json").read_text())
     by_kind: dict[str, dict[str, Tensor]] = {"tensors": {}, "increments": {}, "memory": {}, "kept": {}}
-    for name, tensor in load_file(found[-1] / "tensors.safetensors").items():
+    for name, tensor in load_file(rounds[-1] / "tensors.safetensors").items():
         kind, rest = name.split("/", 1)
         by_kind[kind][rest] = tensor
     increments = tuple(

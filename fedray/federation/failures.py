@@ -73,5 +73,8 @@ def after_round(cohort: int, reported: int, quorum: float, attempt: int, reasons
     needed = math.ceil(quorum * cohort)
     if reported >= needed:
         return Decision(Action.AGGREGATE, f"{reported} of {cohort} clients reported")
-    why = f"{reported} of {cohort} clients reported and {needed} are needed (federation.quorum {quorum:g}): {'; '.join(reasons)}"
+    why = (
+        f"{reported} of {cohort} clients reported and {needed} are needed (federation.quorum {quorum:g}): "
+        f"{'; '.join(reasons)}"
+    )
     return Decision(Action.RETRY_ROUND if attempt < ROUND_ATTEMPTS else Action.FAIL, why)

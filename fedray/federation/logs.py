@@ -1,6 +1,8 @@
-"""What actors write to their logs: one JSON object a line, with run, round and client, for `ray logs` and whatever collects a cluster's logs.
+"""What actors write to their logs: one JSON object a line, with run, round and client, for `ray logs` and whatever
+collects a cluster's logs.
 
-Of a private run's clients no line says more than that they were asked and that they answered: sizes, losses and durations stay out.
+Of a private run's clients no line says more than that they were asked and that they answered: sizes, losses and
+durations stay out.
 """
 
 from __future__ import annotations

@@ -1,12 +1,17 @@
-"""How many workers run, on what, and where: decided from the config and what the cluster has, and said in one sentence."""
+"""How many workers run, on what, and where: decided from the config and what the cluster has, and said in one
+sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedray.config.sections import Config
+from fedray.config.sections import Config, WorkerSection
 from fedray.errors import ConfigError
+
+Labels = tuple[tuple[str, str], ...]
+#: Labels, as sorted pairs, with the clients that are kept to the nodes that have them.
+Silos = dict[Labels, list[str]]
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ class Home:
 
 @dataclass(frozen=True)
 class Placement:
-    """`workers` actors of `gpus` GPUs and `cpus` CPUs (threads) each; `reason` is for the person. `homes`: one for each worker, where clients
-    are kept to their own nodes; empty where any worker may serve any client."""
+    """`workers` actors of `gpus` GPUs and `cpus` CPUs (threads) each; `reason` is for the person. `homes`: one for
+    each worker, where clients are kept to their own nodes; empty where any worker may serve any client."""
 
     workers: int
     gpus: float
@@ -48,77 +53,82 @@ class Placement:
 def place(config: Config, clients: int, cpus: float, gpus: float) -> Placement:
     """The workers for that many clients on a cluster of that many CPUs and GPUs.
 
-    Raises ConfigError, with the arithmetic, for an ask that can never be placed.
+    Raises ConfigError, with the arithmetic, where the config wants what can never be placed.
     """
-    asked = config.worker
-    each = asked.gpus if asked.gpus is not None else (1.0 if gpus else 0.0)
-    if config.engine == "inline":
-        if each > gpus:
-            raise ConfigError(f"worker.gpus {each:g} is more than the {gpus:g} GPUs there are: lower it")
-        threads = asked.cpus or max(1, int(cpus))
-        where = "the GPU" if each else f"{threads} CPU threads"
-        return Placement(1, each, threads, f"inline: {clients} clients in turn, one process, {where}")
     cohort = min(config.federation.cohort or clients, clients)
-    if asked.wait is not None:
-        count, share = asked.count or cohort, asked.cpus or 1
-        resources = _words(asked.gpus or 0.0, share)
-        return Placement(
-            count,
-            asked.gpus or 0.0,
-            share,
-            f"{_workers(count)} of {resources}, waited for up to {asked.wait:g} s, {_turns(count, clients)}",
-        )
-    # One worker a client of the cohort while they fit; a client beyond that waits for its turn.
-    room = int(gpus / each) if each else int(cpus / (asked.cpus or 1))
-    count = asked.count or max(1, min(cohort, room))
-    share = asked.cpus or max(1, int(cpus / count))
-    if each and count * each > gpus:
-        raise ConfigError(
-            f"{count} workers x {each:g} GPUs = {count * each:g} GPUs, but there are {gpus:g}: lower worker.count or worker.gpus, or give worker.wait where machines are brought"
-        )
-    if count * share > cpus:
-        raise ConfigError(
-            f"{count} workers x {share} CPUs = {count * share} CPUs, but there are {cpus:g}: lower worker.count or worker.cpus, or give worker.wait where machines are brought"
-        )
+    if config.engine == "inline":
+        return _in_this_process(config.worker, clients, cpus, gpus)
+    if config.worker.wait is not None:
+        return _waited_for(config.worker, clients, cohort, config.worker.wait)
+    return _on_what_is_there(config.worker, clients, cohort, cpus, gpus)
+
+
+def _in_this_process(worker: WorkerSection, clients: int, cpus: float, gpus: float) -> Placement:
+    each = _gpus_each(worker, gpus)
+    if each > gpus:
+        raise ConfigError(f"worker.gpus {each:g} is more than the {gpus:g} GPUs there are: lower it")
+    threads = worker.cpus or max(1, int(cpus))
+    where = "the GPU" if each else f"{threads} CPU threads"
+    return Placement(1, each, threads, f"inline: {clients} clients in turn, one process, {where}")
+
+
+def _waited_for(worker: WorkerSection, clients: int, cohort: int, seconds: float) -> Placement:
+    """Workers on machines that are still to be brought."""
+    count, share, each = worker.count or cohort, worker.cpus or 1, worker.gpus or 0.0
+    reason = f"{_workers(count)} of {_words(each, share)}, waited for up to {seconds:g} s, {_turns(count, clients)}"
+    return Placement(count, each, share, reason)
+
+
+def _on_what_is_there(worker: WorkerSection, clients: int, cohort: int, cpus: float, gpus: float) -> Placement:
+    """One worker a client of the cohort while they fit; a client beyond that waits for its turn."""
+    each = _gpus_each(worker, gpus)
+    count = worker.count or max(1, min(cohort, _room(worker, each, cpus, gpus)))
+    share = worker.cpus or max(1, int(cpus / count))
+    for kind, one, there in (("GPU", each, gpus), ("CPU", share, cpus)):
+        if count * one > there:
+            raise ConfigError(
+                f"{count} workers x {one:g} {kind}s = {count * one:g} {kind}s, but there are {there:g}: "
+                f"lower worker.count or worker.{kind.lower()}s, or give worker.wait where machines are brought"
+            )
     resources = _words(each, share) + ("" if gpus else " (no GPU here)")
     return Placement(count, each, share, f"{_workers(count)} of {resources}, {_turns(count, clients)}")
 
 
-def silos_of(config: Config) -> dict[tuple[tuple[str, str], ...], list[str]]:
+def _room(worker: WorkerSection, each: float, cpus: float, gpus: float) -> int:
+    """How many workers fit, by GPUs where they have some, else by CPUs."""
+    return int(gpus / each) if each else int(cpus / (worker.cpus or 1))
+
+
+def _gpus_each(worker: WorkerSection, gpus: float) -> float:
+    """A worker's GPUs: as the config says, else one where there are any."""
+    if worker.gpus is not None:
+        return worker.gpus
+    return 1.0 if gpus else 0.0
+
+
+def silos_of(config: Config) -> Silos:
     """The places of a siloed run: labels, as sorted pairs, and the clients that ask for them."""
-    silos: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    silos: Silos = {}
     for name, client in config.clients.items():
-        silos.setdefault(tuple(sorted(client.node_labels.items())), []).append(name)
+        silos.setdefault(tuple(sorted((client.node_labels or {}).items())), []).append(name)
     return silos
 
 
 def place_silos(config: Config, nodes: Sequence[Node]) -> Placement:
-    """The workers for clients that are kept to the nodes that have their labels: of every place (clients that ask for the same labels) as
-    many as `worker.count`, or as fit, at most one a client.
+    """The workers for clients that are kept to the nodes that have their labels: of every place (clients that ask for
+    the same labels) as many as `worker.count`, or as fit, at most one a client.
 
     Raises ConfigError where no node has a client's labels, or those that have them are too small.
     """
-    asked, silos = config.worker, silos_of(config)
+    worker, silos = config.worker, silos_of(config)
     there = {labels: [n for n in nodes if matches(dict(labels), n.labels)] for labels in silos}
-    if asked.wait is None:
-        for labels, members in silos.items():
-            if not there[labels]:
-                raise ConfigError(
-                    f"no node has the labels {said(dict(labels))} that clients.{members[0]}.node_labels asks for ({known(nodes)}): start one by `ray start --labels {said(dict(labels))}`, "
-                    "or give worker.wait where machines are brought"
-                )
-    some_gpus = any(n.resources.get("GPU", 0.0) for found in there.values() for n in found)
-    gpus = asked.gpus if asked.gpus is not None else (1.0 if some_gpus else 0.0)
-    homes, cpus = _settle(config, silos, nodes, gpus, asked.cpus or 1), asked.cpus or 1
-    if asked.cpus is None and asked.wait is None:  # the largest share that costs no worker
-        for share in range(int(max(n.resources.get("CPU", 0.0) for n in nodes)), 1, -1):
-            try:
-                wider = _settle(config, silos, nodes, gpus, share)
-            except ConfigError:
-                continue
-            if len(wider) == len(homes):
-                homes, cpus = wider, share
-                break
+    if worker.wait is None:
+        _check_there(silos, there, nodes)
+    gpus = _gpus_each(worker, max((n.resources.get("GPU", 0.0) for some in there.values() for n in some), default=0.0))
+    cpus = worker.cpus or 1
+    homes = _settle(config, silos, nodes, gpus, cpus)
+    if worker.cpus is None and worker.wait is None:
+        homes, cpus = _widest(config, silos, nodes, gpus, homes)
     reason = (
         f"{_workers(len(homes))} of {_words(gpus, cpus)} in {len(silos)} place{'s' if len(silos) > 1 else ''}: "
         + "; ".join(f"{', '.join(members)} on {said(dict(labels))}" for labels, members in silos.items())
@@ -126,41 +136,73 @@ def place_silos(config: Config, nodes: Sequence[Node]) -> Placement:
     return Placement(len(homes), gpus, cpus, reason, tuple(homes))
 
 
-def _settle(
-    config: Config, silos: Mapping[tuple, list[str]], nodes: Sequence[Node], gpus: float, cpus: int
-) -> list[Home]:
-    """A home for each worker; nodes that several places share are filled once. Raises ConfigError where a place has no room."""
-    asked, left, homes = config.worker, list(nodes), []
+def _check_there(silos: Silos, there: Mapping[Labels, list[Node]], nodes: Sequence[Node]) -> None:
+    """Every place has a node."""
+    for labels, members in silos.items():
+        if not there[labels]:
+            raise ConfigError(
+                f"no node has the labels {said(dict(labels))} that clients.{members[0]}.node_labels asks "
+                f"for ({known(nodes)}): start one by `ray start --labels {said(dict(labels))}`, "
+                "or give worker.wait where machines are brought"
+            )
+
+
+def _widest(
+    config: Config, silos: Silos, nodes: Sequence[Node], gpus: float, homes: list[Home]
+) -> tuple[list[Home], int]:
+    """The largest share of CPUs that costs none of the workers that fit with one CPU each (`homes`)."""
+    for share in range(int(max(n.resources.get("CPU", 0.0) for n in nodes)), 1, -1):
+        try:
+            wider = _settle(config, silos, nodes, gpus, share)
+        except ConfigError:
+            continue
+        if len(wider) == len(homes):
+            return wider, share
+    return homes, 1
+
+
+def _settle(config: Config, silos: Silos, nodes: Sequence[Node], gpus: float, cpus: int) -> list[Home]:
+    """A home for each worker; nodes that several places share are filled once. Raises ConfigError where a place has
+    no room."""
+    left, homes = list(nodes), []
     each = {"CPU": float(cpus)} | ({"GPU": gpus} if gpus else {})
     # The most particular labels first: they have the fewest nodes to choose from.
     for labels, members in sorted(silos.items(), key=lambda item: sum(matches(dict(item[0]), n.labels) for n in nodes)):
-        count = min(asked.count or len(members), len(members))
-        if asked.wait is None:
-            own = [i for i, n in enumerate(left) if matches(dict(labels), n.labels)]
-            room = sum(left[i].room(each) for i in own)
-            if room < (count if asked.count else 1):
-                have = " and ".join(f"{sum(left[i].resources.get(kind, 0.0) for i in own):g} {kind}s" for kind in each)
-                raise ConfigError(
-                    f"{_workers(count)} of {_words(gpus, cpus)} for {', '.join(members)} do not fit on the nodes with {said(dict(labels))}, where {have} are left: "
-                    "lower worker.count, worker.gpus or worker.cpus"
-                )
-            count = min(count, room)
-            for i, taken in zip(own, _dealt(count, [left[i].room(each) for i in own]), strict=True):
-                left[i] = Node({k: v - taken * each.get(k, 0.0) for k, v in left[i].resources.items()}, left[i].labels)
+        count = min(config.worker.count or len(members), len(members))
+        if config.worker.wait is None:
+            least = count if config.worker.count else 1
+            count = _take(left, labels, each, least, count, f"of {_words(gpus, cpus)} for {', '.join(members)}")
         homes += [Home(dict(labels), tuple(members))] * count
     order = list(silos)
     return sorted(homes, key=lambda home: order.index(tuple(sorted(home.labels.items()))))
 
 
+def _take(left: list[Node], labels: Labels, each: Mapping[str, float], least: int, most: int, whose: str) -> int:
+    """How many workers, at most `most`, found room on the nodes with the labels; `left` is what is left of all nodes
+    afterwards. Raises ConfigError where not even `least` do."""
+    fitting = [i for i, n in enumerate(left) if matches(dict(labels), n.labels)]
+    rooms = [left[i].room(each) for i in fitting]
+    if sum(rooms) < least:
+        have = " and ".join(f"{sum(left[i].resources.get(kind, 0.0) for i in fitting):g} {kind}s" for kind in each)
+        raise ConfigError(
+            f"{_workers(most)} {whose} do not fit on the nodes with {said(dict(labels))}, where {have} are left: "
+            "lower worker.count, worker.gpus or worker.cpus"
+        )
+    count = min(most, sum(rooms))
+    for i, taken in zip(fitting, _dealt(count, rooms), strict=True):
+        left[i] = Node({k: v - taken * each.get(k, 0.0) for k, v in left[i].resources.items()}, left[i].labels)
+    return count
+
+
 def _dealt(count: int, rooms: Sequence[int]) -> list[int]:
     """How many go where when the first are filled first."""
-    taken = []
+    taken: list[int] = []
     for room in rooms:
         taken.append(min(room, count - sum(taken)))
     return taken
 
 
-def matches(asked: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+def matches(wanted: Mapping[str, str], labels: Mapping[str, str]) -> bool:
     """Whether a node has the labels, in Ray's own words for values: `a`, `!a`, `in(a,b)`, `!in(a,b)`."""
 
     def one(text: str, value: str | None) -> bool:
@@ -170,7 +212,7 @@ def matches(asked: Mapping[str, str], labels: Mapping[str, str]) -> bool:
         )
         return (value in choices) == positive
 
-    return all(one(text, labels.get(key)) for key, text in asked.items())
+    return all(one(text, labels.get(key)) for key, text in wanted.items())
 
 
 def said(labels: Mapping[str, str]) -> str:
@@ -180,8 +222,12 @@ def said(labels: Mapping[str, str]) -> str:
 
 def known(nodes: Sequence[Node]) -> str:
     """What labels there are, for a sentence."""
-    own = sorted({f"{k}={v}" for n in nodes for k, v in n.labels.items() if not k.startswith("ray.io/")})
-    return f"there are {', '.join(own)}" if own else f"{len(nodes)} node{'s' if len(nodes) != 1 else ''} without labels"
+    given = sorted({f"{k}={v}" for n in nodes for k, v in n.labels.items() if not k.startswith("ray.io/")})
+    return (
+        f"there are {', '.join(given)}"
+        if given
+        else f"{len(nodes)} node{'s' if len(nodes) != 1 else ''} without labels"
+    )
 
 
 def _workers(count: int) -> str:

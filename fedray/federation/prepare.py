@@ -46,7 +46,7 @@ class Prepared:
     def units(self) -> dict[str, int]:
         """Training sequences of each client, which is what example-level privacy protects: rows, unless long texts are
         cut; empty as `rows`."""
-        if self.config.model.task != "causal-lm":
+        if TASKS[self.config.model.task].labelled:
             return self.rows
         task = TASKS[self.config.model.task](self.config, self.data, load_tokenizer(self.config))
         return {name: len(task.encode(part)) for name, part in self.data.train.items()}

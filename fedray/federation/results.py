@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from peft import LoraConfig
 
 from fedray.adapters import attach
 from fedray.adapters.export import Learned, merge, write_lora, write_peft
@@ -46,17 +47,17 @@ def read_rounds(folder: Path) -> list[dict[str, Any]]:
 
 def classes_of(config: Config) -> int:
     """Number of classes of a classification run, 0 otherwise."""
-    return len(load_data(config).classes) if config.model.task == "classification" else 0
+    return len(load_data(config).classes) if TASKS[config.model.task].labelled else 0
 
 
 def load_checkpoint(folder: Path, config: Config, classes: int) -> checkpoints.Checkpoint:
     """The last checkpoint. Raises ConfigError when there is none."""
     clients = [] if isinstance(config.adapter.rank, int) else client_names(config)
     spec = make_spec(config, attach.layers(skeleton(config, classes or 2)), clients)
-    found = checkpoints.latest(Path(folder) / "checkpoint", spec)
-    if found is None:
+    last = checkpoints.latest(Path(folder) / "checkpoint", spec)
+    if last is None:
         raise ConfigError(f"'{folder}' has no checkpoint yet: its first round is not done")
-    return found
+    return last
 
 
 def load_state(folder: Path, config: Config, classes: int) -> State:
@@ -125,6 +126,8 @@ def _write_view(config: Config, state: State, view: View, out: Path, format: str
         load_tokenizer(config).save_pretrained(out)
         return
     peft_config = skeleton(config, classes or 2).peft_config[attach.ADAPTER]
+    if not isinstance(peft_config, LoraConfig):
+        raise TypeError(f"adapter '{config.adapter.kind}' is no LoRA to PEFT, but {type(peft_config).__name__}")
     peft_config.base_model_name_or_path = resolve(config.model.path)
     {"lora": write_lora, "peft": write_peft}[format](out, learned, peft_config)
 
@@ -141,17 +144,23 @@ def evaluate(folder: Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(folder, config, len(data.classes))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trainer = LocalTrainer(config, device, torch.get_num_threads(), data)
-    found: dict[str | None, list[dict[str, Any]]] = {}
-    for client, view in views(config, checkpoint).items():
-        part = "held-out" if client is not None and data.held_out else "test"
-        found[client] = [s for batch in trainer.evaluate(view, part, client or "", (0, 1)) for s in batch]
-    each = {client: trainer.task.metrics(statistics) for client, statistics in found.items()}
+    statistics = {
+        client: _statistics(trainer, view, client, bool(data.held_out))
+        for client, view in views(config, checkpoint).items()
+    }
+    each = {client: trainer.task.metrics(entries) for client, entries in statistics.items()}
     result = {
         "round": checkpoint.state.round,
         "metrics": {name: math.fsum(m[name] for m in each.values()) / len(each) for name in next(iter(each.values()))},
-        "groups": grouped(trainer.task, found[None]) if None in found else {},
+        "groups": grouped(trainer.task, statistics[None]) if None in statistics else {},
     }
     return result if None in each else result | {"client_metrics": each}
+
+
+def _statistics(trainer: LocalTrainer, view: View, client: str | None, kept: bool) -> list[dict[str, Any]]:
+    """One model's statistics: of the client's own held-out examples, where clients have kept some, else of all."""
+    part = "held-out" if client is not None and kept else "test"
+    return [s for batch in trainer.evaluate(view, part, client or "", (0, 1)) for s in batch]
 
 
 def summarise(

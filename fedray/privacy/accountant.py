@@ -1,16 +1,18 @@
 """How much a sequence of releases tells: (epsilon, delta) of composed Poisson-subsampled Gaussian mechanisms.
 
-The neighbouring relation is add-or-remove-one throughout. Epsilon is opacus's PRV accountant (Gopi, Lee, Wutschitz, NeurIPS 2021),
-its upper bound, and never more than its RDP accountant's (Mironov et al., 2019), which is an upper bound too.
+The neighbouring relation is add-or-remove-one throughout. Epsilon is opacus's PRV accountant (Gopi, Lee, Wutschitz,
+NeurIPS 2021), its upper bound, and never more than its RDP accountant's (Mironov et al., 2019), which is an upper
+bound too.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -30,16 +32,17 @@ class Release:
     rate: float = 1.0
     steps: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (self.noise >= 0 and 0 < self.rate <= 1 and self.steps >= 0):
             raise ValueError(f"no mechanism has noise {self.noise}, rate {self.rate} and {self.steps} steps")
 
 
 def epsilon(releases: Iterable[Release], delta: float) -> float:
-    """The epsilon of all of them together at `delta`, rounded up to six digits after the point; 0 for none, infinite where one has no noise.
+    """The epsilon of all of them together at `delta`, rounded up to six digits after the point; 0 for none, infinite
+    where one has no noise.
 
-    Rounded because sums in NumPy's libraries differ in the last bits from process to process, and a resumed run must say the same.
-    Raises ValueError for a delta outside (0, 1).
+    Rounded because sums in NumPy's libraries differ in the last bits from process to process, and a resumed run must
+    say the same. Raises ValueError for a delta outside (0, 1).
     """
     value = _epsilon(_merged(releases, delta), delta)
     return math.ceil(value * 1e6 - 1e-3) / 1e6 if math.isfinite(value) else value
@@ -107,13 +110,15 @@ def _rdp(history: _History, delta: float) -> float:
 
 @cache
 def _prv() -> type:
-    """Opacus's accountant, with the extent of its mesh (Gopi et al., remark 5.6) from RDP curves that are worked out once: they are nearly
-    all of its time otherwise."""
+    """Opacus's accountant, with the extent of its mesh (Gopi et al., remark 5.6) from RDP curves that are worked out
+    once: they are nearly all of its time otherwise."""
     from opacus.accountants import PRVAccountant
     from opacus.accountants.analysis.prv import Domain
 
     class PRV(PRVAccountant):
-        def _get_domain(self, prvs, num_self_compositions, eps_error: float, delta_error: float) -> Domain:
+        def _get_domain(
+            self, prvs: Sequence[Any], num_self_compositions: Sequence[int], eps_error: float, delta_error: float
+        ) -> Domain:
             total = sum(num_self_compositions)
             extent = max(
                 eps_error,

@@ -1,8 +1,10 @@
-"""How much a mechanism really tells: a lower bound on its epsilon from one run with canaries (Steinke, Nasr, Jagielski, NeurIPS 2023).
+"""How much a mechanism really tells: a lower bound on its epsilon from one run with canaries (Steinke, Nasr,
+Jagielski, NeurIPS 2023).
 
-Each of m canaries is put in or left out by a fair coin before the run; afterwards an attacker who saw the result guesses the coins it is surest
-of. A mechanism that is (epsilon, delta)-private for adding or removing one example cannot let too many of the guesses be right; so many right
-guesses prove a larger epsilon. The bound is on the claim, never a proof of privacy.
+Each of m canaries is put in or left out by a fair coin before the run; afterwards an attacker who saw the result
+guesses the coins it is surest of. A mechanism that is (epsilon, delta)-private for adding or removing one example
+cannot let too many of the guesses be right; so many right guesses prove a larger epsilon. The bound is on the claim,
+never a proof of privacy.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from scipy.stats import binom
 
 
 def p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
-    """How likely it is, at most, that so many of the guesses are right if the mechanism is (epsilon, delta)-private (theorem 5.2 there)."""
+    """How likely it is, at most, that so many of the guesses are right if the mechanism is (epsilon, delta)-private
+    (theorem 5.2 there)."""
     chance = 1 / (1 + math.exp(-min(epsilon, 700.0)))
     missed = np.arange(1, right + 1)  # how many right guesses may be owed to the delta
     within = np.cumsum(binom.pmf(right - missed, guesses, chance)) / missed
@@ -36,8 +39,8 @@ def lower_bound(canaries: int, guesses: int, right: int, delta: float, confidenc
 def audit(
     included: Sequence[bool], scores: Sequence[float], delta: float, share: float = 0.5, confidence: float = 0.95
 ) -> float:
-    """Lower bound on epsilon from each canary's score, which is larger where it looks included: the attacker guesses "in" for the highest
-    `share / 2` of the scores and "out" for the lowest, and passes on the rest."""
+    """Lower bound on epsilon from each canary's score, which is larger where it looks included: the attacker guesses
+    "in" for the highest `share / 2` of the scores and "out" for the lowest, and passes on the rest."""
     count = max(1, int(len(scores) * share / 2))
     order = sorted(range(len(scores)), key=lambda i: scores[i])
     right = sum(not included[i] for i in order[:count]) + sum(bool(included[i]) for i in order[-count:])

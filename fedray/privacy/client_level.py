@@ -1,7 +1,8 @@
-"""Client-level DP: each client's whole update is clipped at the client, the sum is noised at the coordinator (McMahan et al., ICLR 2018).
+"""Client-level DP: each client's whole update is clipped at the client, the sum is noised at the coordinator (McMahan
+et al., ICLR 2018).
 
-The guarantee is against whoever sees the models, not against the coordinator: it adds the noise, and must be trusted to (with
-`privacy.secure_aggregation` it sees only the sum before noise).
+The guarantee is against whoever sees the models, not against the coordinator: it adds the noise, and must be trusted
+to (with `privacy.secure_aggregation` it sees only the sum before noise).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ Tensors = Mapping[str, Tensor]
 #: Learning rate of the clip's logarithm (Andrew et al., NeurIPS 2021).
 CLIP_LR = 0.2
 
-#: Name under which a client says whether its update was within the clip: 1/2 or -1/2, so that one client more or less moves the sum by 1/2.
+#: Name under which a client says whether its update was within the clip: 1/2 or -1/2, so that one client more or less
+#: moves the sum by 1/2.
 WITHIN = "(within the clip)"
 
 
@@ -29,7 +31,8 @@ def norm(update: Tensors) -> float:
 
 
 def clipped(update: Tensors, clip: float) -> tuple[dict[str, Tensor], bool]:
-    """The update (fp32) scaled down to norm `clip`, and whether it was within it. Raises FloatingPointError for what is not finite."""
+    """The update (fp32) scaled down to norm `clip`, and whether it was within it. Raises FloatingPointError for what
+    is not finite."""
     size = norm(update)
     if not math.isfinite(size):
         raise FloatingPointError("an update is not finite: lower federation.lr")
@@ -40,7 +43,8 @@ def clipped(update: Tensors, clip: float) -> tuple[dict[str, Tensor], bool]:
 
 
 def bit_noise(noise: float, expected: float) -> float:
-    """Standard deviation of the noise on the count of clients within the clip: a twentieth of the cohort, at least `noise`."""
+    """Standard deviation of the noise on the count of clients within the clip: a twentieth of the cohort, at least
+    `noise`."""
     return max(expected / 20, noise)
 
 
@@ -60,8 +64,8 @@ def noised_mean(total: Tensors, deviation: float, expected: float, stream: Strea
 
 
 def next_clip(clip: float, quantile: float, within: float, noise: float, expected: float, stream: Stream) -> float:
-    """The clip of the next round: moved so that the share of updates within it nears `quantile`. `within`: the sum of what the clients said
-    under WITHIN, which is noised; `expected`: how many clients a cohort has."""
+    """The clip of the next round: moved so that the share of updates within it nears `quantile`. `within`: the sum of
+    what the clients said under WITHIN, which is noised; `expected`: how many clients a cohort has."""
     share = (within + bit_noise(noise, expected) * stream.normals(1).item()) / expected + 0.5
     return clip * math.exp(-CLIP_LR * (share - quantile))
 

@@ -1,8 +1,10 @@
-"""DP-SGD (Abadi et al., CCS 2016) over an engine's step: per-sample gradients, clipped, summed, noised once, divided by the expected batch.
+"""DP-SGD (Abadi et al., CCS 2016) over an engine's step: per-sample gradients, clipped, summed, noised once, divided
+by the expected batch.
 
 Opacus's hooks compute the per-sample gradients without wrapping the model. Noise is added to the sum of the clipped
-gradients after it is complete (over micro-batches, and over a client's ranks once there are several) and handed to the engine as the whole
-gradient: a gradient written anywhere else is silently ignored by ZeRO 1 and 2 (ENGINE.md section 5).
+gradients after it is complete (over micro-batches, and over a client's ranks once there are several) and handed to the
+engine as the whole gradient, through DeepSpeed's own `safe_set_full_grad`: ZeRO 1 and 2 step on flat buffers of their
+own, and silently ignore what is written to `parameter.grad`.
 """
 
 from __future__ import annotations
@@ -11,14 +13,14 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from opacus.grad_sample import GradSampleHooks, register_grad_sampler
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedray.adapters.modules import CoreProduct, HadamardProduct, Product
+from fedray.adapters.modules import CoreProduct, HadamardProduct, Product, whole_shape
 from fedray.errors import PrivacyError
 from fedray.privacy.keys import Stream
 from fedray.privacy.plan import Mechanism
@@ -48,36 +50,52 @@ def check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "p", 0) and "Dropout" in type(module).__name__:
             raise PrivacyError(
-                f"{name} drops out {module.p:g}: one example more would shift the masks of all others, so that no clip bounds what it changes; set it to 0"
+                f"{name} drops out {module.p:g}: one example more would shift the masks of all others, "
+                "so that no clip bounds what it changes; set it to 0"
             )
         if isinstance(module, LoraLayer):
-            if any(getattr(module, "use_dora", {}).values()):
-                raise PrivacyError(
-                    f"{name} is a DoRA layer: its norm mixes samples, and it has no per-sample gradient; use plain LoRA"
-                )
-            if len(module.lora_embedding_A):
-                raise PrivacyError(
-                    f"{name} adapts an embedding, which has no per-sample gradient in opacus: leave it out of adapter.targets"
-                )
+            _check_lora(name, module)
         if getattr(module, "gradient_checkpointing", False):
-            options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-            if not options.get("use_reentrant", False):
-                raise PrivacyError(
-                    f"{name} checkpoints with use_reentrant=False, which runs the forward pass where opacus's hooks do not see it: set it to True"
-                )
-        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        if own and any(True for _ in module.buffers(recurse=False)):
-            raise PrivacyError(
-                f"{name} trains and keeps statistics over the batch ({type(module).__name__}), which are not private: leave it out of adapter.heads"
-            )
-        if own and type(module) not in GradSampleHooks.GRAD_SAMPLERS:
-            raise PrivacyError(
-                f"{name} ({type(module).__name__}) trains and has no per-sample gradient: leave it out of adapter.heads"
-            )
+            _check_checkpointing(name, module)
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            _check_trained(name, module)
+
+
+def _check_lora(name: str, module: LoraLayer) -> None:
+    if any(getattr(module, "use_dora", {}).values()):
+        raise PrivacyError(
+            f"{name} is a DoRA layer: its norm mixes samples, and it has no per-sample gradient; use plain LoRA"
+        )
+    if len(module.lora_embedding_A):
+        raise PrivacyError(
+            f"{name} adapts an embedding, which has no per-sample gradient in opacus: leave it out of adapter.targets"
+        )
+
+
+def _check_checkpointing(name: str, module: nn.Module) -> None:
+    options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    if not options.get("use_reentrant", False):
+        raise PrivacyError(
+            f"{name} checkpoints with use_reentrant=False, which runs the forward pass where opacus's "
+            "hooks do not see it: set it to True"
+        )
+
+
+def _check_trained(name: str, module: nn.Module) -> None:
+    if any(True for _ in module.buffers(recurse=False)):
+        raise PrivacyError(
+            f"{name} trains and keeps statistics over the batch ({type(module).__name__}), which are not "
+            "private: leave it out of adapter.heads"
+        )
+    if type(module) not in GradSampleHooks.GRAD_SAMPLERS:
+        raise PrivacyError(
+            f"{name} ({type(module).__name__}) trains and has no per-sample gradient: leave it out of adapter.heads"
+        )
 
 
 class SampleHooks:
-    """Opacus's hooks on all that trains in a model, asleep until a private step. Raises PrivacyError as `check_model` does."""
+    """Opacus's hooks on all that trains in a model, asleep until a private step. Raises PrivacyError as `check_model`
+    does."""
 
     def __init__(self, model: nn.Module):
         check_model(model)
@@ -104,16 +122,22 @@ class SampleHooks:
                 for left in ("activations", "max_batch_len"):
                     module.__dict__.pop(left, None)  # PEFT's wrappers show their inner module's attributes as their own
                 for parameter in module.parameters(recurse=False):
-                    if hasattr(parameter, "_forward_counter"):
-                        parameter._forward_counter, parameter.grad_sample = 0, None
+                    _forget(parameter)
 
     def close(self) -> None:
         """Take the hooks off."""
         self._hooks.cleanup()
 
 
+def _forget(parameter: Any) -> None:
+    """Clear what opacus, beyond torch's own attributes, keeps at a parameter during a pass."""
+    if hasattr(parameter, "_forward_counter"):
+        parameter._forward_counter, parameter.grad_sample = 0, None
+
+
 class ClippedSum:
-    """The sum of per-sample gradients, each clipped to a norm over all parameters together; fp64, in order of the parameters."""
+    """The sum of per-sample gradients, each clipped to a norm over all parameters together; fp64, in order of the
+    parameters."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], clip: float):
         self.parameters, self.clip = parameters, clip
@@ -121,8 +145,8 @@ class ClippedSum:
 
     @torch.no_grad()
     def add(self, samples: int) -> None:
-        """Take the per-sample gradients that a backward pass left, and clear them. Raises PrivacyError where they are not one for each
-        of `samples`, FloatingPointError where one is not finite."""
+        """Take the per-sample gradients that a backward pass left, and clear them. Raises PrivacyError where they are
+        not one for each of `samples`, FloatingPointError where one is not finite."""
         taken = {name: self._take(name, p, samples) for name, p in self.parameters.items()}
         norms = torch.stack(
             [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in taken.values()]
@@ -136,9 +160,10 @@ class ClippedSum:
             self._sums[name] = self._sums[name].add_(part) if name in self._sums else part
 
     @staticmethod
-    def _take(name: str, parameter: nn.Parameter, samples: int) -> Tensor:
+    def _take(name: str, parameter: Any, samples: int) -> Tensor:
+        """The gradient that opacus left at a parameter, which is cleared."""
         gradient, parameter.grad_sample = getattr(parameter, "grad_sample", None), None
-        shape = (samples, *getattr(parameter, "ds_shape", parameter.shape))
+        shape = (samples, *whole_shape(parameter))
         if not torch.is_tensor(gradient) or tuple(gradient.shape) != shape:
             # No shapes: how many samples there are is private.
             have = (
@@ -156,15 +181,18 @@ class ClippedSum:
             [
                 self._sums[name].cpu()
                 if name in self._sums
-                else torch.zeros(math.prod(getattr(p, "ds_shape", p.shape)), dtype=torch.float64)
+                else torch.zeros(math.prod(whole_shape(p)), dtype=torch.float64)
                 for name, p in self.parameters.items()
             ]
         )
 
 
 def noised(total: Tensor, mechanism: Mechanism, noise: Stream | None) -> Tensor:
-    """(total + noise) / expected, fp64. `noise`: standard normals, asked for as many as there are numbers; None only where noise is 0."""
+    """(total + noise) / expected, fp64. `noise`: standard normals, asked for as many as there are numbers; None only
+    where noise is 0."""
     if mechanism.noise > 0:
+        if noise is None:
+            raise ValueError("a mechanism with noise needs random numbers")
         total = total + noise.normals(len(total)).mul_(mechanism.noise * mechanism.clip)
     return total / mechanism.expected
 
@@ -180,11 +208,13 @@ def private_step(
     check: bool,
     first: bool = False,
 ) -> None:
-    """One optimizer step on a Poisson batch, cut into micro-batches (none, when it is empty: then the step is noise alone).
+    """One optimizer step on a Poisson batch, cut into micro-batches (none, when it is empty: then the step is noise
+    alone).
 
-    `losses(forward, batch)`: one loss a sequence, each over its own tokens. `check`: hold what the optimizer got against what was
-    meant; `first`: see that every parameter moved, too (late in a schedule a rate may be too small to). Raises PrivacyError when the step was not a private one, FloatingPointError for a loss
-    or gradient that is not finite: then nothing has been stepped.
+    `losses(forward, batch)`: one loss a sequence, each over its own tokens. `check`: hold what the optimizer got
+    against what was meant; `first`: see that every parameter moved, too (late in a schedule a rate may be too small
+    to). Raises PrivacyError when the step was not a private one, FloatingPointError for a loss or gradient that is
+    not finite: then nothing has been stepped.
     """
     clipped = ClippedSum(engine.parameters, mechanism.clip)
     with hooks.awake():
@@ -196,14 +226,20 @@ def private_step(
             clipped.add(len(each))
     before = engine.read() if check else {}
     mean = noised(clipped.total(), mechanism, noise)
-    gradients, offset = {}, 0
-    for name, parameter in engine.parameters.items():
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        gradients[name] = mean[offset : offset + math.prod(shape)].reshape(shape).to(parameter.device, torch.float32)
-        offset += math.prod(shape)
+    gradients = _by_name(mean, engine.parameters)
     got = engine.apply(gradients, lr)
     if check:
         _check(gradients, got, before, engine.read(), first and mechanism.noise > 0 and lr > 0)
+
+
+def _by_name(mean: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The one vector as fp32 gradients of the parameters, on their devices."""
+    gradients, offset = {}, 0
+    for name, parameter in parameters.items():
+        shape = whole_shape(parameter)
+        gradients[name] = mean[offset : offset + math.prod(shape)].reshape(shape).to(parameter.device, torch.float32)
+        offset += math.prod(shape)
+    return gradients
 
 
 def _check(
@@ -216,5 +252,6 @@ def _check(
             )
         if noisy and torch.equal(before[name], after[name]):
             raise PrivacyError(
-                f"{name} did not move in a private step, whose noise moves everything that trains: the run stops (federation.lr may be too small to move an fp32 number)"
+                f"{name} did not move in a private step, whose noise moves everything that trains: "
+                "the run stops (federation.lr may be too small to move an fp32 number)"
             )

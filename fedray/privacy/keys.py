@@ -1,8 +1,9 @@
 """A client's secret key and the random numbers that follow from it.
 
-Noise that a client adds must be unknown to whoever sees its update, and the same when a round is repeated from the same inputs. So it
-is a function of a key that never leaves the client's side and of the names of what it is for: HMAC-SHA256 (RFC 2104) turns both into a
-key of the stream cipher ChaCha20 (RFC 8439), whose stream becomes uniform and normal numbers.
+Noise that a client adds must be unknown to whoever sees its update, and the same when a round is repeated from the
+same inputs. So it is a function of a key that never leaves the client's side and of the names of what it is for:
+HMAC-SHA256 (RFC 2104) turns both into a key of the stream cipher ChaCha20 (RFC 8439), whose stream becomes uniform
+and normal numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from torch import Tensor
 
-#: Replaces every key by one that follows from this word: for tests only, since whoever knows the word can take all noise away again.
+#: Replaces every key by one that follows from this word: for tests only, since whoever knows the word can take all
+#: noise away again.
 TEST_KEY = "FEDRAY_UNSAFE_TEST_KEY"
 
 _BLOCK = 1 << 22  # numbers made at a time
@@ -49,7 +51,8 @@ class Key:
         return hmac.new(self._secret, words(*parts), hashlib.sha256).digest()
 
     def bound(self, what: bytes) -> Key:
-        """The key for work on that data alone: the same noise must never be added to two data sets, whose difference would show."""
+        """The key for work on that data alone: the same noise must never be added to two data sets, whose difference
+        would show."""
         return Key(self.derive("bound", hashlib.sha256(what).hexdigest()), self.fixed)
 
     def stream(self, *parts: str | int) -> Stream:
@@ -94,17 +97,19 @@ def default_folder() -> Path:
 
 
 class KeyStore:
-    """The keys of the clients that this machine serves, one file each: they outlive a worker, and are the client's, not the run's.
+    """The keys of the clients that this machine serves, one file each: they outlive a worker, and are the client's,
+    not the run's.
 
-    A key is drawn from the operating system's randomness when it is first asked for. Where the file is gone another is drawn, and
-    the ledger sees it by its `identity`.
+    A key is drawn from the operating system's randomness when it is first asked for. Where the file is gone another
+    is drawn, and the ledger sees it by its `identity`.
     """
 
     def __init__(self, folder: str | Path | None = None):
         self.folder = Path(folder) if folder is not None else default_folder()
 
     def key(self, run: str, client: str) -> Key:
-        """The key of a client in a run (any two runs have different ones). Raises OSError when the folder cannot be written."""
+        """The key of a client in a run (any two runs have different ones). Raises OSError when the folder cannot be
+        written."""
         if word := os.environ.get(TEST_KEY):
             return Key(hashlib.sha256(words(word, client)).digest(), fixed=True)
         path = self._path(run, client)

@@ -1,8 +1,8 @@
 """The ledger: every release of every client's data, charged before it happens, on disk before it happens.
 
 A release is known by its draw: the hash of who adds the noise (the identity of its key) and of all inputs of the
-computation. A round that is repeated from the same inputs with the same key gives the same numbers, so it has the same
-draw and costs nothing; whatever differs is another draw, and is charged again.
+computation. A round that is repeated from the same inputs with the same key gives the same numbers, so it has the
+same draw and costs nothing; whatever differs is another draw, and is charged again.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """Of one run. `plans`, `counts` (noised numbers of examples) and `keys` (identities) by client; with unit `client`
-    all clients share the entries of one name, EVERYONE. Kept in one file, replaced whole."""
+    """Of one run. `plans`, `counts` (noised numbers of examples) and `keys` (identities) by client; with unit
+    `client` all clients share the entries of one name, EVERYONE. Kept in one file, replaced whole."""
 
     run: str
     delta: float | None = None
@@ -52,31 +52,34 @@ class Ledger:
     """Whether a key was fixed for a test: then nothing is private."""
 
     def epsilon(self, client: str, more: Iterable[Release] = ()) -> float:
-        """What the client's data has spent so far, and would have with `more`."""
+        """What the client's data has spent so far, and would have with `more`. Raises ValueError where delta is not
+        known yet."""
+        if self.delta is None:
+            raise ValueError("the ledger's delta is not known yet")
         return epsilon([*(e.release for e in self.entries.get(client, [])), *more], self.delta)
 
     def affords(self, client: str, draw: str, release: Release) -> bool:
         """Whether the release, unless it is in the books already, stays within the client's budget."""
         plan = self.plans.get(client)
-        if self._has(client, draw) or plan is None or plan.budget is None or self._as_planned(client, release):
+        if self._has(client, draw) or plan is None or plan.budget is None:
             return True
+        if self._as_planned(client, plan, release) and plan.epsilon <= plan.budget:
+            return True  # no other epsilon than the plan's need be worked out
         return self.epsilon(client, [release]) <= plan.budget
 
-    def _as_planned(self, client: str, more: Release) -> bool:
-        """Whether all of it, with `more`, is part of a plan that stays within its budget: then no epsilon need be
-        worked out."""
-        plan = self.plans[client]
+    def _as_planned(self, client: str, plan: PrivacyPlan, more: Release) -> bool:
+        """Whether all that the client has spent, with `more`, is part of the plan."""
         left = [*plan.before, plan.release(plan.steps)]
         for release in [*(e.release for e in self.entries.get(client, [])), more]:
-            found = next(
+            covering = next(
                 (r for r in left if (r.noise, r.rate) == (release.noise, release.rate) and r.steps >= release.steps),
                 None,
             )
-            if found is None:
+            if covering is None:
                 return False
-            left.remove(found)
-            left.append(replace(found, steps=found.steps - release.steps))
-        return plan.epsilon <= plan.budget
+            left.remove(covering)
+            left.append(replace(covering, steps=covering.steps - release.steps))
+        return True
 
     def charge(self, client: str, draw: str, release: Release, round: int) -> bool:
         """Enter the release unless the same draw is there; whether it was new."""

@@ -1,9 +1,10 @@
-"""The privacy plan of one client: everything that its (epsilon, delta) follows from, in one value that cannot be put together wrongly."""
+"""The privacy plan of one client: everything that its (epsilon, delta) follows from, in one value that cannot be put
+together wrongly."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,7 +21,8 @@ LEAST = 1e-2
 
 @dataclass(frozen=True)
 class Mechanism:
-    """Gaussian noise of standard deviation `noise * clip` on a sum of gradients of norm `clip` at most, divided by `expected`."""
+    """Gaussian noise of standard deviation `noise * clip` on a sum of gradients of norm `clip` at most, divided by
+    `expected`."""
 
     clip: float
     noise: float
@@ -31,10 +33,11 @@ class Mechanism:
 class PrivacyPlan:
     """Gaussian noise of standard deviation `noise * clip` on a sum whose every term has norm `clip` at most.
 
-    `unit`: what may be added or removed, one example (a sequence as the task cuts it) or one client with all it has. `rate`: the Poisson
-    rate of a step; `expected`: how many units that is, the divisor of the sum. `steps`: of the whole run for a client that is in every
-    cohort (example), or rounds (client). `before`: what else is released of the same data. `budget`: epsilon at `delta` that may not be passed; None: no
-    limit. Raises ValueError for what is no plan.
+    `unit`: what may be added or removed, one example (a sequence as the task cuts it) or one client with all it has.
+    `rate`: the Poisson rate of a step; `expected`: how many units that is, the divisor of the sum. `steps`: of the
+    whole run for a client that is in every cohort (example), or rounds (client). `before`: what else is released of
+    the same data. `budget`: epsilon at `delta` that may not be passed; None: no limit. Raises ValueError for what is
+    no plan.
     """
 
     unit: str
@@ -49,12 +52,11 @@ class PrivacyPlan:
     relation: str = RELATION
     sampling: str = SAMPLING
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.unit not in UNITS or self.relation != RELATION or self.sampling != SAMPLING:
             raise ValueError(f"a plan is for {' or '.join(UNITS)}, {RELATION} and {SAMPLING} sampling")
-        if not (
-            0 < self.delta < 1 and self.clip > 0 and self.expected > 0 and (self.budget is None or self.budget > 0)
-        ):
+        positive = (self.clip, self.expected, 1.0 if self.budget is None else self.budget)
+        if not (0 < self.delta < 1 and all(value > 0 for value in positive)):
             raise ValueError("delta lies between 0 and 1; clip, the expected batch and the budget are above 0")
         self.release(self.steps)
 
@@ -68,8 +70,8 @@ class PrivacyPlan:
         return epsilon([*self.before, self.release(self.steps)], self.delta)
 
     def signal_to_noise(self, numbers: int) -> float:
-        """At best, for one step: the norm of a mean of clipped terms that all agree, over that of the noise in `numbers` coordinates.
-        The noise of T steps and k clients grows as sqrt(T k), what agrees as T k."""
+        """At best, for one step: the norm of a mean of clipped terms that all agree, over that of the noise in
+        `numbers` coordinates. The noise of T steps and k clients grows as sqrt(T k), what agrees as T k."""
         return math.inf if self.noise == 0 else self.expected / (self.noise * math.sqrt(numbers))
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,7 +84,8 @@ class PrivacyPlan:
 
 
 def calibrate(rate: float, steps: int, delta: float, budget: float, before: Iterable[Release] = ()) -> float:
-    """The least noise multiplier (within PRECISION, from above, and rounded up to five digits after the point) with which `steps` steps and `before` stay within the budget.
+    """The least noise multiplier (within PRECISION, from above, and rounded up to five digits after the point) with
+    which `steps` steps and `before` stay within the budget.
 
     Raises ValueError when `before` alone spends it.
     """
@@ -91,29 +94,42 @@ def calibrate(rate: float, steps: int, delta: float, budget: float, before: Iter
 
 @lru_cache(maxsize=1024)
 def _calibrate(rate: float, steps: int, delta: float, budget: float, before: tuple[Release, ...]) -> float:
-    def spent(noise: float) -> float:
-        return epsilon([*before, Release("training", noise, rate, steps)], delta)
-
-    def rdp(noise: float) -> float:
-        return rdp_epsilon([*before, Release("training", noise, rate, steps)], delta)
+    def releases(noise: float) -> list[Release]:
+        return [*before, Release("training", noise, rate, steps)]
 
     if before and epsilon(before, delta) >= budget:
         raise ValueError(
             f"what is released before training ({', '.join(sorted({r.what for r in before}))}) alone spends epsilon "
-            f"{epsilon(before, delta):.3g} of {budget:g}: raise privacy.epsilon, or release less (privacy.count_noise, privacy.subspace_fraction)"
+            f"{epsilon(before, delta):.3g} of {budget:g}: "
+            "raise privacy.epsilon, or release less (privacy.count_noise, privacy.subspace_fraction)"
         )
     # The RDP bound is cheap and above the PRV's: the noise that it asks for is enough, and not far from the least.
+    enough = _enough(lambda noise: rdp_epsilon(releases(noise), delta), budget)
+    if math.isinf(enough):
+        raise ValueError(f"no noise keeps {steps} steps at rate {rate:g} within epsilon {budget:g}: raise it")
+    return _least(lambda noise: epsilon(releases(noise), delta), budget, enough)
+
+
+def _enough(bound: Callable[[float], float], budget: float) -> float:
+    """Noise within a hundredth, from above, of the least with which `bound` is within the budget; infinite where
+    there is none."""
     high = 1.0
-    while rdp(high) > budget:
+    while bound(high) > budget:
         high *= 2
         if high > 1e6:
-            raise ValueError(f"no noise keeps {steps} steps at rate {rate:g} within epsilon {budget:g}: raise it")
+            return math.inf
     low = high / 2
-    while high > LEAST and rdp(low) <= budget:
+    while high > LEAST and bound(low) <= budget:
         low, high = low / 2, low
     while high / low > 1.01:
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if rdp(middle) <= budget else (middle, high)
+        low, high = (low, middle) if bound(middle) <= budget else (middle, high)
+    return high
+
+
+def _least(spent: Callable[[float], float], budget: float, high: float) -> float:
+    """Noise within PRECISION, from above, of the least with which `spent` is within the budget. `high`: noise that is
+    enough."""
     at_high, low = spent(high), high / 1.1
     while (at_low := spent(low)) <= budget:
         if low < LEAST:

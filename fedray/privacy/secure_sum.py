@@ -1,9 +1,10 @@
-"""Secure aggregation (Bonawitz et al., CCS 2017): the coordinator learns the sum of the clients' vectors and nothing else about any of them.
+"""Secure aggregation (Bonawitz et al., CCS 2017): the coordinator learns the sum of the clients' vectors and nothing
+else about any of them.
 
-Each pair of clients shares a mask that one adds and the other subtracts; each client adds one more of its own. What hides a client that
-drops out (its key of pairwise masks) or one that stays (the seed of its own mask) is shared among all, so that enough of them can
-take away the masks that would otherwise remain, in an honest session one or the other of a client and never both. Sums are in the integers modulo 2^64, so the masks
-cancel to the last bit.
+Each pair of clients shares a mask that one adds and the other subtracts; each client adds one more of its own. What
+hides a client that drops out (its key of pairwise masks) or one that stays (the seed of its own mask) is shared among
+all, so that enough of them can take away the masks that would otherwise remain, in an honest session one or the other
+of a client and never both. Sums are in the integers modulo 2^64, so the masks cancel to the last bit.
 
 | step      | a client sends                                              | needs                   |
 |-----------|-------------------------------------------------------------|-------------------------|
@@ -12,8 +13,9 @@ cancel to the last bit.
 | mask      | its vector in fixed point, masked                           | the keys of who shared  |
 | reveal    | one share for each client: of the seed of who sent a vector, of the key of who did not | who did |
 
-Against a coordinator that follows the protocol and looks at all it sees, together with fewer clients than the threshold. A client's secrets
-follow from its own key and the session's name, so a client keeps no state between steps and a step that is repeated gives the same bytes.
+Against a coordinator that follows the protocol and looks at all it sees, together with fewer clients than the
+threshold. A client's secrets follow from its own key and the session's name, so a client keeps no state between steps
+and a step that is repeated gives the same bytes.
 """
 
 from __future__ import annotations
@@ -54,23 +56,24 @@ class Session:
     members: tuple[str, ...]
     threshold: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(set(self.members)) < len(self.members):
             raise PrivacyError("a secure sum names a client twice")
         if len(self.members) < LEAST_MEMBERS or not 2 <= self.threshold <= len(self.members):
             raise PrivacyError(
-                f"a secure sum needs {LEAST_MEMBERS} clients or more and a threshold between 2 and their number, not {len(self.members)} and {self.threshold}"
+                f"a secure sum needs {LEAST_MEMBERS} clients or more and a threshold between 2 and their "
+                f"number, not {len(self.members)} and {self.threshold}"
             )
 
 
 @dataclass(frozen=True)
 class Advert:
-    """A client's public keys: for pairwise masks, and for what others encrypt to it. `own`: the hash of the seed of its own mask, so that a
-    wrong seed is noticed."""
+    """A client's public keys: for pairwise masks, and for what others encrypt to it. `seed`: the hash of the seed of
+    its own mask, so that a wrong seed is noticed."""
 
     mask: bytes
     share: bytes
-    own: bytes
+    seed: bytes
 
 
 def default_threshold(members: int) -> int:
@@ -82,12 +85,13 @@ def default_threshold(members: int) -> int:
 
 
 def encode(values: np.ndarray, members: int) -> np.ndarray:
-    """fp64 -> uint64, to the nearest multiple of STEP, negative numbers in two's complement. Raises PrivacyError for values whose sum over
-    so many members could wrap around, or that are not finite."""
+    """fp64 -> uint64, to the nearest multiple of STEP, negative numbers in two's complement. Raises PrivacyError for
+    values whose sum over so many members could wrap around, or that are not finite."""
     limit = 2.0 ** (63 - FRACTION) / members
     if not np.isfinite(values).all() or (np.abs(values) >= limit).any():
         raise PrivacyError(
-            f"a number to be summed securely is not below {limit:.3g} in size (times the client's weight): lower federation.lr, or use method.weights equal"
+            f"a number to be summed securely is not below {limit:.3g} in size (times the client's weight): "
+            "lower federation.lr, or use method.weights equal"
         )
     return np.rint(values * 2.0**FRACTION).astype(np.int64).view(np.uint64)
 
@@ -104,9 +108,8 @@ def split(secret: bytes, count: int, threshold: int, stream: Stream) -> list[int
     """Shamir's shares (1979) at 1 ... count: any `threshold` of them give the secret, fewer nothing."""
     polynomial = [int.from_bytes(secret, "big")]
     for _ in range(threshold - 1):
-        polynomial.append(
-            int.from_bytes(stream.integers(10).tobytes(), "big") % PRIME
-        )  # 640 bits: as good as uniform below 521
+        # 640 bits: as good as uniform below 2^521
+        polynomial.append(int.from_bytes(stream.integers(10).tobytes(), "big") % PRIME)
     shares = []
     for x in range(1, count + 1):
         value = 0
@@ -162,7 +165,8 @@ def advertise(key: Key, session: Session) -> Advert:
 def share(key: Key, client: str, session: Session, adverts: Mapping[str, Advert]) -> dict[str, bytes]:
     """A client's second message: for every client of `adverts`, itself included, two encrypted shares.
 
-    Raises PrivacyError when fewer are there than the threshold, or its own advert is not what its key gives (the key was lost).
+    Raises PrivacyError when fewer are there than the threshold, or its own advert is not what its key gives (the key
+    was lost).
     """
     _check(key, client, session, adverts)
     order, mask = list(adverts), _private(key, session, "mask")
@@ -172,11 +176,11 @@ def share(key: Key, client: str, session: Session, adverts: Mapping[str, Advert]
         )
         for purpose, secret in (("own mask", _seed(key, session)), ("mask", mask.private_bytes_raw()))
     ]
-    own, sealed = _private(key, session, "share"), {}
+    private, sealed = _private(key, session, "share"), {}
     for i, other in enumerate(order):
         text = b"".join(part[i].to_bytes(SHARE_BYTES, "big") for part in parts)
         # Every pair and direction has a key of its own for one message, so the nonce may be constant.
-        cipher = ChaCha20Poly1305(_agreed(own, adverts[other].share, session, "share", client, other))
+        cipher = ChaCha20Poly1305(_agreed(private, adverts[other].share, session, "share", client, other))
         sealed[other] = cipher.encrypt(bytes(12), text, words(client, other))
     return sealed
 
@@ -216,23 +220,26 @@ def reveal(
     sealed: Mapping[str, bytes],
     sent: Sequence[str],
 ) -> dict[str, int]:
-    """A client's fourth message: its share of the own mask of each client in `sent`, and of the pairwise key of each other that shared.
+    """A client's fourth message: its share of the own mask of each client in `sent`, and of the pairwise key of each
+    other that shared.
 
-    `sealed`: what each client of `adverts` encrypted to it. Raises PrivacyError when fewer than the threshold have sent, or a message was
-    changed on the way.
+    `sealed`: what each client of `adverts` encrypted to it. Raises PrivacyError when fewer than the threshold have
+    sent, or a message was changed on the way.
     """
     _check(key, client, session, adverts)
     if client not in sent:
         raise PrivacyError(
-            f"client '{client}' is said not to have sent its part of a secure sum, but is asked to open it: nothing is revealed"
+            f"client '{client}' is said not to have sent its part of a secure sum, but is asked to open it: "
+            "nothing is revealed"
         )
     if len(set(sent) & set(adverts)) < session.threshold:
         raise PrivacyError(
-            f"{len(set(sent) & set(adverts))} clients sent their part of a secure sum, and {session.threshold} are needed: nothing is revealed"
+            f"{len(set(sent) & set(adverts))} clients sent their part of a secure sum, and {session.threshold} "
+            "are needed: nothing is revealed"
         )
-    own, shares = _private(key, session, "share"), {}
+    private, shares = _private(key, session, "share"), {}
     for other in adverts:
-        cipher = ChaCha20Poly1305(_agreed(own, adverts[other].share, session, "share", other, client))
+        cipher = ChaCha20Poly1305(_agreed(private, adverts[other].share, session, "share", other, client))
         try:
             text = cipher.decrypt(bytes(12), sealed[other], words(other, client))
         except (InvalidTag, KeyError):
@@ -251,11 +258,13 @@ def unmask(
     masked: Mapping[str, np.ndarray],
     revealed: Mapping[str, Mapping[str, int]],
 ) -> np.ndarray:
-    """The sum (uint64) of the vectors of `masked`, from the shares of at least `threshold` clients. `advertised`: to whom shares were dealt, in
-    order; `adverts`: of those who shared. Raises PrivacyError for too few, and for shares that do not open what was advertised."""
+    """The sum (uint64) of the vectors of `masked`, from the shares of at least `threshold` clients. `advertised`: to
+    whom shares were dealt, in order; `adverts`: of those who shared. Raises PrivacyError for too few, and for shares
+    that do not open what was advertised."""
     if len(revealed) < session.threshold:
         raise PrivacyError(
-            f"{len(revealed)} clients of a secure sum stayed to the end, and {session.threshold} are needed: the sum stays closed"
+            f"{len(revealed)} clients of a secure sum stayed to the end, and {session.threshold} are needed: "
+            "the sum stays closed"
         )
     if not masked:
         raise PrivacyError("nobody sent a part of the secure sum")
@@ -268,22 +277,30 @@ def unmask(
     size = len(next(iter(masked.values())))
     total = np.zeros(size, dtype=np.uint64)
     for client in masked:
-        seed = opened(client)
-        if hashlib.sha256(seed).digest() != adverts[client].own:
-            raise PrivacyError(
-                f"the shares of client '{client}' open another mask than it advertised: the sum stays closed"
-            )
         total += masked[client]
-        total -= Stream(seed).integers(size)
+        total -= Stream(_as_advertised(client, opened(client), adverts[client])).integers(size)
     for gone in (c for c in adverts if c not in masked):
-        private = X25519PrivateKey.from_private_bytes(opened(gone))
-        if _public(private) != adverts[gone].mask:
-            raise PrivacyError(
-                f"the shares of client '{gone}' open another key than it advertised: the sum stays closed"
-            )
+        private = _key_as_advertised(gone, opened(gone), adverts[gone])
         for client in masked:  # take away what each added for the one that is gone
             total += _pairwise(private, gone, client, adverts[client], session, size)
     return total
+
+
+def _as_advertised(client: str, seed: bytes, advert: Advert) -> bytes:
+    """The seed of a client's own mask, held against the hash that it advertised."""
+    if hashlib.sha256(seed).digest() != advert.seed:
+        raise PrivacyError(
+            f"the shares of client '{client}' open another mask than it advertised: the sum stays closed"
+        )
+    return seed
+
+
+def _key_as_advertised(client: str, secret: bytes, advert: Advert) -> X25519PrivateKey:
+    """A client's key of pairwise masks, held against the public key that it advertised."""
+    private = X25519PrivateKey.from_private_bytes(secret)
+    if _public(private) != advert.mask:
+        raise PrivacyError(f"the shares of client '{client}' open another key than it advertised: the sum stays closed")
+    return private
 
 
 def overhead(members: int) -> tuple[int, int]:
@@ -293,8 +310,8 @@ def overhead(members: int) -> tuple[int, int]:
 
 
 def threshold_of(share_needed: float | None, members: int) -> int:
-    """How many of so many members must stay: a share of them, or more than half; never fewer than LEAST_MEMBERS, but for three members, of
-    whom one may drop out."""
+    """How many of so many members must stay: a share of them, or more than half; never fewer than LEAST_MEMBERS, but
+    for three members, of whom one may drop out."""
     if share_needed is None:
         return default_threshold(members)
     return min(members, max(LEAST_MEMBERS if members > LEAST_MEMBERS else 2, math.ceil(share_needed * members)))

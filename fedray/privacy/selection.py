@@ -1,8 +1,9 @@
 """Many runs on the same data: what all of them tell together, and what their best tells alone.
 
-Every run of a sweep is a release. Whoever sees all of them, or a choice that was made among them, is told their composition. One exception
-is known (Papernot and Steinke, ICLR 2022): when the number of runs is itself random, drawn from a distribution with a long tail, the
-runs are alike but for hyperparameters drawn at random, and only the best one is ever shown, that one tells little more than a single run.
+Every run of a sweep is a release. Whoever sees all of them, or a choice that was made among them, is told their
+composition. One exception is known (Papernot and Steinke, ICLR 2022): when the number of runs is itself random, drawn
+from a distribution with a long tail, the runs are alike but for hyperparameters drawn at random, and only the best
+one is ever shown, that one tells little more than a single run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
 
 from fedray.privacy.accountant import Release, epsilon, rdp_curve
 from fedray.privacy.keys import Stream
@@ -19,18 +22,19 @@ STOPPING = ("geometric", "poisson")
 
 
 def dominating(clients: Iterable[Sequence[Release]]) -> list[Release]:
-    """Releases that tell at least as much as any of the clients' own: of each kind the highest rate, the least noise, the most steps.
+    """Releases that tell at least as much as any of the clients' own: of each kind the highest rate, the least noise,
+    the most steps.
 
     For an example that may be any client's, since runs deal the examples out differently.
     """
-    found: dict[str, Release] = {}
+    most: dict[str, Release] = {}
     for releases in clients:
-        own: dict[str, Release] = {}
+        total: dict[str, Release] = {}
         for release in releases:
-            own[release.what] = _over(own[release.what], release, add=True) if release.what in own else release
-        for what, release in own.items():
-            found[what] = _over(found[what], release) if what in found else release
-    return list(found.values())
+            total[release.what] = _over(total[release.what], release, add=True) if release.what in total else release
+        for what, release in total.items():
+            most[what] = _over(most[what], release) if what in most else release
+    return list(most.values())
 
 
 def _over(one: Release, other: Release, add: bool = False) -> Release:
@@ -39,10 +43,11 @@ def _over(one: Release, other: Release, add: bool = False) -> Release:
 
 
 def composed(runs: Sequence[Mapping[str, Sequence[Release]]], delta: float, splits: Sequence[str]) -> dict[str, float]:
-    """What all runs together have told of each client's data, epsilon at `delta`. `runs`: each one's releases by client; a run without
-    privacy is given as a release without noise. `splits`: by run, a word for how it dealt the examples out: with one word for all, a client
-    has the same examples in every run. Else there is one number, under ANY_CLIENT, that holds for every example: the largest over all clients
-    that it may be dealt to, split by split; where those are more than MOST_WAYS, an upper bound of it."""
+    """What all runs together have told of each client's data, epsilon at `delta`. `runs`: each one's releases by
+    client; a run without privacy is given as a release without noise. `splits`: by run, a word for how it dealt the
+    examples out: with one word for all, a client has the same examples in every run. Else there is one number, under
+    ANY_CLIENT, that holds for every example: the largest over all clients that it may be dealt to, split by split;
+    where those are more than MOST_WAYS, an upper bound of it."""
     if len(set(splits)) <= 1:
         clients = sorted({client for run in runs for client in run})
         return {
@@ -53,7 +58,8 @@ def composed(runs: Sequence[Mapping[str, Sequence[Release]]], delta: float, spli
         for client, releases in run.items():
             together.setdefault(split, {}).setdefault(client, []).extend(releases)
     different = [
-        list({tuple(releases): releases for releases in found.values()}.values()) for found in together.values()
+        list({tuple(releases): releases for releases in clients_of.values()}.values())
+        for clients_of in together.values()
     ]
     if math.prod(map(len, different)) > MOST_WAYS:
         return {ANY_CLIENT: epsilon([release for run in runs for release in dominating(run.values())], delta)}
@@ -72,8 +78,8 @@ ANY_CLIENT = "(any client)"
 
 
 def draw_runs(stopping: str, expected: float, stream: Stream) -> int:
-    """How many runs to make: `geometric` (stop after each with probability 1 / expected; at least one) or `poisson` (mean `expected`;
-    may be none). Raises ValueError for another kind or mean."""
+    """How many runs to make: `geometric` (stop after each with probability 1 / expected; at least one) or `poisson`
+    (mean `expected`; may be none). Raises ValueError for another kind or mean."""
     _check(stopping, expected)
     u = stream.uniforms(1).item()
     if stopping == "geometric":
@@ -91,14 +97,14 @@ def draw_runs(stopping: str, expected: float, stream: Stream) -> int:
 def best_alone(releases: Sequence[Release], delta: float, stopping: str, expected: float) -> float:
     """Epsilon at `delta` of the best of so many runs, each with these releases, when no other is shown.
 
-    Papernot and Steinke, theorem 2 with eta = 1 (geometric) and theorem 6 (poisson), over the orders of the RDP accountant. Infinite
-    where a release has no noise. Raises ValueError as `draw_runs`.
+    Papernot and Steinke, theorem 2 with eta = 1 (geometric) and theorem 6 (poisson), over the orders of the RDP
+    accountant. Infinite where a release has no noise. Raises ValueError as `draw_runs`.
     """
     _check(stopping, expected)
     orders, curve = rdp_curve(releases)
     if not all(math.isfinite(value) for value in curve):
         return math.inf
-    found = math.inf
+    least = math.inf
     if stopping == "geometric":
         # epsilon'(l) = epsilon(l) + 2 (1 - 1/h) epsilon(h) + 2 log(1/gamma) / h + log E[K] / (l - 1), for any order h.
         more = min(2 * (1 - 1 / h) * value + 2 * math.log(expected) / h for h, value in zip(orders, curve, strict=True))
@@ -112,11 +118,11 @@ def best_alone(releases: Sequence[Release], delta: float, stopping: str, expecte
             for order, value in zip(orders, curve, strict=True)
         ]
     for order, value in zip(orders, selected, strict=True):  # Canonne, Kamath, Steinke (2020), proposition 12
-        found = min(found, value + math.log1p(-1 / order) - math.log(delta * order) / (order - 1))
-    return max(0.0, found)
+        least = min(least, value + math.log1p(-1 / order) - math.log(delta * order) / (order - 1))
+    return max(0.0, least)
 
 
-def _delta_at(orders: Sequence[float], curve: Sequence[float], at: float) -> float:
+def _delta_at(orders: Sequence[int], curve: np.ndarray, at: float) -> float:
     """The least delta for which the RDP curve gives (at, delta)-DP."""
     logs = [
         (order - 1) * (value - at + math.log1p(-1 / order)) - math.log(order)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from fedray.config.sections import BUILTIN, Config
+from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError, PrivacyError
 from fedray.federation.prepare import Prepared
 from fedray.privacy.accountant import Release
@@ -120,7 +121,7 @@ def _check_units(configs: Sequence[Config]) -> None:
 
 def _check_sequences(private: Sequence[Config]) -> None:
     """Raises ConfigError where texts are cut into sequences, the examples that are protected, in different ways."""
-    cut = [config for config in private if config.model.task == "causal-lm" and config.data.completion is None]
+    cut = [config for config in private if TASKS[config.model.task].cuts(config.data)]
     lengths, models = {config.data.max_length for config in cut}, {config.model.path for config in cut}
     for key, values in (("data.max_length", lengths), ("model.path", models)):
         if len(values) > 1:

@@ -10,11 +10,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fedray.adapters.modules import whole_shape
 from fedray.config.sections import FederationSection, WorkerSection
 
 Parameters = dict[str, nn.Parameter]
@@ -23,6 +26,9 @@ Loss = Callable[[Callable, dict], Tensor]
 
 class StepEngine(Protocol):
     """What local training needs. `parameters`: the trained ones, by name, in the order the optimizer holds them."""
+
+    model: nn.Module
+    parameters: Parameters
 
     def load(self, values: dict[str, Tensor], optimizer_state: dict[str, Tensor] | None) -> None:
         """Overwrite the named trained parameters, and start the optimizer afresh or from a saved state."""
@@ -34,7 +40,8 @@ class StepEngine(Protocol):
         """Gradients of one of a step's micro-batches; `last`: no other follows."""
 
     def apply(self, gradients: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
-        """One optimizer step along these gradients (fp32, by name) and no others; returns those that the optimizer held."""
+        """One optimizer step along these gradients (fp32, by name) and no others; returns those that the optimizer
+        held."""
 
     def read(self) -> dict[str, Tensor]:
         """The trained parameters as fp32 CPU tensors."""
@@ -44,6 +51,9 @@ class StepEngine(Protocol):
 
     def forward(self, inputs: dict) -> Tensor:
         """Logits of a batch; a `labels` entry is not passed on."""
+
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """A context in which the parameters are whole (ZeRO-3 partitions them) and may be written."""
 
     def close(self) -> None:
         """Let go of the model."""
@@ -57,11 +67,13 @@ def make_optimizer(parameters: Parameters, config: FederationSection) -> torch.o
 
 
 class Proximal:
-    """FedProx (Li et al., MLSys 2020, arXiv 1812.06127): mu (w - w_broadcast) joins each gradient just before the optimizer's step, so
-    also on the flat partitions that ZeRO steps on; the clipping of the loss's own gradient does not see it."""
+    """FedProx (Li et al., MLSys 2020, arXiv 1812.06127): mu (w - w_broadcast) joins each gradient just before the
+    optimizer's step, so also on the flat partitions that ZeRO steps on; the clipping of the loss's own gradient does
+    not see it."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, mu: float):
-        self._mu, self._start = mu, {}
+        self._mu = mu
+        self._start: dict[tuple[int, int], Tensor] = {}
         if mu > 0:
             optimizer.register_step_pre_hook(self._add)
 
@@ -70,7 +82,7 @@ class Proximal:
         self._start.clear()
 
     @torch.no_grad()
-    def _add(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    def _add(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         for i, group in enumerate(optimizer.param_groups):
             for j, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
@@ -94,8 +106,8 @@ class TorchEngine:
         self.optimizer.state.clear()
         if optimizer_state:
             for name, parameter in self.parameters.items():
-                own = {k.removeprefix(f"{name}/"): v for k, v in optimizer_state.items() if k.startswith(f"{name}/")}
-                self.optimizer.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in own.items()}
+                saved = {k.removeprefix(f"{name}/"): v for k, v in optimizer_state.items() if k.startswith(f"{name}/")}
+                self.optimizer.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in saved.items()}
                 self.optimizer.state[parameter]["step"] = optimizer_state["step"].reshape(()).clone()
 
     def step(self, micro_batches: Sequence[dict], loss: Loss, lr: float) -> float:
@@ -118,9 +130,10 @@ class TorchEngine:
     def apply(self, gradients: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        held = {}
         for name, parameter in self.parameters.items():
             parameter.grad = gradients[name].clone()
-        held = {name: parameter.grad.clone() for name, parameter in self.parameters.items()}
+            held[name] = parameter.grad.clone()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return held
@@ -144,13 +157,12 @@ class TorchEngine:
     def close(self) -> None:
         self.optimizer.zero_grad()
 
-    def gathered(self, parameters: Sequence[nn.Parameter]):
-        """A context in which the parameters are whole."""
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
 
 class DeepSpeedEngine:
-    """DeepSpeed, ZeRO 0 to 3, one rank, no compiler on CPU and no port (ENGINE.md section 4).
+    """DeepSpeed, ZeRO 0 to 3, one rank, with no compiler on CPU and no port (see `_deepspeed`).
 
     DeepSpeed's own 16-bit modes stay off: the base may be bf16, the adapters are fp32, so the value on the wire, the
     parameter and the optimizer's master are one number.
@@ -189,12 +201,14 @@ class DeepSpeedEngine:
     def _dummy(self) -> dict[str, Tensor]:
         return {"input_ids": torch.ones(1, 2, dtype=torch.long, device=next(self.model.parameters()).device)}
 
-    def gathered(self, parameters: Sequence[nn.Parameter]):
-        """A context in which the parameters are whole and may be written."""
-        return self._zero.GatheredParameters(list(parameters), modifier_rank=0, enabled=self.stage == 3)
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        whole: AbstractContextManager[None] = self._zero.GatheredParameters(
+            list(parameters), modifier_rank=0, enabled=self.stage == 3
+        )
+        return whole
 
     def load(self, values: dict[str, Tensor], optimizer_state: dict[str, Tensor] | None) -> None:
-        with self.gathered(self.parameters.values()), torch.no_grad():
+        with self.gathered(list(self.parameters.values())), torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(values[name])
         if self.stage > 0:
@@ -202,20 +216,22 @@ class DeepSpeedEngine:
             for name, parameter in self.parameters.items():
                 self._fragments.safe_set_full_fp32_param(parameter, values[name].to(parameter.device))
         self._proximal.restart()
-        for state in self._torch_optimizer.state.values():
-            for value in state.values():
-                if torch.is_tensor(value):
-                    value.zero_()
+        for value in (v for state in self._torch_optimizer.state.values() for v in state.values()):
+            if torch.is_tensor(value):
+                value.zero_()
         if optimizer_state:
             self._restore(optimizer_state)
 
     def _restore(self, saved: dict[str, Tensor]) -> None:
         kinds = sorted({k.rsplit("/", 1)[1] for k in saved if "/" in k})
-        if self.stage == 0:
-            for name, parameter in self.parameters.items():
-                own = {k: saved[f"{name}/{k}"].to(parameter.device, copy=True) for k in kinds}
-                self._torch_optimizer.state[parameter] = own | {"step": saved["step"].reshape(()).clone()}
+        if self.stage > 0:
+            self._restore_partitions(saved, kinds)
             return
+        for name, parameter in self.parameters.items():
+            state = {k: saved[f"{name}/{k}"].to(parameter.device, copy=True) for k in kinds}
+            self._torch_optimizer.state[parameter] = state | {"step": saved["step"].reshape(()).clone()}
+
+    def _restore_partitions(self, saved: dict[str, Tensor], kinds: list[str]) -> None:
         for state in self._torch_optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(saved["step"].item())
@@ -261,7 +277,8 @@ class DeepSpeedEngine:
         return {n: get(p).detach().to("cpu", torch.float32, copy=True) for n, p in self.parameters.items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        saved, first = {}, next(iter(self._torch_optimizer.state.values()), {})
+        saved: dict[str, Tensor] = {}
+        first: dict[str, Tensor] = next(iter(self._torch_optimizer.state.values()), {})
         if "step" in first:
             saved["step"] = first["step"].reshape(1).float().cpu().clone()
         for name, parameter in self.parameters.items():
@@ -270,7 +287,7 @@ class DeepSpeedEngine:
                     value = self._torch_optimizer.state[parameter][k]
                 else:
                     value = self._fragments.safe_get_full_optimizer_state(parameter, k)
-                saved[f"{name}/{k}"] = value.detach().reshape(values_shape(parameter)).float().cpu().clone()
+                saved[f"{name}/{k}"] = value.detach().reshape(whole_shape(parameter)).float().cpu().clone()
         return saved
 
     def forward(self, inputs: dict) -> Tensor:
@@ -280,12 +297,7 @@ class DeepSpeedEngine:
         self.engine.destroy()
 
 
-def values_shape(parameter: nn.Parameter) -> torch.Size:
-    """The whole shape of a parameter that ZeRO-3 may have partitioned."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _deepspeed(device: torch.device):
+def _deepspeed(device: torch.device) -> ModuleType:
     """DeepSpeed, imported quietly, with a process group of one that needs no port and, on CPU, no compiler."""
     os.environ["LOCAL_RANK"] = "0"  # asserted by the engine
     if device.type == "cpu":
@@ -296,7 +308,7 @@ def _deepspeed(device: torch.device):
     if device.type == "cpu":
         # Built with a C++ compiler otherwise (23 s, or an error where there is none). `import deepspeed.comm.torch`
         # gives torch itself, hence sys.modules.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+        vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "gloo" if device.type == "cpu" else "nccl", store=torch.distributed.HashStore(), rank=0, world_size=1
@@ -311,7 +323,8 @@ def make_engine(
     worker: WorkerSection,
     private: bool = False,
 ) -> StepEngine:
-    """The engine that `worker.backend` and `worker.zero_stage` ask for. `private`: clipping and micro-batches are `private_step`'s."""
+    """The engine that `worker.backend` and `worker.zero_stage` ask for. `private`: clipping and micro-batches are
+    `private_step`'s."""
     if private:
         federation = federation.model_copy(update={"accumulate": 1, "max_grad_norm": None})
     if worker.backend == "torch":

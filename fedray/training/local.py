@@ -12,12 +12,13 @@ import math
 import time
 import urllib.parse
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedray import seeding
 from fedray.adapters import attach
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class LocalResult:
-    """What local training gives: the trained tensors (fp32, CPU), the number of examples held, the mean loss (None where it is private)."""
+    """What local training gives: the trained tensors (fp32, CPU), the number of examples held, the mean loss (None
+    where it is private)."""
 
     tensors: dict[str, Tensor]
     examples: int
@@ -73,7 +75,8 @@ def sample(examples: int, batch: int, step: int, *seed: str | int) -> list[int]:
 
 
 class LocalTrainer:
-    """Trains and evaluates on one device. `threads`: PyTorch's CPU threads, part of what fixes the bits. `reads`: as `load_data` takes it."""
+    """Trains and evaluates on one device. `threads`: PyTorch's CPU threads, part of what fixes the bits. `reads`: as
+    `load_data` takes it."""
 
     def __init__(
         self, config: Config, device: str, threads: int, data: FederatedData | None = None, reads: Sequence[str] = ()
@@ -88,28 +91,31 @@ class LocalTrainer:
         self.layers = attach.layers(self.model)
         self._engine: StepEngine | None = None
         self._hooks: SampleHooks | None = None
-        self._engine_for: tuple = ()
-        self._base: attach.BaseWeights | None = None
+        self._engine_for: tuple[str, ...] = ()
+        self._base = attach.BaseWeights(self.model, self._gathered)
         self._base_key: Any = None
         self._base_lost = 0.0
         self._encoded: dict[tuple[str, str], Encoded] = {}
 
     def describe(self) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:
-        """What the coordinator must know of the model: the adapted layers, and the heads' initial values (fp32, CPU)."""
+        """What the coordinator must know of the model: the adapted layers, and the heads' initial values (fp32,
+        CPU)."""
         return self.layers, self._initial_heads
 
     def start_from_weights(self, adapter: Adapter) -> dict[str, Tensor]:
         """The adapter's started factors from the base weights (fp32, CPU). Called before any base update is written."""
-        bases, started = attach.base_layers(self.model), {}
+        bases = attach.base_layers(self.model)
+        started: dict[str, Tensor] = {}
         for layer in self.layers:
             module = bases[layer.name]
-            weight = module.weight.detach().float().cpu()
+            weight = module.get_parameter("weight").detach().float().cpu()
             weight = weight.T if weight.shape != (layer.m, layer.n) or getattr(module, "nf", None) else weight
             started |= {f"{layer.name}.{f}": t for f, t in adapter.start(layer, weight, self.config.seed).items()}
         return started
 
     def gradient_examples(self, client: str | None, count: int) -> list[Example]:
-        """The first `count` of a client's examples in an order drawn by the seed; `client=None`: of the public data set."""
+        """The first `count` of a client's examples in an order drawn by the seed; `client=None`: of the public data
+        set."""
         if client is not None:
             examples = self.examples("train", client)
         else:
@@ -124,7 +130,8 @@ class LocalTrainer:
         return [examples[i] for i in order[:count].tolist()]
 
     def examples(self, part: str, client: str = "") -> Encoded:
-        """Encoded examples of `train` or `held-out` (a client's) or `test` (the coordinator's); encoded once a worker."""
+        """Encoded examples of `train` or `held-out` (a client's) or `test` (the coordinator's); encoded once a
+        worker."""
         if (part, client) not in self._encoded:
             held = {"train": self.data.train, "held-out": self.data.held_out, "test": {client: self.data.test}}[part]
             if client not in held:
@@ -133,7 +140,8 @@ class LocalTrainer:
             encoded = encode(self.task, dataset, self.config.worker.cache)
             if not encoded:
                 raise ValueError(
-                    f"{f'client {client!r}: ' if client and part != 'train' else ''}its {part} data holds no text of at least two tokens"
+                    f"{f'client {client!r}: ' if client and part != 'train' else ''}its {part} data holds no "
+                    "text of at least two tokens"
                 )
             if part != "train":  # similar lengths together: less padding, and a fixed order
                 encoded = encoded.by_length()
@@ -149,7 +157,8 @@ class LocalTrainer:
         base_key: Any = None,
         private: Private | None = None,
     ) -> LocalResult:
-        """Take the client's local steps of a round (from 0) from what was broadcast; with DP-SGD where they are private."""
+        """Take the client's local steps of a round (from 0) from what was broadcast; with DP-SGD where they are
+        private."""
         started = time.monotonic()
         config = self.config.client(client)
         examples = self.examples("train", client)
@@ -158,7 +167,7 @@ class LocalTrainer:
         torch.manual_seed(seeding.derive(self.config.seed, "dropout", client, round))
         kept_of = engine.optimizer_state if config.keep_optimizer else dict
         if private is not None:
-            self._private_steps(config, examples, round, private)
+            self._private_steps(engine, config, examples, round, private)
             return LocalResult(
                 engine.read(), len(examples), None, kept_of(), self._base_lost, time.monotonic() - started
             )
@@ -192,29 +201,29 @@ class LocalTrainer:
         if self.config.worker.profile != f"{client}:{round + 1}":
             yield
             return
-        kinds = [torch.profiler.ProfilerActivity.CPU] + (
-            [torch.profiler.ProfilerActivity.CUDA] if self.device.type == "cuda" else []
-        )
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            kinds.append(torch.profiler.ProfilerActivity.CUDA)
         with torch.profiler.profile(activities=kinds, record_shapes=True, profile_memory=True) as profiler:
             yield
-        folder = Path(self.config.output.dir) / "profile"
+        folder = Path(self.config.output.dir or ".") / "profile"
+        file = folder / f"{urllib.parse.quote(client, safe=' ')}-round-{round + 1}.json.gz"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(
-                str(folder / f"{urllib.parse.quote(client, safe=' ')}-round-{round + 1}.json.gz")
-            )
-        except (
-            OSError
-        ) as error:  # a worker's machine may not have the run directory; that is no reason to lose the round
+            profiler.export_chrome_trace(str(file))
+        except OSError as error:
+            # A worker's machine may not have the run directory; that is no reason to lose the round.
             logging.getLogger("fedray").warning(
                 "the trace of worker.profile could not be written to %s: %s", folder, error
             )
 
     def _private_steps(
-        self, config: FederationSection, examples: Sequence[Example], round: int, private: Private
+        self, engine: StepEngine, config: FederationSection, examples: Sequence[Example], round: int, private: Private
     ) -> None:
         from fedray.privacy.dpsgd import private_step
 
+        if self._hooks is None:
+            raise ValueError("the config is not of a run with example-level privacy: nothing was hooked for its steps")
         size = config.micro_batch  # the most samples whose gradients are in memory at once
         for step in range(config.local_steps):
             picked = private.key.stream("sample", *private.purpose, step).sample(len(examples), private.rate)
@@ -223,7 +232,7 @@ class LocalTrainer:
             )  # less padding; each sample's gradient is its own
             micro = [self._batch([examples[i] for i in picked[j : j + size]]) for j in range(0, len(picked), size)]
             private_step(
-                self._engine,
+                engine,
                 self._hooks,
                 micro,
                 self.task.losses,
@@ -239,14 +248,14 @@ class LocalTrainer:
         self, view: View, part: str, client: str, share: tuple[int, int], base_key: Any = None
     ) -> list[list[dict]]:
         """Statistics of every `share[1]`-th batch from `share[0]` on, in order; batches do not depend on the share."""
-        self._load(view, self.config.federation, None, base_key)
+        engine = self._load(view, self.config.federation, None, base_key)
         self.model.eval()
         examples, size = self.examples(part, client), 4 * self.config.federation.batch_size
         starts = range(0, len(examples), size)
         result = []
         for start in list(starts)[share[0] :: share[1]]:
             rows = examples[start : start + size]
-            result.append(self.task.statistics(self._engine.forward, rows, self._batch(rows)))
+            result.append(self.task.statistics(engine.forward, rows, self._batch(rows)))
         return result
 
     def reset(self) -> None:
@@ -255,10 +264,10 @@ class LocalTrainer:
 
     def logits(self, view: View, inputs: dict[str, Tensor]) -> Tensor:
         """Logits of the model that a view means: what exported adapters are held against."""
-        self._load(view, self.config.federation, None, None)
+        engine = self._load(view, self.config.federation, None, None)
         self.model.eval()
         with torch.no_grad():
-            return self._engine.forward({k: v.to(self.device) for k, v in inputs.items()}).float().cpu()
+            return engine.forward({k: v.to(self.device) for k, v in inputs.items()}).float().cpu()
 
     @property
     def base_lost(self) -> float:
@@ -268,34 +277,51 @@ class LocalTrainer:
     def _batch(self, examples: list[Example]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device) for name, tensor in self.task.collate(examples).items()}
 
-    def _load(self, view: View, config: FederationSection, optimizer_state: dict | None, base_key: Any) -> StepEngine:
+    def _load(
+        self,
+        view: View,
+        config: FederationSection,
+        optimizer_state: dict[str, Tensor] | None,
+        base_key: Any,
+    ) -> StepEngine:
         """Make the model what the view says. The engine is rebuilt only when other parameters train."""
         trained = {n: p for n, p in self._factors.items() if n.rsplit(".", 1)[1] in view.trained} | self._heads
-        if self._engine is None or self._engine_for != tuple(trained):
-            if self._engine is not None:
-                self._engine.close()
-            for name, parameter in self._factors.items():
-                parameter.requires_grad_(name in trained)
-            private = self.config.privacy.on and self.config.privacy.unit == "example"
-            self._engine = make_engine(self.model, trained, self.config.federation, self.config.worker, private)
-            if private:
-                from fedray.privacy.dpsgd import (
-                    SampleHooks,
-                )  # opacus takes seconds to import, which other runs do not pay
-
-                if self._hooks is not None:
-                    self._hooks.close()
-                self._hooks = SampleHooks(self.model)
-            self._engine_for = tuple(trained)
-            self._base = self._base or attach.BaseWeights(
-                self.model, lambda parameters: self._engine.gathered(parameters)
-            )
-        frozen = {n: p for n, p in self._factors.items() if n not in trained}
-        with self._engine.gathered(list(frozen.values())) if frozen else contextlib.nullcontext(), torch.no_grad():
-            for name, parameter in frozen.items():
-                parameter.copy_(view.tensors[name])
-        self._engine.load(view.tensors, optimizer_state)
+        engine = self._engine if self._engine_for == tuple(trained) else None
+        engine = engine or self._rebuild(trained)
+        self._write({n: p for n, p in self._factors.items() if n not in trained}, view, engine)
+        engine.load(view.tensors, optimizer_state)
         if base_key is None or base_key != self._base_key:
             self._base_lost = self._base.write(view.base)
             self._base_key = base_key
+        return engine
+
+    @staticmethod
+    def _write(frozen: dict[str, nn.Parameter], view: View, engine: StepEngine) -> None:
+        """Give the factors that rest their values."""
+        if frozen:
+            with engine.gathered(list(frozen.values())), torch.no_grad():
+                for name, parameter in frozen.items():
+                    parameter.copy_(view.tensors[name])
+
+    def _rebuild(self, trained: dict[str, nn.Parameter]) -> StepEngine:
+        """An engine over these parameters, with new hooks where its steps are private."""
+        if self._engine is not None:
+            self._engine.close()
+        for name, parameter in self._factors.items():
+            parameter.requires_grad_(name in trained)
+        private = self.config.privacy.on and self.config.privacy.unit == "example"
+        self._engine = make_engine(self.model, trained, self.config.federation, self.config.worker, private)
+        if private:
+            from fedray.privacy.dpsgd import SampleHooks  # opacus takes seconds, which other runs do not pay
+
+            if self._hooks is not None:
+                self._hooks.close()
+            self._hooks = SampleHooks(self.model)
+        self._engine_for = tuple(trained)
         return self._engine
+
+    def _gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """A context in which the parameters are whole and may be written."""
+        if self._engine is None:
+            raise RuntimeError("no engine holds the model yet")
+        return self._engine.gathered(parameters)

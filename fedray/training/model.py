@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
@@ -18,6 +21,7 @@ from fedray import seeding
 from fedray.adapters.attach import attach
 from fedray.config.sections import BUILTIN, Config
 from fedray.data.builtin import BASE_MODEL
+from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError
 
 SHAPES = Path(__file__).parent.parent / "assets" / "shapes"
@@ -30,7 +34,8 @@ def shape_names() -> list[str]:
 
 
 def resolve(path: str) -> str:
-    """Where a `model.path` really lies, absolute where it is a folder. Raises ConfigError for one that does not exist."""
+    """Where a `model.path` really lies, absolute where it is a folder. Raises ConfigError for one that does not
+    exist."""
     if path == BUILTIN:
         return str(BASE_MODEL)
     if Path(path).exists():
@@ -40,24 +45,26 @@ def resolve(path: str) -> str:
     return path
 
 
-def read_model_config(config: Config, classes: int = 0):
+def read_model_config(config: Config, classes: int = 0) -> PretrainedConfig:
     """The transformers config of the model (or of a shipped shape). Raises ConfigError when there is none."""
     path = config.model.path
-    options = {"num_labels": classes} if config.model.task == "classification" and classes else {}
+    options = {"num_labels": classes} if TASKS[config.model.task].labelled and classes else {}
     shape = SHAPES / f"{path}.json"
     try:
-        found = AutoConfig.from_pretrained(str(shape) if shape.is_file() else resolve(path), **options)
-        if config.base_dropout is not None:  # every architecture has its own names for it
-            for name in [
-                n
-                for n, v in vars(found).items()
-                if "drop" in n and isinstance(v, (int, float)) and not isinstance(v, bool)
-            ]:
-                setattr(found, name, config.base_dropout)
-        return found
+        read: PretrainedConfig = AutoConfig.from_pretrained(str(shape) if shape.is_file() else resolve(path), **options)
+        if config.base_dropout is not None:
+            for name in _dropouts(read):
+                setattr(read, name, config.base_dropout)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.path '{path}' cannot be read: {reason}") from error
+    return read
+
+
+def _dropouts(model_config: PretrainedConfig) -> list[str]:
+    """The fields that say how much is dropped out: every architecture has its own names for them."""
+    numbers = [n for n, v in vars(model_config).items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    return [name for name in numbers if "drop" in name]
 
 
 def check_loadable(config: Config) -> None:
@@ -68,7 +75,7 @@ def check_loadable(config: Config) -> None:
             f"model.path '{path}' is a shape for `fedray plan`, without weights: give a folder or a hub id"
         )
     folder = Path(resolve(path))
-    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+    if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
         raise ConfigError(f"model.path '{path}' holds no weights (*.safetensors or pytorch_model*.bin)")
     load_tokenizer(config)
     positions = getattr(read_model_config(config), "max_position_embeddings", None)
@@ -78,25 +85,26 @@ def check_loadable(config: Config) -> None:
         )
 
 
-def skeleton(config: Config, classes: int = 2):
+def skeleton(config: Config, classes: int = 2) -> PeftModel:
     """The model with its adapter on the meta device: every shape, no weights. Raises ConfigError as `attach` does."""
-    model_config = read_model_config(config, classes)
+    model_config, kind = read_model_config(config, classes), TASKS[config.model.task].model
     try:
         with torch.device("meta"):
-            model = _CLASSES[config.model.task].from_config(model_config, dtype=getattr(torch, config.model.dtype))
-            return attach(model, config.adapter, config.model.task)
+            model = _CLASSES[kind].from_config(model_config, dtype=getattr(torch, config.model.dtype))
+            return attach(model, config.adapter, kind)
     except ValueError as error:
         raise ConfigError(
-            f"model.path '{config.model.path}' does not fit model.task {config.model.task}: {str(error).splitlines()[0]}"
+            f"model.path '{config.model.path}' does not fit model.task {config.model.task}: "
+            f"{str(error).splitlines()[0]}"
         ) from error
 
 
-def load_base(config: Config, classes: int = 0):
+def load_base(config: Config, classes: int = 0) -> PreTrainedModel:
     """The real base model. A head that the checkpoint lacks is drawn from the run's seed."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     torch.manual_seed(seeding.derive(config.seed, "heads"))
-    model = _CLASSES[config.model.task].from_pretrained(
+    model: PreTrainedModel = _CLASSES[TASKS[config.model.task].model].from_pretrained(
         resolve(config.model.path), config=read_model_config(config, classes), dtype=getattr(torch, config.model.dtype)
     )
     # The head of a decoder reads the last token that is no padding: model and tokenizer must mean the same token.
@@ -104,11 +112,11 @@ def load_base(config: Config, classes: int = 0):
     return model
 
 
-def load_model(config: Config, classes: int = 0):
+def load_model(config: Config, classes: int = 0) -> PeftModel:
     """The base model with its adapter attached."""
     model = load_base(config, classes)
     model.config.use_cache = False
-    return attach(model, config.adapter, config.model.task)
+    return attach(model, config.adapter, TASKS[config.model.task].model)
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:

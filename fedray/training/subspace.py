@@ -1,11 +1,14 @@
-"""The gradient of the frozen weights over a client's examples, for LoRA-SB's bases: as sketches, or a few layers at a time.
+"""The gradient of the frozen weights over a client's examples, for LoRA-SB's bases: as sketches, or a few layers at a
+time.
 
-For a linear layer with inputs X (T x n) and gradients D (T x m) of its outputs, the weight's gradient is G = D^T X. Sketches need
-only D^T (X Omega) and (D Q)^T X, so m x n is never formed, here or anywhere; only the sign of the sum (the authors' choice) needs G itself.
+For a linear layer with inputs X (T x n) and gradients D (T x m) of its outputs, the weight's gradient is G = D^T X.
+Sketches need only D^T (X Omega) and (D Q)^T X, so m x n is never formed, here or anywhere; only the sign of the sum
+(the authors' choice) needs G itself.
 
-Private sketches: each example's sketch of each layer is scaled to norm 1 / sqrt(layers), so that adding or removing an example moves the
-whole by 1 at most whatever its gradient is; Gaussian noise joins the sum in the sketch's own, small, space. Only the space that the
-sum spans is used, so nothing is lost with the scale but the examples' own weights.
+Private sketches: each example's sketch of each layer is scaled to norm 1 / sqrt(layers), so that adding or removing
+an example moves the whole by 1 at most whatever its gradient is; Gaussian noise joins the sum in the sketch's own,
+small, space. Only the space that the sum spans is used, so nothing is lost with the scale but the examples' own
+weights.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from fedray import seeding
 from fedray.adapters import attach
@@ -55,7 +61,8 @@ def gaussian_tests(layers: Sequence[Layer], oversample: int, seed: int) -> dict[
 def range_sketch(
     trainer: LocalTrainer, examples: Sequence[Example], tests_nq: dict[str, Tensor], noise: SketchNoise | None = None
 ) -> dict[str, Tensor]:
-    """G Omega (m x q) of every layer in `tests_nq`; linear in G, so clients' sketches add up. `examples`: with noise, a Poisson sample."""
+    """G Omega (m x q) of every layer in `tests_nq`; linear in G, so clients' sketches add up. `examples`: with noise,
+    a Poisson sample."""
     return _sketch(
         trainer,
         examples,
@@ -84,8 +91,8 @@ def _sketch(
     trainer: LocalTrainer,
     examples: Sequence[Example],
     sides: dict[str, Tensor],
-    product,
-    shape,
+    product: Callable[[Tensor, Tensor, Tensor], Tensor],
+    shape: Callable[[Layer, int], tuple[int, int]],
     noise: SketchNoise | None,
 ) -> dict[str, Tensor]:
     sides = {name: side.to(trainer.device) for name, side in sides.items()}
@@ -96,16 +103,32 @@ def _sketch(
         part = product(sides[name], x_tn, d_tm)
         sums[name] = sums[name].add_(part) if name in sums else part
 
-    if noise is None:
-        _pass(trainer, examples, list(sides), add)
-        # No example came by some layer (an expert that none was sent to).
-        return {
-            name: (sums[name] / len(examples)).cpu() if name in sums else torch.zeros(size)
-            for name, size in shapes.items()
-        }
+    def sketch(some: Sequence[Example]) -> None:
+        _pass(trainer, some, list(sides), add)
+
+    if noise is not None:
+        return _noised(_scaled_sum(examples, sketch, sums, shapes), noise)
+    sketch(examples)
+    # No example came by some layer (an expert that none was sent to).
+    return {
+        name: (sums[name] / len(examples)).cpu() if name in sums else torch.zeros(size) for name, size in shapes.items()
+    }
+
+
+def _scaled_sum(
+    examples: Sequence[Example],
+    sketch: Callable[[Sequence[Example]], None],
+    sums: dict[str, Tensor],
+    shapes: dict[str, tuple[int, int]],
+) -> dict[str, Tensor]:
+    """The sum over the examples of each one's sketches, each scaled to norm 1 / sqrt(layers); fp64. `sketch` leaves an
+    example's sketches in `sums`, which is empty again afterwards.
+
+    Raises FloatingPointError for a gradient that is not finite.
+    """
     total = {name: torch.zeros(size, dtype=torch.float64) for name, size in shapes.items()}
     for example in examples:
-        _pass(trainer, [example], list(sides), add)
+        sketch([example])
         for name, part in sums.items():
             size = torch.linalg.vector_norm(part, dtype=torch.float64)
             if not torch.isfinite(size):
@@ -115,13 +138,18 @@ def _sketch(
             # A millionth below: what fp32 rounds up may not pass 1.
             total[name] += (part.double() * ((1 - 1e-6) / (size.clamp_min(1e-30) * math.sqrt(len(shapes))))).cpu()
         sums.clear()
+    return total
+
+
+def _noised(total: dict[str, Tensor], noise: SketchNoise) -> dict[str, Tensor]:
+    """(total + normals) / expected, fp32; drawn in order of the names."""
     drawn = {name: noise.stream.normals(t.numel()).reshape(t.shape) for name, t in sorted(total.items())}
-    return {name: ((total[name] + noise.deviation * drawn[name]) / noise.expected).float() for name in shapes}
+    return {name: ((t + noise.deviation * drawn[name]) / noise.expected).float() for name, t in total.items()}
 
 
 def _pass(trainer: LocalTrainer, examples: Sequence[Example], layers: Sequence[str], add: Accumulate) -> None:
-    """Forward and backward passes over batches, for the sum of the sequences' own losses: each sequence counts alike, so that a weighted mean
-    over clients is the mean over all examples. Padding adds nothing: no loss depends on it.
+    """Forward and backward passes over batches, for the sum of the sequences' own losses: each sequence counts alike,
+    so that a weighted mean over clients is the mean over all examples. Padding adds nothing: no loss depends on it.
 
     In evaluation mode (no dropout), and in fp32 from the hooks on.
     """
@@ -142,11 +170,12 @@ def _pass(trainer: LocalTrainer, examples: Sequence[Example], layers: Sequence[s
 
 
 @contextlib.contextmanager
-def _hooked(model: nn.Module, layers: Sequence[str], add: Accumulate) -> Iterator[None]:
-    """Calls `add(layer, X, D)` in every backward pass. The embeddings are made to ask for gradients, so that the first layer has them."""
+def _hooked(model: PeftModel, layers: Sequence[str], add: Accumulate) -> Iterator[None]:
+    """Calls `add(layer, X, D)` in every backward pass. The embeddings are made to ask for gradients, so that the
+    first layer has them."""
 
-    def watch(name: str, module: nn.Module):
-        def forward(_, inputs, output: Tensor) -> None:
+    def watch(name: str, module: nn.Module) -> RemovableHandle:
+        def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach()
             output.register_hook(
                 lambda d: add(name, x.reshape(-1, x.shape[-1]).float(), d.reshape(-1, d.shape[-1]).float())
@@ -155,9 +184,11 @@ def _hooked(model: nn.Module, layers: Sequence[str], add: Accumulate) -> Iterato
         return module.register_forward_hook(forward)
 
     bases = attach.base_layers(model)
-    handles = [
-        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
-    ]
+    base = model.get_base_model()
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(f"{type(base).__name__} is no model of transformers: its embeddings cannot be found")
+    embeddings = base.get_input_embeddings()
+    handles = [embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))]
     handles += [watch(name, bases[name]) for name in layers]
     try:
         yield

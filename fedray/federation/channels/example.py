@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fedray.data.tasks import TASKS
 from fedray.errors import ClientError, ConfigError, PrivacyError
 from fedray.federation.channels.accounted import Accounted, PrivateSide
 from fedray.federation.channels.base import Admission, Answer, Limit, Released, Training
@@ -70,7 +71,7 @@ def check_rows(config: Config, rows: Mapping[str, int]) -> None:
     """Raises ConfigError for a client with fewer rows than a private step divides by, where rows are what is
     protected."""
     for client, count in rows.items():
-        if config.model.task == "classification" and count < (batch := config.client(client).batch_size):
+        if TASKS[config.model.task].labelled and count < (batch := config.client(client).batch_size):
             raise ConfigError(too_few(client, batch))
 
 
@@ -89,7 +90,7 @@ KEY_HOLDER, KEPT = "client's", "a function of DP-SGD steps alone"
 
 def unit(config: Config) -> str:
     """What is protected."""
-    if config.model.task == "causal-lm" and config.data.completion is None:
+    if TASKS[config.model.task].cuts(config.data):
         return (
             f"one sequence of at most {config.data.max_length} tokens; a longer text is several units, and so is a "
             "person with "

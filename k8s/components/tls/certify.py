@@ -14,7 +14,8 @@ from cryptography.x509.oid import NameOID
 
 
 def main(authority: Path, out: Path, address: str, days: int = 30) -> None:
-    """Write ca.crt, tls.crt and tls.key (P-256) to `out`. `authority`: a folder with tls.crt and tls.key. Ray checks the address."""
+    """Write ca.crt, tls.crt and tls.key (P-256) to `out`. `authority`: a folder with tls.crt and tls.key. Ray checks
+    the address."""
     signer = x509.load_pem_x509_certificate((authority / "tls.crt").read_bytes())
     secret = serialization.load_pem_private_key((authority / "tls.key").read_bytes(), None)
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)

@@ -1,0 +1,22 @@
+"""Tasks: what a run trains for. One file a task; this is their register, and what holds a config against it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedray.data.tasks.base import IGNORED, Batch, Example, Forward, Task, grouped
+from fedray.data.tasks.causal_lm import CausalLM
+from fedray.data.tasks.classification import Classification
+
+if TYPE_CHECKING:  # the config stands above: it is checked by what is declared here
+    from fedray.config.sections import Config
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, CausalLM)}
+
+
+def check_task(config: Config) -> None:
+    """Hold a config against the task that it names, as `Task.check` does. Raises ValueError."""
+    TASKS[config.model.task].check(config, TASKS)
+
+
+__all__ = ["IGNORED", "TASKS", "Batch", "Example", "Forward", "Task", "check_task", "grouped"]

@@ -1,0 +1,1 @@
+"""The benchmarks of `jobs/bench.py`, one a file; `measure.py` and `models.py` are what they share."""
