@@ -14,7 +14,8 @@ def words(argv: Sequence[str]) -> list[str]:
 
 
 def flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(name, value) of flags alone, in order; a flag without a value is `true`. Raises ConfigError for any other word."""
+    """(name, value) of flags alone, in order; a flag without a value is `true`. Raises ConfigError for any other
+    word."""
     queue = deque(words(argv))
     while queue:
         word = queue.popleft()
@@ -26,8 +27,8 @@ def flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 def split(
     argv: Sequence[str], takes: Callable[[str], bool], switches: Collection[str] = ()
 ) -> tuple[dict[str, str], list[str]]:
-    """A command's own flags (those whose name it `takes`, and `switches`, which have no value and become `true`), and all
-    other words in order. Raises ConfigError for an own flag without its value."""
+    """A command's own flags (those whose name it `takes`, and `switches`, which have no value and become `true`), and
+    all other words in order. Raises ConfigError for an own flag without its value."""
     own: dict[str, str] = {}
     rest: list[str] = []
     queue = deque(words(argv))

@@ -1,4 +1,5 @@
-"""SIGTERM, as `ray job stop` and Kubernetes send it, ends a run as Ctrl-C does: finished rounds are in the checkpoint, actors are ended."""
+"""SIGTERM, as `ray job stop` and Kubernetes send it, ends a run as Ctrl-C does: finished rounds are in the checkpoint,
+actors are ended."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ class Terminated(KeyboardInterrupt):
 
 
 def stop_on_sigterm() -> None:
-    """Take SIGTERM over (main thread only; nothing elsewhere). To be called again after `ray.init`, which sets a handler of its own."""
+    """Take SIGTERM over (main thread only; nothing elsewhere). To be called again after `ray.init`, which sets a
+    handler of its own."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
 

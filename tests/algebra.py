@@ -54,7 +54,8 @@ def effective(method, state: State, client=None) -> dict[str, torch.Tensor]:
 
 
 def train(method, state, client, seed, dtype, weight, own=None):
-    """A stand-in for local training: a random step on whatever trains, head included. (update, its dense weights, what was trained)"""
+    """A stand-in for local training: a random step on whatever trains, head included. (update, its dense weights, what
+    was trained)"""
     view = method.view(state.spec, method.broadcast(state), client)
     held = view.tensors | (own or {})
     g = torch.Generator().manual_seed(seed)

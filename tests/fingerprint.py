@@ -1,7 +1,8 @@
-"""Digests of whole runs, to show that a change of the code changed no bit: `python tests/fingerprint.py OUT.json [CASE ...]`.
+"""Digests of whole runs, to show that a change of the code changed no bit: `python tests/fingerprint.py OUT.json [CASE
+...]`.
 
-Run it with two checkouts (`PYTHONPATH=CHECKOUT`) and compare the two files. Every case goes through the command line, so
-that it means the same in any version. What a clock, a random name or a place in the code decides is left out.
+Run it with two checkouts (`PYTHONPATH=CHECKOUT`) and compare the two files. Every case goes through the command line,
+so that it means the same in any version. What a clock, a random name or a place in the code decides is left out.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ from fedray.federation.run import execute
 @pytest.fixture
 def flags(tiny, tmp_path):
     return (
-        f"--engine inline --worker.cpus 1 --model.path {tiny}/llama --data.source {tiny}/text.jsonl --data.max_length 48 --federation.clients 3 "
+        f"--engine inline --worker.cpus 1 --model.path {tiny}/llama --data.source {tiny}/text.jsonl --data.max_length "
+        "48 --federation.clients 3 "
         f"--federation.rounds 1 --federation.local_steps 2 --adapter.targets q_proj,v_proj --out {tmp_path}/out"
     ).split()
 

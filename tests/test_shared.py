@@ -17,7 +17,8 @@ from fedray.federation.run import execute
 from fedray.training.local import LocalTrainer
 
 EXAMPLE = (
-    f"--engine inline --model.path {SHARED}/models/minilm-l6 --model.task classification --model.dropout 0 --data.source {SHARED}/data/sst2 "
+    f"--engine inline --model.path {SHARED}/models/minilm-l6 --model.task classification --model.dropout 0 "
+    f"--data.source {SHARED}/data/sst2 "
     "--data.partition dirichlet --data.alpha 0.5 --data.max_length 64 --adapter.rank 8 --adapter.targets query,value "
     "--federation.clients 3 --federation.batch_size 32 --federation.accumulate 4 --federation.lr 2e-3"
 )
@@ -26,7 +27,8 @@ EXAMPLE = (
 @pytest.mark.shared
 def test_a_short_federated_run_on_the_real_encoder(tmp_path):
     config = read_config(
-        f"{EXAMPLE} --federation.rounds 2 --federation.local_steps 6 --data.test_limit 200 --method.name fedex --output.dir {tmp_path}/run".split()
+        f"{EXAMPLE} --federation.rounds 2 --federation.local_steps 6 --data.test_limit 200 --method.name fedex "
+        f"--output.dir {tmp_path}/run".split()
     )
     prepared = prepare(config)
     assert sum(len(part) for part in prepared.data.train.values()) == 60_614 and len(prepared.data.test) == 200
@@ -72,7 +74,8 @@ def test_fedex_reaches_82_percent_on_sst2_as_the_mean_of_three_seeds(tmp_path):
 )
 def test_real_generation_data_is_read_and_encoded(source, text, completion):
     config = read_config(
-        f"--model.path builtin --data.source {SHARED}/data/{source} --data.text {text} --data.completion {completion} --data.limit 30 "
+        f"--model.path builtin --data.source {SHARED}/data/{source} --data.text {text} --data.completion {completion} "
+        "--data.limit 30 "
         "--data.test_limit 20 --data.max_length 512 --federation.clients 3".split()
     )
     prepared = prepare(config)

@@ -89,7 +89,8 @@ class Header:
 
 
 def inputs_digest(header: Header, packet: Packet) -> str:
-    """SHA-256 of all that a client's round follows from beside its data: equal for a round that is repeated after a kill."""
+    """SHA-256 of all that a client's round follows from beside its data: equal for a round that is repeated after a
+    kill."""
     plain = json.dumps([header.round, header.trained, header.draw, header.plain, header.increments], sort_keys=True)
     return hashlib.sha256(f"{plain}\n{packet.manifest}\n{packet.digest}".encode()).hexdigest()
 

@@ -1,4 +1,5 @@
-"""LoRA-SB, ABBA and RAVAN inside real models: against PEFT's LoHa and the full gradient, through PEFT's own save, load and merge."""
+"""LoRA-SB, ABBA and RAVAN inside real models: against PEFT's LoHa and the full gradient, through PEFT's own save, load
+and merge."""
 
 import math
 

@@ -133,7 +133,8 @@ def test_a_private_run_keeps_its_budget_and_a_resumed_one_ends_in_the_same_bits_
 
 
 def test_killed_at_any_moment_of_a_round_the_ledger_says_the_same(make_config, monkeypatch):
-    """Before training (charged, not trained), between training and aggregation, and after aggregation without a checkpoint."""
+    """Before training (charged, not trained), between training and aggregation, and after aggregation without a
+    checkpoint."""
     given = dict(method__name="ffa", privacy={"epsilon": 3.0}, federation__rounds=3)
     whole = run(make_config(**given))
 
@@ -641,7 +642,8 @@ def test_a_key_lost_during_the_start_is_charged_anew_when_the_run_goes_on(make_c
         run(config)
     folder = run(resumed(config))
     subspaces = {c: [e.draw for e in es if e.release.what == "subspace"] for c, es in ledger(folder).entries.items()}
-    # Other columns of client-1 gave another Q, so all answered about rows twice: two releases of theirs, and none is free.
+    # Other columns of client-1 gave another Q, so all answered about rows twice: two releases of theirs, and none is
+    # free.
     assert [len(set(subspaces[c])) for c in CLIENTS] == [len(subspaces[c]) for c in CLIENTS] == [3, 4, 3]
     assert all(
         e.release.steps == 1 for es in ledger(folder).entries.values() for e in es if e.release.what == "subspace"

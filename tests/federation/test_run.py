@@ -255,7 +255,8 @@ def test_evaluation_by_group_and_on_clients(make_config):
 
 @pytest.mark.parametrize("name", ["lora+fedsa", "abba+fedsa"])
 def test_each_fedsa_client_goes_on_with_its_own_B(name, played):
-    """What a round reports of each client is what its exported model gives, and a second round starts from the first one's B."""
+    """What a round reports of each client is what its exported model gives, and a second round starts from the first
+    one's B."""
     config, folder = played(name)
     checkpoint = results.load_checkpoint(folder, config, 0)
     trainer = LocalTrainer(config, "cpu", 1)
@@ -268,7 +269,8 @@ def test_each_fedsa_client_goes_on_with_its_own_B(name, played):
         seen[client] = torch.cat([t.flatten() for n, t in sorted(view.tensors.items()) if n.endswith(B)])
     assert len({round(m["bits_per_byte"], 9) for m in told.values()}) == 3
     assert results.evaluate(folder)["metrics"] == pytest.approx(rounds(folder)[-1]["metrics"], rel=1e-6)
-    # A round that forgot B would start again from zero: three rounds' B is longer than the last round's own steps can make it.
+    # A round that forgot B would start again from zero: three rounds' B is longer than the last round's own steps can
+    # make it.
     short = make_method(config).view(checkpoint.state.spec, checkpoint.state, None).tensors
     alone = trainer.train(View(short, {}, checkpoint.state.trained), "client-0", 2).tensors
     once = torch.cat([t.flatten() for n, t in sorted(alone.items()) if n.endswith(B)])

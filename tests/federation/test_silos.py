@@ -226,7 +226,8 @@ cluster.shutdown()
 
 @pytest.fixture(scope="module")
 def cluster_run(tiny, tmp_path_factory):
-    """Runs on a cluster of a head without a silo and one node for each of two: (exit codes, standard error, who opened what, folder)."""
+    """Runs on a cluster of a head without a silo and one node for each of two: (exit codes, standard error, who opened
+    what, folder)."""
     root = tmp_path_factory.mktemp("cluster")
     values = write_silos(root / "silos", {"a1": "x", "b1": "y", "a2": "x"})
     values["model"]["path"] = str(tiny / "bert")
@@ -242,7 +243,8 @@ def cluster_run(tiny, tmp_path_factory):
     space = root / "space.py"
     space.write_text(
         "from ray import tune\nfrom fedray.sweep import Sweep\n"
-        "SWEEP = Sweep(space={'federation.lr': tune.grid_search([1e-2, 2e-2])}, base={'federation.rounds': 1}, max_concurrent=1)\n"
+        "SWEEP = Sweep(space={'federation.lr': tune.grid_search([1e-2, 2e-2])}, base={'federation.rounds': 1}, "
+        "max_concurrent=1)\n"
     )
     swept = from_dict(json.loads(json.dumps(values))).model_dump(mode="json", exclude={"output", "worker", "seed"})
     (root / "swept.yaml").write_text(json.dumps(swept))

@@ -1,4 +1,5 @@
-"""LoRA-SB's bases: the clients' gradient against the centralised one, sketches against dense SVDs, bytes, and the same bits on both engines."""
+"""LoRA-SB's bases: the clients' gradient against the centralised one, sketches against dense SVDs, bytes, and the same
+bits on both engines."""
 
 import json
 
@@ -204,10 +205,13 @@ def test_a_run_killed_after_its_start_does_not_start_again(make_config, monkeypa
 
 @pytest.mark.shared
 def test_the_range_finder_on_a_real_encoder_captures_what_the_dense_svd_does(tmp_path):
-    """Every adapted layer of MiniLM, real SST-2: the summed gradient's energy in the sketched bases is at least 99 % of the best rank-8."""
+    """Every adapted layer of MiniLM, real SST-2: the summed gradient's energy in the sketched bases is at least 99 % of
+    the best rank-8."""
     config = read_config(
-        f"--engine inline --model.path {SHARED}/models/minilm-l6 --model.task classification --data.source {SHARED}/data/sst2 --data.limit 600 "
-        f"--data.partition dirichlet --data.max_length 64 --data.test_limit 20 --federation.clients 3 --adapter.kind lora-sb --adapter.rank 8 --adapter.subspace_examples 16 "
+        f"--engine inline --model.path {SHARED}/models/minilm-l6 --model.task classification --data.source "
+        f"{SHARED}/data/sst2 --data.limit 600 "
+        "--data.partition dirichlet --data.max_length 64 --data.test_limit 20 --federation.clients 3 --adapter.kind "
+        "lora-sb --adapter.rank 8 --adapter.subspace_examples 16 "
         f"--adapter.subspace gradient-raw --method.name fed-sb --output.dir {tmp_path}/x".split()
     )
     worker = Worker(config, "cpu", 1)
@@ -232,9 +236,12 @@ def test_the_range_finder_on_a_real_encoder_captures_what_the_dense_svd_does(tmp
 @pytest.mark.shared
 def test_the_public_data_never_touches_a_client(tmp_path, monkeypatch):
     config = read_config(
-        f"--engine inline --model.path {SHARED}/models/minilm-l6 --model.task classification --data.source {SHARED}/data/sst2 --data.limit 60 "
-        f"--data.max_length 64 --data.test_limit 8 --federation.clients 3 --federation.rounds 1 --federation.local_steps 1 --adapter.kind lora-sb "
-        f"--adapter.subspace public --adapter.subspace_source {SHARED}/data/sst2/validation.tsv --adapter.targets query --method.name fed-sb --worker.cpus 1 "
+        f"--engine inline --model.path {SHARED}/models/minilm-l6 --model.task classification --data.source "
+        f"{SHARED}/data/sst2 --data.limit 60 "
+        "--data.max_length 64 --data.test_limit 8 --federation.clients 3 --federation.rounds 1 "
+        "--federation.local_steps 1 --adapter.kind lora-sb "
+        f"--adapter.subspace public --adapter.subspace_source {SHARED}/data/sst2/validation.tsv --adapter.targets "
+        "query --method.name fed-sb --worker.cpus 1 "
         f"--output.dir {tmp_path}/x".split()
     )
     asked = []

@@ -1,4 +1,5 @@
-"""`ray job submit` against a real head with token authentication, as on a cluster: results, exit codes, stopping, metrics, logs."""
+"""`ray job submit` against a real head with token authentication, as on a cluster: results, exit codes, stopping,
+metrics, logs."""
 
 from __future__ import annotations
 
@@ -138,7 +139,8 @@ def sweep_flags(make_config, folder: Path, axis: str) -> tuple[str, ...]:
         json.dumps(make_config().model_dump(mode="json", exclude_unset=True, exclude={"output", "worker", "engine"}))
     )
     (folder / "space.py").write_text(
-        f"from ray import tune\nfrom fedray.sweep import Sweep\nSWEEP = Sweep(space={{{axis}}}, base={{'federation.rounds': 1, 'worker.count': 1}})\n"
+        f"from ray import tune\nfrom fedray.sweep import Sweep\nSWEEP = Sweep(space={{{axis}}}, "
+        f"base={{'federation.rounds': 1, 'worker.count': 1}})\n"
     )
     return ("--space", str(folder / "space.py"), "--out", str(folder / "sweep"), "--config", str(folder / "base.yaml"))
 

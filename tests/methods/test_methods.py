@@ -1,5 +1,6 @@
-"""Every method with every adapter against the dense fp64 mean: several rounds, non-square and square layers, unequal weights,
-prime cohorts. The algebra half of the battery; `tests/federation/test_run.py` runs the same pairs through whole runs."""
+"""Every method with every adapter against the dense fp64 mean: several rounds, non-square and square layers, unequal
+weights, prime cohorts. The algebra half of the battery; `tests/federation/test_run.py` runs the same pairs through
+whole runs."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from fedray.methods.rolora import RoLoRA
 
 @dataclass
 class Round:
-    """`gap`: the largest norm of a client's effective weights minus the ideal's, over all layers; `miss`: that over the ideal's norm."""
+    """`gap`: the largest norm of a client's effective weights minus the ideal's, over all layers; `miss`: that over the
+    ideal's norm."""
 
     gap: float
     miss: float
@@ -498,7 +500,8 @@ def test_a_server_step_of_rate_1_without_momentum_is_the_mean_itself_and_momentu
 
 @pytest.mark.parametrize("pair", sorted(PAIRS))
 def test_no_method_forms_an_m_x_n_matrix(pair):
-    """By the profiler's count of every tensor: the largest that views, uploads and aggregation make of 1200 x 1400 layers of rank 4."""
+    """By the profiler's count of every tensor: the largest that views, uploads and aggregation make of 1200 x 1400
+    layers of rank 4."""
     kind, method = method_of(pair)
     s = spec(kind, (Layer("large", 1200, 1400, 4, 1.0),))
     state = begin(method, s)

@@ -1,4 +1,5 @@
-"""An attacker with canaries against real DP-SGD steps: the epsilon it proves stays below the claim, and breaks a broken mechanism's."""
+"""An attacker with canaries against real DP-SGD steps: the epsilon it proves stays below the claim, and breaks a broken
+mechanism's."""
 
 import math
 
@@ -22,8 +23,8 @@ class Engine(TorchEngine):
 
 
 def trained(make_config, included, noise: float, rate: float, seed: int) -> torch.Tensor:
-    """Scores after DP-SGD on a linear model: canary i is a feature that no other example has, the sharpest there is. Ordinary examples
-    train beside them on features of their own."""
+    """Scores after DP-SGD on a linear model: canary i is a feature that no other example has, the sharpest there is.
+    Ordinary examples train beside them on features of their own."""
     g = torch.Generator().manual_seed(seed)
     ordinary = torch.cat([torch.zeros(100, CANARIES), torch.randn(100, 20, generator=g)], 1)
     rows = torch.cat([30.0 * torch.eye(CANARIES, CANARIES + 20)[torch.tensor(included)], ordinary])

@@ -1,4 +1,5 @@
-"""DP-SGD in a client's step: per-sample gradients, clipping, noise, every engine and adapter; and what stops the run."""
+"""DP-SGD in a client's step: per-sample gradients, clipping, noise, every engine and adapter; and what stops the
+run."""
 
 import math
 
@@ -43,7 +44,8 @@ def build(make_config, options="plain", task="causal-lm", **more):
 
 
 def plain_steps(trainer, view, client, plan) -> dict:
-    """The same Poisson batches through an optimizer of PyTorch alone: mean of per-sequence losses over the expected batch, no clip, no noise."""
+    """The same Poisson batches through an optimizer of PyTorch alone: mean of per-sequence losses over the expected
+    batch, no clip, no noise."""
     engine = trainer._load(view, trainer.config.federation, None, None)
     trainer.model.train()
     examples, named = trainer.examples("train", client), engine.parameters
@@ -181,7 +183,8 @@ def test_noise_on_the_mean_has_the_predicted_variance():
 
 @pytest.mark.parametrize("pair", ["lora+ffa", "lora+fedit", "lora+rolora", "lora-sb+fed-sb", "ravan+fed-sb"])
 def test_noise_of_the_clients_adds_up_to_the_predicted_variance(make_config, pair):
-    """Three clients of unequal weights take one SGD step on noise alone; a linear method's mean has variance sum p_i^2 (lr s C / B)^2."""
+    """Three clients of unequal weights take one SGD step on noise alone; a linear method's mean has variance sum p_i^2
+    (lr s C / B)^2."""
     kind, name = pair.split("+")
     adapter = {"kind": kind, "rank": {"lora": 8, "lora-sb": 10, "ravan": 5}[kind]} | (
         {"alpha": 4} if kind == "lora" else {"cores": 3} if kind == "ravan" else {}

@@ -1,4 +1,5 @@
-"""Secure aggregation: sums are right whoever drops out, below the threshold they stay closed, and what is seen says nothing."""
+"""Secure aggregation: sums are right whoever drops out, below the threshold they stay closed, and what is seen says
+nothing."""
 
 import hashlib
 

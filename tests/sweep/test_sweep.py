@@ -160,15 +160,18 @@ def test_every_space_that_ships_gives_configs_that_are_sound(path, tiny):
         ("SWEEP = Sweep(space={'seed': tune.grid_search([1])})", "the space may not set seed"),
         ("SWEEP = Sweep(space={'output.dir': tune.grid_search(['x'])})", "the space may not set output.dir"),
         (
-            "SWEEP = Sweep(space={'method.name': tune.grid_search(['fed-sb']), 'adapter.kind': tune.grid_search(['lora'])})",
+            "SWEEP = Sweep(space={'method.name': tune.grid_search(['fed-sb']), 'adapter.kind': "
+            "tune.grid_search(['lora'])})",
             "no trial is left",
         ),
         (
-            "SWEEP = Sweep(space={'model.task': tune.grid_search(['causal-lm', 'classification'])}, base={'model.path': 'x'})",
+            "SWEEP = Sweep(space={'model.task': tune.grid_search(['causal-lm', 'classification'])}, "
+            "base={'model.path': 'x'})",
             "give data.source",
         ),
         (
-            "SWEEP = Sweep(space={'adapter.rank': tune.choice([1])}, search='random', stop='asha', random_stopping='poisson')",
+            "SWEEP = Sweep(space={'adapter.rank': tune.choice([1])}, search='random', stop='asha', "
+            "random_stopping='poisson')",
             "stop='none'",
         ),
         (
@@ -176,7 +179,8 @@ def test_every_space_that_ships_gives_configs_that_are_sound(path, tiny):
             "optuna learns from the mean",
         ),
         (
-            "SWEEP = Sweep(space={'adapter.rank': tune.grid_search([1])}, base={'privacy.unit': 'client', 'privacy.sweep_epsilon': 3})",
+            "SWEEP = Sweep(space={'adapter.rank': tune.grid_search([1])}, base={'privacy.unit': 'client', "
+            "'privacy.sweep_epsilon': 3})",
             "privacy.unit",
         ),
         ("import nowhere", "ModuleNotFoundError"),
@@ -547,7 +551,8 @@ def test_what_all_trials_have_told_is_reported_from_their_ledgers(make_config, t
     out = tmp_path / "out"
     space = space_file(
         tmp_path,
-        "SWEEP = Sweep(space={'federation.lr': tune.grid_search([1e-2, 3e-2])}, base={'engine': 'inline', 'federation.rounds': 2})",
+        "SWEEP = Sweep(space={'federation.lr': tune.grid_search([1e-2, 3e-2])}, base={'engine': 'inline', "
+        "'federation.rounds': 2})",
     )
     assert main(["sweep", "--space", space, "--out", str(out), *flags]) == 0
     books = [Ledger.load(p) for p in (out / "trials").glob("*/checkpoint/ledger.json")]
@@ -631,7 +636,8 @@ def test_median_stopping_and_seeds_of_an_adaptive_search(make_config, tmp_path, 
     flags = [*tiny_flags(make_config), "--engine", "inline"]
     median = space_file(
         tmp_path,
-        "SWEEP = Sweep(space={'federation.lr': tune.grid_search([3e-2, 2e-2, 1e-2, 1e-9])}, stop='median', grace=1, max_concurrent=1)",
+        "SWEEP = Sweep(space={'federation.lr': tune.grid_search([3e-2, 2e-2, 1e-2, 1e-9])}, stop='median', grace=1, "
+        "max_concurrent=1)",
     )
     assert main(["sweep", "--space", median, "--out", str(tmp_path / "median"), *flags]) == 0
     table = pd.read_csv(tmp_path / "median" / "trials.csv")
@@ -641,7 +647,8 @@ def test_median_stopping_and_seeds_of_an_adaptive_search(make_config, tmp_path, 
     )
     seeds = space_file(
         tmp_path,
-        "SWEEP = Sweep(space={'federation.lr': tune.loguniform(1e-3, 1e-1)}, search='optuna', samples=2, seeds=(0, 7), max_concurrent=2)",
+        "SWEEP = Sweep(space={'federation.lr': tune.loguniform(1e-3, 1e-1)}, search='optuna', samples=2, seeds=(0, 7), "
+        "max_concurrent=2)",
     )
     assert main(["sweep", "--space", seeds, "--out", str(tmp_path / "seeds"), *flags, "--federation.rounds", "1"]) == 0
     table = pd.read_csv(tmp_path / "seeds" / "trials.csv")
@@ -661,7 +668,8 @@ def test_optuna_searches_within_what_was_checked_and_ends_at_the_byte_budget(
     out = tmp_path / "out"
     space = space_file(
         tmp_path,
-        "SWEEP = Sweep(space={'entry': tune.choice(['fedex', 'ffa']), 'federation.lr': tune.loguniform(1e-3, 1e-1)}, search='optuna', samples=3, max_concurrent=1, "
+        "SWEEP = Sweep(space={'entry': tune.choice(['fedex', 'ffa']), 'federation.lr': tune.loguniform(1e-3, 1e-1)}, "
+        "search='optuna', samples=3, max_concurrent=1, "
         "base={'federation.max_bytes': 140000})",
     )
     assert main(["sweep", "--space", space, "--out", str(out), *flags]) == 0, capsys.readouterr()
@@ -753,7 +761,8 @@ def test_trackers_are_told_of_every_trial(make_config, tmp_path):
 @pytest.mark.parametrize("stop", ["asha", "median"])
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_a_resumed_scheduler_judges_by_the_trials_that_ended_before(stop, mode, tmp_path):
-    """A trial worse than three earlier ones is stopped at once; without them, or beside trials that have not ended, it goes on."""
+    """A trial worse than three earlier ones is stopped at once; without them, or beside trials that have not ended, it
+    goes on."""
     good, bad = (0.9, 0.5) if mode == "max" else (0.5, 0.9)
 
     def verdict(out: Path, value: float) -> str:
@@ -905,7 +914,8 @@ def test_a_process_of_a_trial_that_dies_costs_no_finished_round(kind, make_confi
     )
     space = space_file(
         tmp_path,
-        "SWEEP = Sweep(space={'entry': tune.grid_search(['fedex', 'ffa'])}, base={'worker.count': 1}, max_concurrent=1)",
+        "SWEEP = Sweep(space={'entry': tune.grid_search(['fedex', 'ffa'])}, base={'worker.count': 1}, "
+        "max_concurrent=1)",
     )
     outs, seen, snapshot = [tmp_path / "calm", tmp_path / "killed"], [], {}
     assert main(["sweep", "--space", space, "--out", str(outs[0]), *flags]) == 0
@@ -934,7 +944,8 @@ def test_a_sweep_that_is_stopped_goes_on_without_losing_a_trial_or_a_round(how, 
     )
     space = space_file(
         tmp_path,
-        "SWEEP = Sweep(space={'entry': tune.grid_search(['fedex', 'ffa', 'fedit'])}, base={'worker.count': 1}, max_concurrent=1)",
+        "SWEEP = Sweep(space={'entry': tune.grid_search(['fedex', 'ffa', 'fedit'])}, base={'worker.count': 1}, "
+        "max_concurrent=1)",
     )
     out = tmp_path / "out"
     command = [sys.executable, "-W", "ignore", "-m", "fedray.cli", "sweep", "--space", space, "--out", str(out), *flags]

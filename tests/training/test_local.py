@@ -20,8 +20,9 @@ from fedray.training.local import learning_rate, sample
 )
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_gives_the_adapters_of_plain_pytorch(make_config, stage, options, task):
-    # Rounding differs where DeepSpeed computes the norm for clipping, and where stage 3 adds gradients at forks in another
-    # order. Adam's first steps divide by |g| and magnify that up to the learning rate where g is nearly 0: a usual rate here.
+    # Rounding differs where DeepSpeed computes the norm for clipping, and where stage 3 adds gradients at forks in
+    # another order. Adam's first steps divide by |g| and magnify that up to the learning rate where g is nearly 0: a
+    # usual rate here.
     common = {"task": task, "federation__local_steps": 4, "federation__lr": 3e-4, **OPTIONS[options]}
     results = []
     for worker in ({"worker__backend": "torch"}, {"worker__backend": "deepspeed", "worker__zero_stage": stage}):
