@@ -16,6 +16,10 @@ _STATE = tempfile.TemporaryDirectory(prefix="fedray-tests-")
 os.environ["XDG_STATE_HOME"] = _STATE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+# Threads that wait for each other by turning in place take the processor from other processes; those that sleep give
+# the same bits. Here, and in every process that the tests start.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -28,26 +32,37 @@ pytest.register_assert_rewrite("support")  # its asserts say what differed, as a
 
 from support import SHARED
 
-#: Modules whose tests start Ray, each in its own way.
-WITH_RAY = ("test_chaos", "test_jobs", "test_silos", "test_sweep")
+#: Modules and fixtures whose tests start a Ray, each in its own way.
+WITH_RAY = {"test_chaos", "test_jobs"}
+RAYS = {"ray_session", "head", "gpu_head", "cluster_run"}
 
 
+def starts_ray(item) -> bool:
+    """Also a case for the engine `ray` of a test that asks for `ray_session` only then."""
+    asks = getattr(item, "callspec", None) is not None and item.callspec.params.get("engine") == "ray"
+    return asks or item.path.stem in WITH_RAY or bool(RAYS & set(item.fixturenames))
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist is here
+        config.option.loadscopereorder = False  # groups begin in the order that is given below, not the largest first
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in this hook too, and would not see later ones
 def pytest_collection_modifyitems(items):
     missing = pytest.mark.skip(reason=f"{SHARED} is not here: real encoder and data are needed")
     for item in items:
-        # With `-n 2 --dist loadgroup`: one process has all that starts Ray, so that there is one Ray at a time;
-        # the rest goes by files.
-        module = item.path.stem
+        # With `-n 2 --dist loadgroup`: one process has all that starts Ray, so that there is one Ray at a time, and
+        # begins with it; the rest goes by files.
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(
-                pytest.mark.xdist_group(
-                    "ray" if module in WITH_RAY or {"ray_session", "gpu_head"} & set(item.fixturenames) else module
-                )
-            )
+            group = "ray" if starts_ray(item) else item.location[0]
+            item.add_marker(pytest.mark.xdist_group(group))
         if "shared" in item.keywords and not SHARED.is_dir():
             item.add_marker(missing)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "ray")
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedray.config.build import make_method, make_spec
+from fedray.federation import run as inline
 from fedray.federation import worker_ray
 from fedray.federation.messages import Failure
 from fedray.federation.prepare import prepare
@@ -137,8 +138,10 @@ def sabotaged(make_config, monkeypatch, kind, **options):
                 os.kill(os.getpid(), 9)
             return Worker.evaluate(self, part, client, share, header, *args)
 
-    monkeypatch.setattr(worker_ray, "Worker", Sabotaged)
-    return make_config(engine="ray", **({"worker": {"cpus": 1, "count": 1}} if kind == "raises" else {}) | options)
+    one = {"worker": {"cpus": 1, "count": 1}} if kind == "raises" else {}
+    config = make_config(**{"engine": "ray"} | one | options)
+    monkeypatch.setattr(worker_ray if config.engine == "ray" else inline, "Worker", Sabotaged)
+    return config
 
 
 # --- Ray, as a cluster has it --------------------------------------------------------------------------------------

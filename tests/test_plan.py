@@ -83,7 +83,9 @@ def test_plan_equals_what_a_run_then_moves(make_config, pair):
     adapter = {"kind": kind, "rank": 4 if kind == "abba" else 2} | (
         {"subspace": "gradient-raw"} if kind == "lora-sb" else {}
     )
-    config = make_config(task="classification", method__name=name, adapter=adapter, federation__rounds=2)
+    config = make_config(
+        task="classification", method__name=name, adapter=adapter, federation__rounds=2, federation__local_steps=1
+    )
     prepared = prepare(config)
     cost = plan(config, prepared.cohort).costs[0]
     summary = execute(prepared)

@@ -618,9 +618,9 @@ def test_a_random_sweep_is_resumed_and_a_misspelt_objective_costs_nothing(make_c
         "SWEEP = Sweep(space={'federation.lr': tune.loguniform(1e-3, 1e-1)}, search='random', samples=2%s)",
     )
     space = space_file(tmp_path, text % "")
-    assert main(["sweep", "--space", space, "--out", str(out), *flags]) == 0
+    assert main(["sweep", "--space", space, "--out", str(out), "--max-concurrent", "1", *flags]) == 0
     times = {p: p.stat().st_mtime_ns for p in out.glob("trials/*/summary.json")}
-    assert main(["sweep", "--space", space, "--out", str(out), "--resume", "--max-concurrent", "1", *flags]) == 0
+    assert main(["sweep", "--space", space, "--out", str(out), "--resume", "--max-concurrent", "2", *flags]) == 0
     assert len(times) == 2 and times == {p: p.stat().st_mtime_ns for p in out.glob("trials/*/summary.json")}
     capsys.readouterr()
     wrong = space_file(tmp_path, text % ", objective='acuracy'")
@@ -715,6 +715,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(
     assert "pip install 'fedray[track]'" in capsys.readouterr().err and not (tmp_path / "out" / "trials").exists()
 
 
+@pytest.mark.xdist_group("ray")
 @pytest.mark.slow
 def test_trackers_are_told_of_every_trial(make_config, tmp_path):
     pytest.importorskip("mlflow", reason="mlflow is not installed: pip install 'fedray[track]'")
@@ -850,6 +851,7 @@ ray.shutdown()
 """
 
 
+@pytest.mark.xdist_group("ray")
 @pytest.mark.slow
 def test_trials_on_logical_gpus_run_one_at_a_time_and_one_that_never_fits_is_refused(make_config, tmp_path):
     env = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(SPACES.parent)}
@@ -933,6 +935,7 @@ def test_a_process_of_a_trial_that_dies_costs_no_finished_round(kind, make_confi
     assert killed["objective"].tolist() == calm["objective"].tolist() and (killed["status"] == "finished").all()
 
 
+@pytest.mark.xdist_group("ray")
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_sweep_that_is_stopped_goes_on_without_losing_a_trial_or_a_round(how, make_config, tmp_path):
