@@ -29,6 +29,7 @@ _CLASSES = (
     "fedask.FedASK",
     "lora_fair.LoRAFair",
     "fedrpca.FedRPCA",
+    "fedrot.FedRot",
 )
 
 
