@@ -25,6 +25,7 @@ _CLASSES = (
     "fedsa.FedSA",
     "fra.FlexLoRA",
     "hetlora.HetLoRA",
+    "raflora.RaFLoRA",
     "fra.FLoRIST",
     "fedask.FedASK",
     "lora_fair.LoRAFair",
