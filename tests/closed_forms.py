@@ -20,7 +20,7 @@ def first(spec, round, *rest):
 
 
 def mean_of_factors(method, spec, cohort, client, round):
-    """FedIT, FFA, Fed-SB, LoRA-FAIR, FedRPCA, HetLoRA: what trains goes up and down, at the client's rank."""
+    """FedIT, FFA, Fed-SB, LoRA-FAIR, FedRPCA, FedRot, HetLoRA: what trains goes up and down, at the client's rank."""
     trains = method.trained(spec)
     size = spec.size(*trains, client=client)
     return size, size, first(spec, round, *(f for f in spec.adapter.started if f not in trains))
@@ -141,7 +141,7 @@ def _base_update(spec, numbers, columns, usual, round, rests):
 
 
 _FORMS = {
-    **dict.fromkeys(("FedIT", "FFA", "FedSB", "LoRAFair", "FedRPCA", "HetLoRA"), mean_of_factors),
+    **dict.fromkeys(("FedIT", "FFA", "FedSB", "LoRAFair", "FedRPCA", "FedRot", "HetLoRA"), mean_of_factors),
     "RavanMean": ravan,
     "FedSA": fedsa,
     "RoLoRA": rolora,
@@ -149,6 +149,6 @@ _FORMS = {
     "FedASK": fedask,
     **dict.fromkeys(("FedEx", "FLoRA"), fedex),
     "FedExKeep": fedex_keep,
-    **dict.fromkeys(("FRA", "FlexLoRA", "FLoRIST"), fra),
+    **dict.fromkeys(("FRA", "FlexLoRA", "RaFLoRA", "FLoRIST"), fra),
     "FRAFFA": fra_ffa,
 }
