@@ -22,4 +22,8 @@ def _load(path: str) -> type[Adapter]:
 
 ADAPTERS: dict[str, type[Adapter]] = {adapter.kind: adapter for adapter in map(_load, _CLASSES)}
 
-__all__ = ["ADAPTERS", "Adapter", "Layer"]
+#: Those with a pair of factors in whose product the delta is linear, and those whose cores alone train.
+PAIRED = tuple(kind for kind, adapter in ADAPTERS.items() if adapter.pair is not None)
+CORED = tuple(kind for kind, adapter in ADAPTERS.items() if adapter.pair is None)
+
+__all__ = ["ADAPTERS", "CORED", "PAIRED", "Adapter", "Layer"]

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fedray.adapters import PAIRED
 from fedray.adapters.base import Adapter
 from fedray.errors import RoundError
 from fedray.lowrank import weighted_sum
@@ -55,7 +56,7 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    adapters: ClassVar[tuple[str, ...]] = ("lora", "abba")
+    adapters: ClassVar[tuple[str, ...]] = PAIRED
     exact: ClassVar[str]  # "yes", "no", or what it is exact up to; for tables
     linear: ClassVar[bool]  # the aggregate is the mean of the uploads: a server optimizer may step on it
     kept: ClassVar[tuple[Literal["B", "A"], ...]]  # which factors of the pair stay with the client; see `keeps`

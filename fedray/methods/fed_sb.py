@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedray.adapters import CORED
 from fedray.adapters.base import Adapter
 from fedray.adapters.ravan import H, S
 from fedray.methods.fedit import FedIT
@@ -21,7 +22,7 @@ class FedSB(FedIT):
     cores, scales held at 1."""
 
     name = "fed-sb"
-    adapters = ("lora-sb", "ravan")
+    adapters = CORED
     exact = "yes"
     linear = True
     kept = ()

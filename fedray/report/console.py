@@ -15,7 +15,7 @@ from fedray.federation.prepare import Prepared
 from fedray.plan import plan
 from fedray.privacy.keys import TEST_KEY
 from fedray.report.plan import UNKNOWN_COUNTS, print_plan
-from fedray.report.words import TITLES, share, size
+from fedray.report.words import share, size, title
 
 
 def run_privacy(summary: dict[str, Any]) -> str:
@@ -56,7 +56,7 @@ class ConsoleListener:
     def started(self, prepared: Prepared) -> None:
         config = prepared.config
         self.metric_key = TASKS[config.model.task].metric
-        self.metric = TITLES[self.metric_key]
+        self.metric = title(self.metric_key)
         units = prepared.units() if config.privacy.on else None
         if config.privacy.on and config.siloed:
             self.console.print(UNKNOWN_COUNTS)

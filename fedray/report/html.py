@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError
 from fedray.federation.results import read_rounds
-from fedray.report.words import TITLES, share, size
+from fedray.report.words import share, size, title
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #1b1f24; }
@@ -35,10 +36,10 @@ def write_report(folder: Path) -> Path:
     if (privacy := _json(folder / "privacy.json")) is not None:
         parts.append(_privacy(privacy))
     parts += ["<h2>Config</h2><pre>", html.escape((folder / "config.yaml").read_text()), "</pre>"]
-    title = html.escape(folder.name)
+    run = html.escape(folder.name)
     page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>fedray {title}</title><style>{_STYLE}</style>"
-        f"<h1>{title}</h1>{''.join(parts)}</html>"
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>fedray {run}</title><style>{_STYLE}</style>"
+        f"<h1>{run}</h1>{''.join(parts)}</html>"
     )
     out, part = folder / "report.html", folder / ".report.html.part"
     part.write_text(page)
@@ -69,7 +70,7 @@ def _align(number: bool) -> str:
 def _head(summary: dict | None, records: list[dict]) -> str:
     if summary is None:
         return f"<p class=warn>This run is not finished: {len(records)} rounds so far.</p>"
-    metric = TITLES[summary["metric"]]
+    metric = title(summary["metric"])
     text = (
         f"<p class=big>{html.escape(summary['method'])} on {html.escape(summary['adapter'])}: "
         f"{metric} {summary['initial']:.4f} before, "
@@ -111,11 +112,11 @@ def _metric(summary: dict | None, records: list[dict]) -> Curve:
     if summary is not None:
         name = summary["metric"]
     else:
-        name = next((name for _, metrics in evaluated for name in TITLES if name in metrics), None)
+        name = next((t.metric for _, metrics in evaluated for t in TASKS.values() if t.metric in metrics), None)
     if name is None or not evaluated:
         return "", []
     start = [(0, summary["initial"])] if summary else []
-    return TITLES[name], start + [(round, metrics[name]) for round, metrics in evaluated]
+    return title(name), start + [(round, metrics[name]) for round, metrics in evaluated]
 
 
 def _drawn(curves: Sequence[Curve]) -> str:
@@ -126,9 +127,9 @@ def _drawn(curves: Sequence[Curve]) -> str:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3), squeeze=False)
-    for axis, (title, points) in zip(axes[0], curves, strict=True):
+    for axis, (name, points) in zip(axes[0], curves, strict=True):
         axis.plot(*zip(*points, strict=True), marker="o", markersize=3)
-        axis.set(title=title, xlabel="round")
+        axis.set(title=name, xlabel="round")
         axis.grid(alpha=0.3)
         axis.ticklabel_format(useOffset=False)
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-TITLES = {"bits_per_byte": "bits per byte", "accuracy": "accuracy"}
 _UNITS = ("B", "KiB", "MiB", "GiB")
+
+
+def title(metric: str) -> str:
+    """A metric's name for a person."""
+    return metric.replace("_", " ")
 
 
 def size(count: float) -> str:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from fedray.data.tasks.base import IGNORED, Batch, Example, Forward, Task, grouped
-from fedray.data.tasks.causal_lm import CausalLM
-from fedray.data.tasks.classification import Classification
 
 if TYPE_CHECKING:  # the config stands above: it is checked by what is declared here
     from fedray.config.sections import Config
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, CausalLM)}
+#: Module and class of each task. A new one is its file and a line here.
+_CLASSES = (
+    "classification.Classification",
+    "causal_lm.CausalLM",
+)
+
+
+def _load(path: str) -> type[Task]:
+    module, name = path.split(".")
+    task: type[Task] = getattr(import_module(f"{__name__}.{module}"), name)
+    return task
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in map(_load, _CLASSES)}
 
 
 def check_task(config: Config) -> None:

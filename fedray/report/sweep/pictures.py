@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from fedray.report.sweep.tables import POINT_COLUMNS, worded
-from fedray.report.words import TITLES
+from fedray.report.words import title
 
 _MARKERS = "osD^vP*X<>"
 
@@ -49,7 +49,7 @@ def _pyplot() -> Any:
 
 def _title(kept: Mapping[str, Any]) -> str:
     better = "higher" if kept["mode"] == "max" else "lower"
-    return f"{TITLES.get(kept['objective'], kept['objective'].replace('_', ' '))} ({better} is better)"
+    return f"{title(kept['objective'])} ({better} is better)"
 
 
 def _colouring_knob(points: pd.DataFrame) -> str:
