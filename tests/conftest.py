@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # set before ray is imported, here and in every process the tests start
-os.environ["RAY_worker_niceness"] = "0"  # a starved worker makes a test slow, not right
+# A starved worker makes a test slow, not right.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - this is how Ray spells it
 os.environ["FEDRAY_UNSAFE_TEST_KEY"] = "tests"  # noise that repeats from run to run; tests of real keys take it away
 _STATE = tempfile.TemporaryDirectory(prefix="fedray-tests-")
 os.environ["XDG_STATE_HOME"] = _STATE.name

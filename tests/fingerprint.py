@@ -72,7 +72,9 @@ CASES = {
     "start-gradient": f"{SB} --adapter.subspace gradient",
     "start-raw": f"{SB} --adapter.subspace gradient-raw",
     "start-public": f"{SB} --adapter.subspace public --adapter.subspace_source {{root}}/text.jsonl",
-    "classes": "--method.name fedex --model.path {root}/bert --model.task classification --data.source {root}/classes.csv",
+    "classes": (
+        "--method.name fedex --model.path {root}/bert --model.task classification --data.source {root}/classes.csv"
+    ),
     "ray": "--engine ray --method.name fedex --worker.count 2 --federation.keep_optimizer true",
     "ray-example": f"--engine ray --method.name ffa {EXAMPLE} --worker.count 2",
     "resumed": "--method.name fedex --federation.rounds 30 --federation.keep_optimizer true",

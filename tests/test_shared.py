@@ -60,7 +60,10 @@ def test_a_short_federated_run_on_the_real_encoder(tmp_path):
 def test_fedex_reaches_82_percent_on_sst2_as_the_mean_of_three_seeds(tmp_path):
     finals = []
     for seed in (0, 1, 2):
-        flags = f"{EXAMPLE} --federation.rounds 8 --federation.local_steps 30 --federation.evaluate_every 8 --method.name fedex --seed {seed}"
+        flags = (
+            f"{EXAMPLE} --federation.rounds 8 --federation.local_steps 30 --federation.evaluate_every 8 "
+            f"--method.name fedex --seed {seed}"
+        )
         prepared = prepare(read_config(f"{flags} --output.dir {tmp_path}/{seed}".split()))
         assert len(prepared.data.test) == 872
         finals.append(execute(prepared)["final"])

@@ -107,9 +107,8 @@ def decode(total: np.ndarray) -> np.ndarray:
 def split(secret: bytes, count: int, threshold: int, stream: Stream) -> list[int]:
     """Shamir's shares (1979) at 1 ... count: any `threshold` of them give the secret, fewer nothing."""
     polynomial = [int.from_bytes(secret, "big")]
-    for _ in range(threshold - 1):
-        # 640 bits: as good as uniform below 2^521
-        polynomial.append(int.from_bytes(stream.integers(10).tobytes(), "big") % PRIME)
+    # 640 bits each: as good as uniform below 2^521.
+    polynomial.extend(int.from_bytes(stream.integers(10).tobytes(), "big") % PRIME for _ in range(threshold - 1))
     shares = []
     for x in range(1, count + 1):
         value = 0

@@ -62,8 +62,10 @@ def test_every_key_has_a_line_of_help():
         ("--adapter.kind dora", "adapter.kind 'dora' is not known"),
         (
             "--adapter.kind lora-sb",
-            "method 'fedex' does not fit adapter 'lora-sb': only its core trains, and the plain mean of that is exact: "
-            "use fed-sb",
+            (
+                "method 'fedex' does not fit adapter 'lora-sb': only its core trains, and the plain mean of that is "
+                "exact: use fed-sb"
+            ),
         ),
         ("--method.name ravan --adapter.kind lora-sb", "it needs adapter.kind ravan"),
         ("--adapter.kind abba --adapter.rank 1", "adapter.rank 1 cannot be split in two: abba needs at least 2"),

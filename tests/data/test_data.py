@@ -113,7 +113,7 @@ def test_clients_with_their_own_files_keep_them(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "not used"}) + "\n")
     flags = f"--data.source {tmp_path} --clients.a.source {tmp_path}/a.jsonl --clients.b.source {tmp_path}/b.jsonl"
     loaded = data(flags)
-    assert {n: set(t[0] for t in p["text"]) for n, p in loaded.train.items()} == {"a": {"a"}, "b": {"b"}}
+    assert {n: {t[0] for t in p["text"]} for n, p in loaded.train.items()} == {"a": {"a"}, "b": {"b"}}
     assert list(loaded.test["text"]) == ["held out"]
 
 

@@ -111,7 +111,7 @@ def test_a_private_run_keeps_its_budget_and_a_resumed_one_ends_in_the_same_bits_
     spent = [r["epsilon"] for r in rounds(whole)]
     summary = json.loads((whole / "summary.json").read_text())
     assert len(spent) == 4 and all(list(e) == [f"client-{i}" for i in range(3)] for e in spent)
-    assert all(before[c] <= after[c] for before, after in zip(spent, spent[1:], strict=False) for c in before)
+    assert all(before[c] <= after[c] for before, after in pairwise(spent) for c in before)
     assert summary["epsilon"] == max(spent[-1].values()) and 0 < summary["delta"] < 1
     if config.privacy.epsilon:
         assert 0.98 * config.privacy.epsilon < summary["epsilon"] <= config.privacy.epsilon
@@ -855,7 +855,8 @@ def test_a_secure_sum_is_not_opened_again_of_others_parts(make_config, monkeypat
         patch.setattr(LocalTrainer, "train", fails)
         with pytest.raises(
             PrivacyError,
-            match="round 2 was opened of client-0, client-1, client-2, client-3 before, and of client-0, client-1, client-3 it would show",
+            match="round 2 was opened of client-0, client-1, client-2, client-3 before, and of client-0, client-1, "
+            "client-3 it would show",
         ):
             run(resumed(config))
     assert len(rounds(run(resumed(config)))) == 3

@@ -61,7 +61,10 @@ def test_what_could_not_be_kept_to_its_nodes_is_refused(change, words):
 
 
 def test_labels_on_the_command_line():
-    flags = "--clients.ward.7.source /d/7.csv --clients.ward.7.node_labels silo=a,zone=in(x,y) --data.source /d --model.task classification --model.path m"
+    flags = (
+        "--clients.ward.7.source /d/7.csv --clients.ward.7.node_labels silo=a,zone=in(x,y) --data.source /d "
+        "--model.task classification --model.path m"
+    )
     assert read_config(flags.split()).clients["ward.7"].node_labels == {"silo": "a", "zone": "in(x,y)"}
     with pytest.raises(ConfigError, match="'silo' is no KEY=VALUE"):
         read_config(flags.replace("silo=a", "silo").split())
@@ -199,18 +202,21 @@ import ray
 from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "env_vars": {"TEST_NODE": "head"}})
 for name in ("x", "y"):
-    cluster.add_node(num_cpus=2, labels={"silo": name}, env_vars={"TEST_NODE": name, "HF_DATASETS_CACHE": f"{os.path.dirname(LOG)}/cache-{name}"})
+    variables = {"TEST_NODE": name, "HF_DATASETS_CACHE": f"{os.path.dirname(LOG)}/cache-{name}"}
+    cluster.add_node(num_cpus=2, labels={"silo": name}, env_vars=variables)
 os.environ["HF_DATASETS_CACHE"] = f"{os.path.dirname(LOG)}/cache-driver"
 watch()
-ray.init(address=cluster.address, runtime_env={"worker_process_setup_hook": watch}, log_to_driver=False, logging_level="ERROR")
+hook = {"worker_process_setup_hook": watch}
+ray.init(address=cluster.address, runtime_env=hook, log_to_driver=False, logging_level="ERROR")
 from fedray.cli import main
 codes = []
 for command in json.loads(sys.argv[2]):
     if "silo=late" in command:  # what an autoscaler does
         later = os.environ | {"TEST_NODE": "late", "HF_DATASETS_CACHE": f"{os.path.dirname(LOG)}/cache-late"}
-        command_line = [f"{os.path.dirname(sys.executable)}/ray", "start", f"--address={cluster.address}", "--num-cpus=1", "--labels=silo=late", "--block"]
-        late = []
-        threading.Timer(6, lambda: late.append(subprocess.Popen(command_line, env=later, stdout=subprocess.DEVNULL, start_new_session=True))).start()
+        command_line = [f"{os.path.dirname(sys.executable)}/ray", "start", f"--address={cluster.address}"]
+        command_line += ["--num-cpus=1", "--labels=silo=late", "--block"]
+        late, options = [], dict(env=later, stdout=subprocess.DEVNULL, start_new_session=True)
+        threading.Timer(6, lambda: late.append(subprocess.Popen(command_line, **options))).start()
     try:
         codes.append(main(command))
     except SystemExit as error:
@@ -295,7 +301,7 @@ def cluster_run(tiny, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_clients_data_are_opened_on_its_own_nodes_only(cluster_run):
-    done, opened, root = cluster_run
+    done, opened, _ = cluster_run
     who = {name: {where for where, file in opened if f"/silos/{name}/" in file} for name in ("a1", "a2", "b1")}
     assert who == {"a1": {"x"}, "a2": {"x"}, "b1": {"y", "late"}}, (who, done.stdout + done.stderr)
 

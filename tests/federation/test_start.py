@@ -154,7 +154,7 @@ def test_the_signed_subspace_is_that_of_the_signed_sum(make_config):
     told = collector(worker, clients)(DenseGradient(names, 9), clients)
     for layer in worker.spec.layers:
         total = sum(answer.weight * answer.tensors()[layer.name].double() for answer in told)
-        U, S, Vt = torch.linalg.svd(total.sign())
+        _, S, _ = torch.linalg.svd(total.sign())
         B, A = (state.increments[0].tensors[f"{layer.name}.{f}"].double() for f in ("sb_B", "sb_A"))
         captured = (B.T @ total.sign() @ A.T).norm() ** 2
         assert captured == pytest.approx(S[:3].square().sum().item(), rel=1e-5)

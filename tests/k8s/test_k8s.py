@@ -109,7 +109,8 @@ def test_tls_reaches_every_ray_container(tmp_path):
         folder = K8S / "overlays" / f".tls-{kind}-{os.getpid()}"
         folder.mkdir()
         try:
-            images = "images: [{name: fedray, newName: registry.example/fedray, newTag: '7'}]\n"  # as components/image has it
+            # As components/image has it.
+            images = "images: [{name: fedray, newName: registry.example/fedray, newTag: '7'}]\n"
             (folder / "kustomization.yaml").write_text(
                 f"resources: [../{kind}]\ncomponents: [../../components/tls, image]\n"
             )
@@ -500,7 +501,8 @@ import ray
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 import os, socket, ssl
 host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-with ssl.create_default_context(cafile=os.environ["RAY_TLS_CA_CERT"]).wrap_socket(socket.create_connection((host, int(port))), server_hostname=host) as talk:
+context = ssl.create_default_context(cafile=os.environ["RAY_TLS_CA_CERT"])
+with context.wrap_socket(socket.create_connection((host, int(port))), server_hostname=host) as talk:
     print("SPEAKS", talk.version(), dict(pair[0] for pair in talk.getpeercert()["subject"])["commonName"])
 print("ANSWER", ray.get(ray.remote(lambda: 6 * 7).remote()), flush=True)
 """

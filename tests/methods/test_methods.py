@@ -60,7 +60,9 @@ def play(method, s, k, rounds, dtype, cohorts=None):
         gap = 0.0
         for client in [None, "c0", f"c{k - 1}", "never-seen"]:
             if client in s.ranks or (method.personal and client == "never-seen"):
-                continue  # a smaller rank sees less; keep's first draws lie over the same effective weights: checked by client=None
+                # A smaller rank sees less; keep's first draws lie over the same effective weights: checked by
+                # client=None.
+                continue
             got = effective(method, state, client)
             gap = max(gap, sum((got[n] - want[n]).norm().item() ** 2 for n in want) ** 0.5)
         yield Round(gap, gap / sum(want[n].norm().item() ** 2 for n in want) ** 0.5, diagnostics, state, before)

@@ -160,18 +160,24 @@ def test_every_space_that_ships_gives_configs_that_are_sound(path, tiny):
         ("SWEEP = Sweep(space={'seed': tune.grid_search([1])})", "the space may not set seed"),
         ("SWEEP = Sweep(space={'output.dir': tune.grid_search(['x'])})", "the space may not set output.dir"),
         (
-            "SWEEP = Sweep(space={'method.name': tune.grid_search(['fed-sb']), 'adapter.kind': "
-            "tune.grid_search(['lora'])})",
+            (
+                "SWEEP = Sweep(space={'method.name': tune.grid_search(['fed-sb']), 'adapter.kind': "
+                "tune.grid_search(['lora'])})"
+            ),
             "no trial is left",
         ),
         (
-            "SWEEP = Sweep(space={'model.task': tune.grid_search(['causal-lm', 'classification'])}, "
-            "base={'model.path': 'x'})",
+            (
+                "SWEEP = Sweep(space={'model.task': tune.grid_search(['causal-lm', 'classification'])}, "
+                "base={'model.path': 'x'})"
+            ),
             "give data.source",
         ),
         (
-            "SWEEP = Sweep(space={'adapter.rank': tune.choice([1])}, search='random', stop='asha', "
-            "random_stopping='poisson')",
+            (
+                "SWEEP = Sweep(space={'adapter.rank': tune.choice([1])}, search='random', stop='asha', "
+                "random_stopping='poisson')"
+            ),
             "stop='none'",
         ),
         (
@@ -179,8 +185,10 @@ def test_every_space_that_ships_gives_configs_that_are_sound(path, tiny):
             "optuna learns from the mean",
         ),
         (
-            "SWEEP = Sweep(space={'adapter.rank': tune.grid_search([1])}, base={'privacy.unit': 'client', "
-            "'privacy.sweep_epsilon': 3})",
+            (
+                "SWEEP = Sweep(space={'adapter.rank': tune.grid_search([1])}, base={'privacy.unit': 'client', "
+                "'privacy.sweep_epsilon': 3})"
+            ),
             "privacy.unit",
         ),
         ("import nowhere", "ModuleNotFoundError"),
@@ -234,7 +242,8 @@ def test_what_can_never_be_placed_is_refused_with_the_arithmetic():
     check_placeable("a", two, one_node)
     with pytest.raises(
         ConfigError,
-        match="4 workers of 1 CPU and 1 GPU = 4 CPUs and 4 GPUs, but the cluster has 8 CPUs, 3 GPUs: lower worker.count",
+        match="4 workers of 1 CPU and 1 GPU = 4 CPUs and 4 GPUs, but the cluster has 8 CPUs, 3 GPUs: lower "
+        "worker.count",
     ):
         check_placeable("a", four, one_node)
     # Enough together is not enough: no node has two GPUs free for one worker.
@@ -463,7 +472,10 @@ def test_where_only_the_best_run_is_shown_each_run_is_a_point():
 
 
 def test_the_same_space_is_the_same_whenever_it_is_read(tmp_path):
-    text = "SWEEP = Sweep(space={'federation.lr': tune.loguniform(1e-4, %s), 'adapter.rank': tune.choice([2, 4])}, search='random', samples=3, max_concurrent=%d)"
+    text = (
+        "SWEEP = Sweep(space={'federation.lr': tune.loguniform(1e-4, %s), 'adapter.rank': tune.choice([2, 4])}, "
+        "search='random', samples=3, max_concurrent=%d)"
+    )
     one, again, other = (
         in_words(load_space(space_file(tmp_path, text % at))) for at in (("1e-1", 2), ("1e-1", 5), ("1e-2", 2))
     )
@@ -498,13 +510,17 @@ def kept(before: dict[str, list[dict]], after: dict[str, list[dict]]) -> bool:
     return all(after[name][: len(old)] == old for name, old in before.items())
 
 
-FOUR = "SWEEP = Sweep(space={'entry': tune.grid_search(['fedex', 'ffa']), 'federation.lr': tune.grid_search([1e-2, 1e-9])}, base={'worker.count': 1}, %s)"
+FOUR = (
+    "SWEEP = Sweep(space={'entry': tune.grid_search(['fedex', 'ffa']), 'federation.lr': tune.grid_search([1e-2, 1e-9])}"
+    ", base={'worker.count': 1}, %s)"
+)
 
 
 def test_a_whole_sweep_leaves_tables_pictures_and_a_config_that_gives_the_same_again(
     make_config, tmp_path, ray_session, capsys
 ):
-    flags = tiny_flags(make_config, privacy={"noise": 0.3, "key_dir": str(tmp_path / "keys")}) + ["--engine", "inline"]
+    privacy = {"noise": 0.3, "key_dir": str(tmp_path / "keys")}
+    flags = [*tiny_flags(make_config, privacy=privacy), "--engine", "inline"]
     out = tmp_path / "out"
     before = {a["ActorID"] for a in actors()}
     # One at a time, so that the rates that learn nothing come to rungs where others have been.

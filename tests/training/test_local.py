@@ -134,7 +134,7 @@ def test_schedules(make_config):
     assert cosine[:2] == [1.0, 1.0] and cosine[-1] == pytest.approx(
         (1 - torch.cos(torch.tensor(torch.pi / 9)).item()) / 2
     )
-    assert all(a >= b for a, b in zip(cosine[1:], cosine[2:], strict=False))
+    assert all(a >= b for a, b in pairwise(cosine[1:]))
 
 
 def test_sampling_visits_every_example_once_an_epoch_and_needs_no_state():
