@@ -34,7 +34,7 @@ def test_a_short_federated_run_on_the_real_encoder(tmp_path):
     assert sum(len(part) for part in prepared.data.train.values()) == 60_614 and len(prepared.data.test) == 200
     summary = execute(prepared)
     records = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
-    # 12 layers of 384 x 384 at rank 8, and a head of 2 x 384 + 2, in fp32 (METHODS.md 4.2)
+    # 12 layers of 384 x 384 at rank 8, and a head of 2 x 384 + 2, in fp32
     factors, head = 12 * 8 * (384 + 384), 2 * 384 + 2
     assert [r["bytes_up"] for r in records] == [3 * 4 * (factors + head)] * 2
     assert [r["bytes_down"] for r in records] == [3 * 4 * (factors + head), 3 * 4 * (3 * factors + head)]

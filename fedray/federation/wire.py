@@ -1,6 +1,6 @@
 """What crosses the wire: one contiguous fp32 vector and a manifest of names and shapes.
 
-One flat array is what Ray's object store moves fastest (ENGINE.md section 6). The bytes that are counted are the bytes
+One flat array is what Ray's object store moves fastest (README.md here). The bytes that are counted are the bytes
 of these vectors.
 """
 

@@ -40,7 +40,7 @@ def randomised(model, seed=0):
 
 
 def test_abba_equals_pefts_loha_in_value_and_gradients():
-    """At r1 = r2 LoHa is the same product; it forms m x n, abba does not (METHODS.md 9.2)."""
+    """At r1 = r2 LoHa is the same product; it forms m x n, abba does not."""
     torch.manual_seed(0)
     m, n, r, scale = 23, 31, 3, 1.7
     base = nn.Sequential(nn.Linear(n, m))
@@ -115,7 +115,7 @@ def test_abba_keeps_no_khatri_rao_factor_for_the_backward_pass():
 
 
 def test_a_step_on_R_is_the_projection_of_the_full_gradients_step(tiny):
-    """With orthonormal bases and s = 1: B R A moves by -lr (B B^T) g (A^T A) under SGD (METHODS.md 1.2)."""
+    """With orthonormal bases and s = 1: B R A moves by -lr (B B^T) g (A^T A) under SGD (arXiv 2411.19557)."""
     base = AutoModelForCausalLM.from_pretrained(tiny / "llama").eval()
     full = AutoModelForCausalLM.from_pretrained(tiny / "llama").eval()
     model = attach.attach(base, section("lora-sb"), "causal-lm").eval()

@@ -128,11 +128,11 @@ def test_labels_that_no_node_has_are_refused_before_anything_starts():
 def test_a_worker_gets_no_client_of_another_place():
     config = from_dict(siloed({"a1": "a", "b1": "b", "a2": "a"}))
     own = RayPool(["w0", "w1", "w2"], ["a1", "b1", "a2"], homes=place_silos(config, [node("a"), node("b")]).homes)
-    assert own._owner == {"a1": 0, "a2": 1, "b1": 2}
+    assert own.workers._owner == {"a1": 0, "a2": 1, "b1": 2}
     shared = RayPool(
         ["w0", "w1"], ["a1", "b1", "a2"], homes=place_silos(config, [node("a", 1.0), node("b", 1.0)]).homes
     )
-    assert shared._owner == {} and shared._serves == [("a1", "a2"), ("b1",)]
+    assert shared.workers._owner == {} and shared.workers._serves == [("a1", "a2"), ("b1",)]
 
 
 def test_a_run_may_go_on_in_another_place_but_not_with_other_data():

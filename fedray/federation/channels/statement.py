@@ -160,7 +160,7 @@ def _limits(config: Config, words: Words) -> list[Limit]:
             "Choices made by looking at other runs on the same data (learning rate, clip, rank): only this run's "
             "releases are "
             "accounted for",
-            "compare.py",
+            "compare/comparison.py",
         ),
         Limit("medium", keys, "privacy/keys.py, KeyStore"),
         *_ALWAYS,
