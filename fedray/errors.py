@@ -25,7 +25,7 @@ class ClientError(FedrayError):
         super().__init__(f"client '{client}' failed: {cause}")
         self.client, self.cause, self.details = client, cause, details
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[ClientError], tuple[str, str, str]]:
         return ClientError, (self.client, self.cause, self.details)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class LowRank:
     B: Tensor
     A: Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
             raise ValueError(f"factors {tuple(self.B.shape)} and {tuple(self.A.shape)} do not form a product")
 
@@ -47,7 +48,7 @@ class LowRank:
         """Number of factor columns: an upper bound on the rank."""
         return self.B.shape[1]
 
-    def to(self, *args, **kwargs) -> LowRank:
+    def to(self, *args: Any, **kwargs: Any) -> LowRank:
         """Both factors through `Tensor.to`."""
         return LowRank(self.B.to(*args, **kwargs), self.A.to(*args, **kwargs))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import tempfile
@@ -59,7 +60,7 @@ def ray_session() -> Iterator[None]:
         num_cpus=len(os.sched_getaffinity(0)),
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
     stop_on_sigterm()
     try:
@@ -78,7 +79,7 @@ def connect() -> bool:
     if address is None:
         return False
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise FedrayError(
             f"no Ray cluster could be reached at {address}: {last_line(error)}; unset RAY_ADDRESS to start one for "

@@ -17,7 +17,7 @@ from fedray.federation.placement import Home
 from fedray.federation.pool_ray import RayPool
 
 
-@ray.remote(num_cpus=0, max_concurrency=2)
+@ray.remote(num_cpus=0, max_concurrency=2)  # type: ignore[call-overload]  # Ray's own stub lacks max_concurrency
 class CoordinatorActor:
     """A `Coordinator` over a `RayPool`. Errors meant for a person come back as values, free of remote tracebacks."""
 

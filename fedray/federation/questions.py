@@ -115,7 +115,8 @@ class RangeSketch(Sketch):
     def answer(self, side: ClientSide, client: str, kept: Packet | None) -> Mapping[str, Tensor]:
         from fedray.training import subspace
 
-        return subspace.range_sketch(side.trainer, *side.sketched(self, client))
+        examples, tests_nq, noise = side.sketched(self, client)
+        return subspace.range_sketch(side.trainer, examples, tests_nq, noise)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class RowSketch(Sketch):
     def answer(self, side: ClientSide, client: str, kept: Packet | None) -> Mapping[str, Tensor]:
         from fedray.training import subspace
 
-        return subspace.row_sketch(side.trainer, *side.sketched(self, client))
+        examples, bases_mq, noise = side.sketched(self, client)
+        return subspace.row_sketch(side.trainer, examples, bases_mq, noise)
 
 
 @dataclass(frozen=True)

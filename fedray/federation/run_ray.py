@@ -61,9 +61,9 @@ class RayRun:
         """A coordinator on the driver's node, where the run directory is."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         order, homes = self._prepared.data.clients, self._prepared.placement.homes
-        return CoordinatorActor.options(scheduling_strategy=here).remote(
-            self._config, str(self._prepared.folder), facts, self._workers, order, homes
-        )
+        # mypy does not see what Ray's decorator makes of a class.
+        actor = CoordinatorActor.options(scheduling_strategy=here)  # type: ignore[attr-defined]
+        return actor.remote(self._config, str(self._prepared.folder), facts, self._workers, order, homes)
 
     def _go_on(self) -> Generator[dict[str, Any], None, bool]:
         """Records as the coordinator makes them; whether the run is over, and not the coordinator."""

@@ -130,7 +130,8 @@ def _examples(config: Config) -> int:
 
 def _signed(config: Config, spec: Spec, clients: Sequence[str], ask: Ask) -> Start:
     """The authors' choice: sign(sum p_i G_i), which is AdamW's first step, and its first singular vectors."""
-    tensors, up, kept, whole = {}, 0, 0.0, 0.0
+    tensors: dict[str, Tensor] = {}
+    up, kept, whole = 0, 0.0, 0.0
     for group in grouped(spec.layers):
         answers = ask(DenseGradient(tuple(layer.name for layer in group), _examples(config)), clients)
         up += sum(answer.up for answer in answers)

@@ -12,7 +12,9 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import Tensor
 
+from fedray.adapters.base import Layer
 from fedray.config.sections import Config
 from fedray.errors import FedrayError
 from fedray.federation.channels.registry import quotes_errors
@@ -32,6 +34,7 @@ class WorkerActor:
     """A `Worker` with its references resolved: increments are fetched only when this worker lacks them."""
 
     def __init__(self, make_worker: type[Worker], config: Config, device: str, threads: int, reads: Sequence[str] = ()):
+        assert config.output.dir is not None, "a run that has begun knows its directory"
         log_lines(Path(config.output.dir).name, "worker")
         # DeepSpeed's own word for it: logical GPUs in tests, and machines whose GPUs are not to be touched.
         device = "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else device
@@ -43,11 +46,10 @@ class WorkerActor:
             # Readers quote what they cannot read, and this error goes to the driver, another party's machine.
             raise FedrayError(
                 f"the data of {', '.join(reads)} could not be loaded ({type(error).__name__}); read them with the same "
-                "config "
-                "on their own machine to see why"
+                "config on their own machine to see why"
             ) from None
 
-    def describe(self) -> tuple:
+    def describe(self) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:
         return self.worker.describe()
 
     def ready(self) -> bool:
@@ -63,12 +65,14 @@ class WorkerActor:
         increments: dict[int, Any],
         kept: Packet | None,
         orders: Orders,
-    ):
+    ) -> tuple[Packet | None, Packet | None, Trained | Failure]:
         done = self.worker.train(client, round, header, packet, lambda v: ray.get(increments[v]), kept, orders)
         self._log("trained", done[2], client, round=round + 1)
         return done
 
-    def ask(self, client: str, question: Question, kept: Packet | None):
+    def ask(
+        self, client: str, question: Question, kept: Packet | None
+    ) -> tuple[Packet | None, None, Answered | Failure]:
         done = self.worker.ask(client, question, kept)
         self._log("answered", done[2], client, question=question.name.lower())
         return done
@@ -91,43 +95,43 @@ class WorkerActor:
         packet: Packet,
         increments: dict[int, Any],
         kept: Packet | None,
-    ):
+    ) -> tuple[list[list[dict[str, Any]]], float]:
         return self.worker.evaluate(part, client, share, header, packet, lambda v: ray.get(increments[v]), kept)
 
 
 def start_workers(
-    config: Config, placement: Placement, group: PlacementGroup | None = None
+    config: Config, placement: Placement, given: PlacementGroup | None = None
 ) -> tuple[PlacementGroup, list[Any]]:
     """The worker actors, one in each bundle of a placement group (default: a new one), on nodes with its home's labels.
     Raises FedrayError when the cluster does not grant it in time."""
-    timeout = config.worker.wait or GRANT_SECONDS
-    bundle = {"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {})
-    labels = [dict(home.labels) for home in placement.homes]
-    given, group = (
-        group,
-        group or placement_group([bundle] * placement.workers, strategy="PACK", bundle_label_selector=labels or None),
-    )
-    if given is None and not group.wait(timeout):
-        remove_placement_group(group)
-        where = (
-            f" on nodes with {'; '.join(sorted({said(home.labels) for home in placement.homes}))}"
-            if placement.homes
-            else ""
-        )
-        raise FedrayError(
-            f"the cluster did not grant {placement.workers} x {bundle}{where} within {timeout:.0f} s: other jobs hold "
-            "it, or no node has that much"
-        )
+    group = given or _granted(placement, config.worker.wait or GRANT_SECONDS)
     first = len(group.bundle_specs) - placement.workers  # a trial of a sweep may have a bundle of its own before them
+    reads = [home.clients for home in placement.homes] or [()] * placement.workers
     workers = [
-        WorkerActor.options(
+        WorkerActor.options(  # type: ignore[attr-defined]  # mypy does not see what Ray's decorator makes of a class
             num_cpus=placement.cpus,
             num_gpus=placement.gpus,
             max_restarts=-1,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=first + i),
-        ).remote(
-            Worker, config, placement.device, placement.cpus, placement.homes[i].clients if placement.homes else ()
-        )
+        ).remote(Worker, config, placement.device, placement.cpus, reads[i])
         for i in range(placement.workers)
     ]
     return group, workers
+
+
+def _granted(placement: Placement, timeout: float) -> PlacementGroup:
+    """A new placement group with a bundle for each worker. Raises FedrayError when the cluster does not grant it within
+    so many seconds."""
+    bundle = {"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {})
+    labels = [dict(home.labels) for home in placement.homes]
+    group = placement_group([bundle] * placement.workers, strategy="PACK", bundle_label_selector=labels or None)
+    if group.wait(timeout):
+        return group
+    remove_placement_group(group)
+    where = ""
+    if placement.homes:
+        where = f" on nodes with {'; '.join(sorted({said(home.labels) for home in placement.homes}))}"
+    raise FedrayError(
+        f"the cluster did not grant {placement.workers} x {bundle}{where} within {timeout:.0f} s: other jobs hold "
+        "it, or no node has that much"
+    )

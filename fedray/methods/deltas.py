@@ -37,7 +37,7 @@ def ideal(spec: Spec, cohort: Cohort) -> PerLayer:
 
 def inner_mean(spec: Spec, cohort: Cohort, layer: Layer) -> LowRank:
     """sum p_i B_i A_i of the adapter's pair in one layer, in fp64: what SVD-based methods reduce to its rank."""
-    B, A = spec.adapter.pair
+    B, A = spec.pair
     return LowRank.sum([LowRank(f[B], f[A]) for f in cohort.factors(spec, layer)], cohort.weights)
 
 

@@ -51,7 +51,7 @@ class FedASK(Method):
         return min(layer.rank + self.oversample, layer.m, layer.n)
 
     def upload(self, spec: Spec, client: str, tensors: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
-        B, A = spec.adapter.pair
+        B, A = spec.pair
         sent = {n: t for n, t in tensors.items() if factor_of(n) not in (B, A)}
         for layer in spec.layers:
             generator = seeding.generator(spec.seed, "sketch", layer.name, round)
@@ -68,7 +68,7 @@ class FedASK(Method):
         return asked
 
     def answer(self, spec: Spec, question: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        B, A = spec.adapter.pair
+        B, A = spec.pair
         sent = {}
         for layer in spec.layers:
             Q_mq, B_mr, A_rn = question[key(layer, Q)], trained[key(layer, B)], trained[key(layer, A)]
@@ -95,7 +95,7 @@ class FedASK(Method):
         """The next state, and each layer's singular values of Q^T sum p_i B_i A_i."""
         spec, sent, spectra = state.spec, {}, {}
         dtype = next(iter(updates[0].tensors.values())).dtype
-        B, A = spec.adapter.pair
+        B, A = spec.pair
         for layer in spec.layers:
             U, S, Vt = torch.linalg.svd(_mean(updates, key(layer, P)).T, full_matrices=False)
             root, r = S[: layer.rank].sqrt(), layer.rank
@@ -114,4 +114,6 @@ class FedASK(Method):
 def _mean(updates: Sequence[Update], name: str) -> Tensor:
     """sum p_i of one tensor of the updates, in fp64."""
     total = sum(u.weight for u in updates)
-    return sum(u.weight / total * u.tensors[name].double() for u in updates)
+    mean = sum(u.weight / total * u.tensors[name].double() for u in updates)
+    assert isinstance(mean, Tensor), "a round without updates does not come to its mean"
+    return mean

@@ -132,7 +132,7 @@ class FedExKeep(Method):
             base[layer.name] = start.base[layer.name] + stack if layer.name in start.base else stack
             if own is not None:
                 cut = slice(own * width, (own + 1) * width)
-                B, A = spec.adapter.pair
+                B, A = spec.pair
                 tensors[key(layer, A)], tensors[key(layer, B)] = stack_A[cut].clone(), stack_B[:, cut].clone()
         return View(tensors, base, message.trained)
 
@@ -159,7 +159,8 @@ class FedExKeep(Method):
 
         @cache
         def bases() -> tuple[Deltas, Deltas]:
-            return tuple(self.view(spec, self.broadcast(s), None).base for s in (state, merged))
+            before, after = (self.view(spec, self.broadcast(s), None).base for s in (state, merged))
+            return before, after
 
         @cache
         def starts() -> list[Tensors]:
@@ -179,9 +180,9 @@ class FedExKeep(Method):
 def _stack(state: State, cohort: Cohort, layer: Layer, stays: list[int]) -> dict[str, Tensor]:
     """One layer's stack: the blocks of clients that were not asked, then the cohort's new factors."""
     r, new = layer.rank, cohort.factors(state.spec, layer)
-    name_B, name_A = state.spec.adapter.pair
-    B, A = (state.tensors.get(f"{layer.name}.stack_{side}") for side in "BA")
-    old_B, old_A = [B[:, i * r : (i + 1) * r] for i in stays], [A[i * r : (i + 1) * r] for i in stays]
+    name_B, name_A = state.spec.pair
+    old_B = [state.tensors[f"{layer.name}.stack_B"][:, i * r : (i + 1) * r] for i in stays]
+    old_A = [state.tensors[f"{layer.name}.stack_A"][i * r : (i + 1) * r] for i in stays]
     return {
         f"{layer.name}.stack_B": torch.cat([*old_B, *(f[name_B] for f in new)], 1),
         f"{layer.name}.stack_A": torch.cat([*old_A, *(f[name_A] for f in new)], 0),

@@ -20,7 +20,7 @@ class FedSA(Method):
     kept = ("B",)
 
     def trained(self, spec: Spec) -> tuple[str, ...]:
-        return spec.adapter.pair
+        return spec.pair
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, None]:
         sent = cohort.cast({name: cohort.means[name] for name in state.tensors})

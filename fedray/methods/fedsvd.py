@@ -21,14 +21,14 @@ class FedSVD(Method):
     kept = ()
 
     def trained(self, spec: Spec) -> tuple[str, ...]:
-        return spec.adapter.pair[:1]
+        return (spec.pair[0],)
 
     def drawn(self, spec: Spec) -> dict[str, int]:
         return {name: 0 for name in spec.names if name not in spec.adapter.started}
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         spec, sent = state.spec, {name: cohort.means[name] for name in state.heads}
-        B, A = spec.adapter.pair
+        B, A = spec.pair
         for layer in spec.layers:
             U, S, Vt = LowRank(cohort.means[key(layer, B)], cohort.means[key(layer, A)]).svd()
             sent |= {key(layer, B): U * S, key(layer, A): Vt}

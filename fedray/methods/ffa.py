@@ -22,4 +22,4 @@ class FFA(FedIT):
     kept = ()
 
     def trained(self, spec: Spec) -> tuple[str, ...]:
-        return (spec.adapter.pair[0],)
+        return (spec.pair[0],)

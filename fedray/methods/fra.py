@@ -45,7 +45,7 @@ class FRA(Method):
     )
 
     def trained(self, spec: Spec) -> tuple[str, ...]:
-        return spec.adapter.pair
+        return spec.pair
 
     @property
     def moves_base(self) -> bool:
@@ -57,7 +57,7 @@ class FRA(Method):
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         spec, sent, tails = state.spec, {}, {}
-        B, A = spec.adapter.pair
+        B, A = spec.pair
         for layer in spec.layers:
             room = spec.adapter.shapes(layer)[A][0]
             inner = inner_mean(spec, cohort, layer)
@@ -116,7 +116,7 @@ class FRAFFA(FRA):
             return FFA().merge(state, cohort)
         merged, landed = super().merge(state, cohort)
         if merged.round == self.fra_rounds:
-            B, A = state.spec.adapter.pair
+            B, A = state.spec.pair
             names = [key(layer, A) for layer in state.spec.layers]
             increments = add_increment(merged, {name: merged.tensors[name] for name in names})
             sent = {name: t for name, t in merged.tensors.items() if name not in names}
@@ -161,7 +161,7 @@ class FLoRIST(FRA):
 
     def view(self, spec: Spec, message: Broadcast, client: str | None) -> View:
         start = super().view(spec, message, client)
-        B, A = spec.adapter.pair
+        B, A = spec.pair
         fresh, tensors = spec.drawn(A, message.round), dict(start.tensors)
         for layer in spec.layers:
             rows, name = tensors[key(layer, A)], key(layer, A)

@@ -25,7 +25,7 @@ class HetLoRA(Method):
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         spec, means = state.spec, dict(cohort.means)
-        B, A = spec.adapter.pair
+        B, A = spec.pair
         for layer in spec.layers:
             norms = [LowRank(f[B], f[A]).norm() for f in cohort.factors(spec, layer)]
             shares = [n / sum(norms) for n in norms] if sum(norms) > 0 else cohort.weights

@@ -67,7 +67,7 @@ def base_tensors(deltas: Deltas) -> dict[str, Tensor]:
 def stacked_base_tensors(spec: Spec, cohort: Cohort, less: Tensors | None) -> dict[str, Tensor]:
     """The base update sum p_i delta_i - delta(less) as the factors themselves (adapters whose delta is wider than they
     are)."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for layer in spec.layers:
         terms = cohort.factors(spec, layer)
         if less is not None:

@@ -26,11 +26,11 @@ class LoRAFair(FedIT):
     correction: float = option(0.01, "weight of ||dB||^2 against the fit, relative to A's rows", gt=0)
 
     def trained(self, spec: Spec) -> tuple[str, ...]:
-        return spec.adapter.pair
+        return spec.pair
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         spec, means = state.spec, dict(cohort.means)
-        B, A = spec.adapter.pair
+        B, A = spec.pair
         for layer in spec.layers:
             Bbar_mr, Abar_rn = means[key(layer, B)].double(), means[key(layer, A)].double()
             gram_rr = Abar_rn @ Abar_rn.T

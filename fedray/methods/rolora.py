@@ -22,7 +22,7 @@ class RoLoRA(Method):
     alternates = True
 
     def trained(self, spec: Spec) -> tuple[str, ...]:
-        return spec.adapter.pair[:1]
+        return (spec.pair[0],)
 
     def drawn(self, spec: Spec) -> dict[str, int]:
         return {name: 0 for name in spec.names if name not in spec.adapter.started}
@@ -33,7 +33,7 @@ class RoLoRA(Method):
         # the same factor's last value is obsolete
         older = tuple(i for i in state.increments if not i.tensors.keys() <= new.keys())
         version = max((i.version for i in state.increments), default=0) + 1
-        other = next(f for f in spec.adapter.pair if f != factor)
+        other = next(f for f in spec.pair if f != factor)
         heads = cohort.cast({name: cohort.means[name] for name in state.heads})
         merged = state.replace(
             round=state.round + 1, tensors=heads, increments=(*older, Increment(version, new)), trained=(other,)

@@ -55,6 +55,13 @@ class Spec:
         """The factors of a layer."""
         return tuple(self.adapter.shapes(self.layers[0]))
 
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The adapter's `pair`, for methods that do not fit an adapter without one."""
+        pair = self.adapter.pair
+        assert pair is not None, "a method that needs a pair does not fit an adapter without one"
+        return pair
+
     def drawn(self, factor: str, draw: int) -> dict[str, Tensor]:
         """One factor of every layer, drawn from the seed: no bytes need to travel for it. Not to be written into."""
         if draw not in self._draws:
@@ -74,7 +81,7 @@ class Spec:
 
     def of(self, client: str | None) -> Spec:
         """The spec with the client's own rank; the scale stays, so that equal products mean equal deltas."""
-        rank = self.ranks.get(client)
+        rank = None if client is None else self.ranks.get(client)
         if rank is None:
             return self
         return dataclasses.replace(

@@ -37,27 +37,29 @@ class LiveTable(tune.Callback):
         """Trials that Tune knows and has not brought to an end."""
         return sum(row["state"] not in ENDED for row in self.seen.values())
 
-    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info) -> None:
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._row(trial)["state"] = "running"
         self._show()
 
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         self._row(trial).update({k: result[k] for k in ("round", "objective", "bytes", "epsilon") if k in result})
         self._show()
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, "ended")
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, "failed")
 
-    def on_step_end(self, iteration: int, trials: list, **info) -> None:
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         for trial in trials:
             row = self._row(trial)
             if trial.status in ("TERMINATED", "ERROR") and row["state"] not in ENDED:
                 row["state"] = "ended" if trial.status == "TERMINATED" else "failed"
 
-    def on_experiment_end(self, trials: list, **info) -> None:
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         self.close()
 
     def close(self) -> None:

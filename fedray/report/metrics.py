@@ -6,6 +6,7 @@ port, with the prefix ray_.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -34,12 +35,12 @@ BOUNDARIES = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000]
 class RayMetrics:
     """A listener that keeps METRICS up to date. Needs a connection to Ray when the first record comes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._made_so_far: dict[str, Any] = {}
         self._tags: dict[str, str] = {}
         self._dropped = 0
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args: None
 
     def started(self, prepared: Prepared) -> None:

@@ -4,7 +4,7 @@ own)."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Tracker:
     #: Why it is told nothing more.
     broken: str | None = None
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("_"):
             raise AttributeError(name)
         return lambda *args: None
@@ -61,7 +61,7 @@ class Tracker:
             return
         try:
             self.log(record["round"], numbers(record))
-        except Exception as error:  # noqa: BLE001 (a server that is down must not cost the run; rounds.jsonl has all)
+        except Exception as error:  # noqa: BLE001 - a tracker that is down must not end the run
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             self.broken = f"{type(self).__name__} was told nothing from round {record['round']} on: {reason}"
 
@@ -100,7 +100,7 @@ class TensorBoard(Tracker):
 class MLflow(Tracker):
     """A run of the experiment `fedray` (MLFLOW_EXPERIMENT_NAME) at MLFLOW_TRACKING_URI (default: RUN_DIR/mlflow.db)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         _needs("mlflow")
 
     def open(self, config: Config, folder: Path) -> None:
@@ -129,7 +129,7 @@ class MLflow(Tracker):
 class WandB(Tracker):
     """A run of the project `fedray` (WANDB_PROJECT); WANDB_MODE=offline keeps it in RUN_DIR/wandb."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         _needs("wandb")
 
     def open(self, config: Config, folder: Path) -> None:
@@ -146,7 +146,7 @@ class WandB(Tracker):
         self._wandb_run.log(values, step=round)
 
     def close(self, finished: bool) -> None:
-        if "_own" in vars(self):
+        if "_wandb_run" in vars(self):
             self._wandb_run.finish(exit_code=0 if finished else 1)
 
 
@@ -171,7 +171,7 @@ class Several:
     def __init__(self, listeners: Sequence[Listener]):
         self._listeners = list(listeners)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("_"):
             raise AttributeError(name)
 

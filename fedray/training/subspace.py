@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +59,7 @@ def gaussian_tests(layers: Sequence[Layer], oversample: int, seed: int) -> dict[
 
 
 def range_sketch(
-    trainer: LocalTrainer, examples: Sequence[Example], tests_nq: dict[str, Tensor], noise: SketchNoise | None = None
+    trainer: LocalTrainer, examples: Sequence[Example], tests_nq: Mapping[str, Tensor], noise: SketchNoise | None = None
 ) -> dict[str, Tensor]:
     """G Omega (m x q) of every layer in `tests_nq`; linear in G, so clients' sketches add up. `examples`: with noise,
     a Poisson sample."""
@@ -74,7 +74,7 @@ def range_sketch(
 
 
 def row_sketch(
-    trainer: LocalTrainer, examples: Sequence[Example], bases_mq: dict[str, Tensor], noise: SketchNoise | None = None
+    trainer: LocalTrainer, examples: Sequence[Example], bases_mq: Mapping[str, Tensor], noise: SketchNoise | None = None
 ) -> dict[str, Tensor]:
     """Q^T G (q x n) of every layer in `bases_mq`; linear too."""
     return _sketch(
@@ -90,7 +90,7 @@ def row_sketch(
 def _sketch(
     trainer: LocalTrainer,
     examples: Sequence[Example],
-    sides: dict[str, Tensor],
+    sides: Mapping[str, Tensor],
     product: Callable[[Tensor, Tensor, Tensor], Tensor],
     shape: Callable[[Layer, int], tuple[int, int]],
     noise: SketchNoise | None,

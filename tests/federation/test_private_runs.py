@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np

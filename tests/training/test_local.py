@@ -1,5 +1,7 @@
 """One client's local work: engines against each other, warm against fresh, schedules, sampling, base weights."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from support import OPTIONS, distance, moved, trainer_and_view

@@ -19,7 +19,7 @@ from fedray.privacy.ledger import Ledger, new_ledger
 from fedray.privacy.planning import clip_of, plans_for
 
 if TYPE_CHECKING:
-    from fedray.config.sections import Config
+    from fedray.config.sections import Config, PrivacySection
     from fedray.federation.record import RoundRecord
     from fedray.federation.wire import Message
     from fedray.privacy.private import Private
@@ -36,16 +36,7 @@ _OPTIONS = {"count_noise": "example", "subspace_fraction": "example", "adaptive_
 
 def check(config: Config) -> None:
     """Raises ValueError for what reads the clients' data without noise, or would say that it does not."""
-    privacy = config.privacy
-    if privacy.epsilon is not None and privacy.sweep_epsilon is not None and privacy.epsilon > privacy.sweep_epsilon:
-        raise ValueError(
-            f"privacy.epsilon {privacy.epsilon:g} of one run is above privacy.sweep_epsilon {privacy.sweep_epsilon:g} "
-            "of all "
-            "of them: lower it"
-        )
-    for option, unit in _OPTIONS.items():
-        if getattr(privacy, option) is not None and privacy.unit != unit:
-            raise ValueError(f"privacy.{option} belongs to privacy.unit {unit}, not to {privacy.unit}: leave it out")
+    _check_options(config.privacy)
     _check_subspace(config)
     if config.data.client_held_out > 0:
         raise ValueError(
@@ -59,6 +50,18 @@ def check(config: Config) -> None:
             "not "
             "have; use one rank"
         )
+
+
+def _check_options(privacy: PrivacySection) -> None:
+    """The section by itself: its budgets, and which of its keys belong to which unit."""
+    if privacy.epsilon is not None and privacy.sweep_epsilon is not None and privacy.epsilon > privacy.sweep_epsilon:
+        raise ValueError(
+            f"privacy.epsilon {privacy.epsilon:g} of one run is above privacy.sweep_epsilon {privacy.sweep_epsilon:g} "
+            "of all of them: lower it"
+        )
+    for option, unit in _OPTIONS.items():
+        if getattr(privacy, option) is not None and privacy.unit != unit:
+            raise ValueError(f"privacy.{option} belongs to privacy.unit {unit}, not to {privacy.unit}: leave it out")
 
 
 def _check_subspace(config: Config) -> None:

@@ -141,6 +141,13 @@ class Client(Accounted):
     def _key(self) -> Key:
         return self.store.key(self.ledger.run, COORDINATOR)
 
+    @property
+    def _clip(self) -> float:
+        """The clip of the next round."""
+        clip = self.ledger.clip
+        assert clip is not None, "`begin` has set it with the plans"
+        return clip
+
     # --- a round ---
 
     def admit(self, round: int, message: Message) -> Admission | None:
@@ -162,7 +169,7 @@ class Client(Accounted):
 
     def train(self, call: Training, clients: Sequence[str]) -> list[Outcome]:
         plan, ledger = self.ledger.plans[EVERYONE], self.ledger
-        orders = Orders(ledger.run, "", plan.rate, plan.noise, ledger.clip, plan.expected)
+        orders = Orders(ledger.run, "", plan.rate, plan.noise, self._clip, plan.expected)
         return self.told(call, dict.fromkeys(clients, orders))
 
     def weight(self, outcome: Outcome) -> float:
@@ -195,12 +202,12 @@ class Client(Accounted):
         quantile = self.config.privacy.adaptive_clip
         total, within = self._total(reference, updates, summed)
         purpose = self._charged(round, total, within)
-        deviation = client_level.update_noise(plan.noise, plan.expected, quantile is not None) * ledger.clip
+        deviation = client_level.update_noise(plan.noise, plan.expected, quantile is not None) * self._clip
         mean = client_level.noised_mean(total, deviation, plan.expected, self._key.stream("noise", *purpose))
-        self._clip_used = ledger.clip
+        self._clip_used = self._clip
         if quantile:
             bits = self._key.stream("clip", *purpose)
-            ledger.clip = client_level.next_clip(ledger.clip, quantile, within, plan.noise, plan.expected, bits)
+            ledger.clip = client_level.next_clip(self._clip, quantile, within, plan.noise, plan.expected, bits)
         return mean
 
     def _total(
@@ -211,7 +218,7 @@ class Client(Accounted):
         for update in updates:
             if self.config.privacy.adaptive_clip:
                 within += update.pop(client_level.WITHIN).item()
-            if not summed and client_level.norm(update) > self.ledger.clip:
+            if not summed and client_level.norm(update) > self._clip:
                 raise PrivacyError("a client sent an update beyond the clip: its worker does not run this fedray")
             total = {name: t + update[name].double() for name, t in total.items()}
         return total, within

@@ -303,7 +303,7 @@ class Example(Accounted):
 class ExampleSide(PrivateSide):
     """A client that clips and noises what its examples say, whoever asks."""
 
-    admitted = (StartFromWeights, ForgetKeys, MethodQuestion, KeyIdentity, NoisedCount)
+    admitted: tuple[type[Question], ...] = (StartFromWeights, ForgetKeys, MethodQuestion, KeyIdentity, NoisedCount)
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -327,7 +327,7 @@ class ExampleSide(PrivateSide):
     def protect(self, client: str, round: int, inputs: Callable[[], str], orders: Orders) -> Private:
         key = self.key(client, orders)
         check_round(self.config, client, len(self.trainer.examples("train", client)), orders)
-        purpose = ("round", client, round, inputs(), *orders.shape())
+        purpose: tuple[str | int, ...] = ("round", client, round, inputs(), *orders.shape())
         return Private(key, purpose, orders.rate, Mechanism(orders.clip, orders.noise, orders.expected))
 
     def sketched(self, question: Sketch, client: str) -> tuple[Sequence[Any], Mapping[str, Tensor], SketchNoise | None]:

@@ -1,5 +1,5 @@
-"""A client's own look at its orders: whoever gives them, nothing is computed for orders that its own config and its true
-count do not allow."""
+"""A client's own look at its orders: whoever gives them, nothing is computed where its own config and its true count do
+not allow them."""
 
 from __future__ import annotations
 

@@ -94,10 +94,13 @@ class Open:
         for outcome in self.context.pool.ask(question, clients, {}, None):
             channel.note([outcome])
             report = raised(outcome)
-            fetch = partial(self.context.pool.fetch, outcome.update)
-            weight = channel.answer_weight(report)
-            answers.append(Answer(report.client, weight, lambda fetch=fetch: unpack(fetch()), report.nbytes))
+            tensors = partial(self._fetched, outcome.update)
+            answers.append(Answer(report.client, channel.answer_weight(report), tensors, report.nbytes))
         return answers
+
+    def _fetched(self, update: Any) -> dict[str, Tensor]:
+        """An answer's tensors, moved to the coordinator when they are asked for."""
+        return unpack(self.context.pool.fetch(update))
 
     def farewell(self, clients: Sequence[str]) -> Question | None:
         return None
