@@ -139,7 +139,8 @@ def measure(root: Path) -> dict:
     modules = {".".join(name.with_suffix("").parts).removesuffix(".__init__"): tree for name, tree in trees.items()}
     graph = {m: {i for i in imports(tree, "fedray") if i in modules and i != m} for m, tree in modules.items()}
     over = sorted((f for f in found if f[0] > DECISIONS), reverse=True)
-    round_ = next((f for f in found if f[2].endswith(("round.py:run_round", "Coordinator.run_round"))), (0, 0, ""))
+    rounds = [f for name in ("round.py:run_round", "Coordinator.run_round") for f in found if f[2].endswith(name)]
+    round_ = next(iter(rounds), (0, 0, ""))
     asked = {
         str(name): len(asks(tree))
         for name, tree in trees.items()

@@ -14,7 +14,7 @@ PAGE = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
 FILE = re.compile(r"^`(fedray/[\w/]+\.py)`\n\n```python\n(.*?)^```$", re.M | re.S)
 LINE = re.compile(r"^(?:and )?in `(fedray/[\w/]+__init__\.py)`[^\n]*:\n\n```text\n(.*?)^```$", re.M | re.S)
 
-#: Runs by the command line: the new method, the new adapter under Fed-SB, the new task, a refused option, and the table.
+#: Runs by the command line: the new method, adapter and task, a refused option, and the table.
 RUNS = """
 import json, sys
 from fedray.cli import main

@@ -18,7 +18,8 @@ def costs(flags: str, cohort: int):
     return {c.method: c for c in plan(read_config(flags.split()), cohort).costs}
 
 
-# Millions of numbers with all linear layers at rank 32 (published: Fed-SB, arXiv 2502.15436): FedIT, FFA, FedEx/FLoRA download at k.
+# Millions of numbers with all linear layers at rank 32 (Fed-SB, arXiv 2502.15436): FedIT, FFA, FedEx/FLoRA download at
+# k.
 PUBLISHED = {
     "mistral-7b": (83.886, 44.04, 25, 2097.15),
     "gemma-2-9b": (108.036, 59.18, 25, 2700.90),

@@ -30,11 +30,11 @@ class FedRot(FedIT):
     rotation: float = option(0.5, "how much of the way the clients' factors are turned", gt=0, le=1)
 
     def trained(self, spec: Spec) -> tuple[str, ...]:
-        return spec.adapter.pair
+        return spec.pair
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
         spec, means = state.spec, dict(cohort.means)
-        B, A = spec.adapter.pair
+        B, A = spec.pair
         broadcast = self.view(spec, self.broadcast(state), None).tensors
         for layer in spec.layers if state.round else ():
             left, right, turn_by = key(layer, B), key(layer, A), key(layer, A if state.round % 2 else B)

@@ -26,7 +26,7 @@ class RaFLoRA(FlexLoRA):
     kept = ()
 
     def merge(self, state: State, cohort: Cohort) -> tuple[State, Deltas]:
-        spec, B = state.spec, state.spec.adapter.pair[0]
+        spec, B = state.spec, state.spec.pair[0]
         tensors = [dict(t) for t in cohort.tensors]
         for layer in spec.layers:
             ranks, name = [spec.ranks.get(client, layer.rank) for client in cohort.clients], key(layer, B)
@@ -42,7 +42,7 @@ class RaFLoRA(FlexLoRA):
         return [share or 1.0 for share in shares]
 
     def view(self, spec: Spec, message: Broadcast, client: str | None) -> View:
-        start, A = super().view(spec, message, client), spec.adapter.pair[1]
+        start, A = super().view(spec, message, client), spec.pair[1]
         fresh, tensors = spec.whole(spec.cut(client, spec.drawn(A, message.round))), dict(start.tensors)
         for layer in spec.layers:
             name, received = key(layer, A), len(message.tensors[key(layer, A)])

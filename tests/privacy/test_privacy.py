@@ -138,7 +138,7 @@ def test_epsilon_composes_what_differs():
     assert epsilon([], 1e-5) == 0.0 and epsilon([Release("x", 0.0)], 1e-5) == math.inf
 
 
-# The released Fed-SB code (arXiv 2502.15436): one step for each of 5,723 batches in 6 epochs, delta 1 / batches, and the
+# The released Fed-SB code: one step for each of 5,723 batches in 6 epochs, delta 1 / batches, and the
 # noise calibrated to that.
 @pytest.mark.parametrize("nominal, sigma, at_1e5, at_n", [(1, 0.523, 1.85, 2.05), (3, 0.436, 4.49, 4.79)])
 def test_the_released_codes_epsilon_is_not_what_it_says(nominal, sigma, at_1e5, at_n):

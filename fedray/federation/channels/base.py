@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -19,7 +18,6 @@ from fedray.privacy.keys import KeyStore
 
 if TYPE_CHECKING:
     from fedray.config.sections import Config
-    from fedray.data.encoded import Encoded
     from fedray.errors import FedrayError
     from fedray.federation.record import RoundRecord
     from fedray.privacy.private import Private, SketchNoise
@@ -205,16 +203,6 @@ class Sealer(Protocol):
         """Whether the question is one of the carrier's own."""
 
 
-class Trainer(Protocol):
-    """What a client's side needs of the training: see `fedray.training.local.LocalTrainer`."""
-
-    config: Config
-
-    def examples(self, part: str, client: str = "") -> Encoded: ...
-    def gradient_examples(self, client: str | None, count: int) -> Sequence[Any]: ...
-    def start_from_weights(self, adapter: Any) -> dict[str, Tensor]: ...
-
-
 class ClientSide(Protocol):
     """The client's half of a guarantee, at its worker. Raises PrivacyError where it is asked to break it."""
 
@@ -269,6 +257,3 @@ class Limit:
     severity: str
     what: str
     place: str
-
-
-NO_KEPT: Mapping[str, Any] = MappingProxyType({})
