@@ -9,5 +9,5 @@ client's half, the check of its config, and its lines of `privacy.json`.
 | `secure`   | the coordinator sees only sums; goes with each of the three      | nobody             |
 
 A channel is a guarantee (`plain`, `example` or `client`) over a carrier, which is how vectors travel: as they are
-(`plain.Open`), or in secure sums (`secure.SecureSums`). `registry` puts them together.
+(`plain.AsIs`), or in secure sums (`secure.SecureSums`). `registry` puts them together.
 """

@@ -76,12 +76,12 @@ class Context:
 @dataclass(frozen=True)
 class Admission:
     """Who takes part in a round. `left_out`: client and reason of those who may not. `failed`: who of the cohort could
-    not even begin. `opened`: what the carrier has agreed with the cohort."""
+    not even begin. `agreed`: what the carrier has agreed with the cohort."""
 
     cohort: list[str]
     left_out: list[dict[str, str]] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
-    opened: Any = None
+    agreed: Any = None
 
 
 @dataclass(frozen=True)
@@ -125,16 +125,16 @@ class Intake:
 class Carrier(Protocol):
     """How vectors travel from clients to the server."""
 
-    def open(self, cohort: Sequence[str]) -> tuple[Any, list[Failure]]:
+    def agree(self, cohort: Sequence[str]) -> tuple[Any, list[Failure]]:
         """Before the clients work: what was agreed with them, and who could not."""
 
     def seal(
-        self, opened: Any, orders: Mapping[str, Orders], weight: Callable[[str], float | None]
+        self, agreed: Any, orders: Mapping[str, Orders], weight: Callable[[str], float | None]
     ) -> dict[str, Orders]:
         """The orders for vectors that travel so. `weight`: what a client's vector counts with; None: only it knows."""
 
     def collect(
-        self, opened: Any, round: int, outcomes: Sequence[Outcome], weight: Callable[[Outcome], float], mean: bool
+        self, agreed: Any, round: int, outcomes: Sequence[Outcome], weight: Callable[[Outcome], float], mean: bool
     ) -> Intake:
         """The updates of those who reported. `mean`: whether what comes as one is to be their mean, or their sum."""
 

@@ -102,7 +102,7 @@ def limits(config: Config) -> list[Limit]:
         Limit(
             "high",
             "A coordinator that does not follow the protocol: it alone adds the noise",
-            "federation/channels/client.py, Client",
+            "federation/channels/client.py, ClientLevel",
         ),
         Limit(
             "medium",
@@ -117,7 +117,7 @@ def limits(config: Config) -> list[Limit]:
 # --- the server's half -------------------------------------------------------------------------------------------
 
 
-class Client(Accounted):
+class ClientLevel(Accounted):
     """One account for all clients. Over a carrier of sums the coordinator does not see single updates either."""
 
     def __init__(self, context: Context, carrier: Carrier, ledger: Ledger):
@@ -156,7 +156,7 @@ class Client(Accounted):
             return None
         clients, rate = self.context.clients, self.ledger.plans[EVERYONE].rate
         picked = self._key.stream("cohort", round).sample(len(clients), rate)
-        return self.opened(Admission([clients[i] for i in picked]))
+        return self.with_agreement(Admission([clients[i] for i in picked]))
 
     def spent(self, round: int, message: Message) -> list[dict[str, str]]:
         """All or none. The round's draw follows from the updates, which are not there yet: `_noised` decides whether it
@@ -170,7 +170,7 @@ class Client(Accounted):
     def train(self, call: Training, clients: Sequence[str]) -> list[Outcome]:
         plan, ledger = self.ledger.plans[EVERYONE], self.ledger
         orders = Orders(ledger.run, "", plan.rate, plan.noise, self._clip, plan.expected)
-        return self.told(call, dict.fromkeys(clients, orders))
+        return self.train_by(call, dict.fromkeys(clients, orders))
 
     def weight(self, outcome: Outcome) -> float:
         return 1.0
@@ -180,7 +180,7 @@ class Client(Accounted):
 
     def collect(self, call: Training, outcomes: Sequence[Outcome], reference: Callable[[], Tensors]) -> Intake:
         """One update: what clients would send had they not trained, moved by the noised mean."""
-        intake = self.carrier.collect(call.admission.opened, call.round, outcomes, self.weight, mean=False)
+        intake = self.carrier.collect(call.admission.agreed, call.round, outcomes, self.weight, mean=False)
         updates, unmoved = list(intake.updates), reference()
         for update in updates:
             check_finite(update)

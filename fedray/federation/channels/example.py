@@ -180,7 +180,7 @@ class NoisedCount(Question):
 # --- the server's half -------------------------------------------------------------------------------------------
 
 
-class Example(Accounted):
+class ExampleLevel(Accounted):
     """Each client has an account: what it has released, of which draws of noise."""
 
     def counts(self) -> Mapping[str, float]:
@@ -231,7 +231,7 @@ class Example(Accounted):
         left_out = self.spent(round, message)
         names = {out["client"] for out in left_out}
         able = [c for c in self.context.clients if c not in names]
-        return self.opened(Admission(self.drawn(round, able), left_out)) if able else None
+        return self.with_agreement(Admission(self.drawn(round, able), left_out)) if able else None
 
     def spent(self, round: int, message: Message) -> list[dict[str, str]]:
         """A client that was charged for the same round before a kill has paid for it."""
@@ -248,7 +248,7 @@ class Example(Accounted):
         for attempt in range(WORKER_ATTEMPTS):
             orders, refused = self._orders(call, [c for c in clients if c not in outcomes])
             outcomes |= refused
-            told = self.told(call, orders)
+            told = self.train_by(call, orders)
             lost = self.note(told)
             again = lost if attempt < WORKER_ATTEMPTS - 1 else []
             outcomes |= {o.client: o for o in told if o.client not in again}

@@ -66,22 +66,22 @@ HOW, SEES = "", "sees each client's clipped update"
 # --- the server's half -------------------------------------------------------------------------------------------
 
 
-class Open:
+class AsIs:
     """The carrier that shows each vector: one client's at a time is in memory."""
 
     def __init__(self, context: Context):
         self.context = context
 
-    def open(self, cohort: Sequence[str]) -> tuple[Any, list[Failure]]:
+    def agree(self, cohort: Sequence[str]) -> tuple[Any, list[Failure]]:
         return None, []
 
     def seal(
-        self, opened: Any, orders: Mapping[str, Orders], weight: Callable[[str], float | None]
+        self, agreed: Any, orders: Mapping[str, Orders], weight: Callable[[str], float | None]
     ) -> dict[str, Orders]:
         return dict(orders)
 
     def collect(
-        self, opened: Any, round: int, outcomes: Sequence[Outcome], weight: Callable[[Outcome], float], mean: bool
+        self, agreed: Any, round: int, outcomes: Sequence[Outcome], weight: Callable[[Outcome], float], mean: bool
     ) -> Intake:
         def updates() -> Iterator[Update]:
             for outcome in outcomes:
@@ -142,7 +142,7 @@ class Plain:
     # --- a round ---
 
     def admit(self, round: int, message: Message) -> Admission | None:
-        return self.opened(Admission(self.drawn(round, self.context.clients)))
+        return self.with_agreement(Admission(self.drawn(round, self.context.clients)))
 
     def drawn(self, round: int, clients: Sequence[str]) -> list[str]:
         """The cohort out of those clients, in their order: a function of the seed and the round."""
@@ -151,17 +151,17 @@ class Plain:
         order = torch.randperm(len(clients), generator=generator)[:size]
         return [clients[i] for i in sorted(order.tolist())]
 
-    def opened(self, admission: Admission) -> Admission:
+    def with_agreement(self, admission: Admission) -> Admission:
         """The admission with what the carrier has agreed with its cohort."""
-        opened, failed = self.carrier.open(admission.cohort)
-        return replace(admission, opened=opened, failed=failed)
+        agreed, failed = self.carrier.agree(admission.cohort)
+        return replace(admission, agreed=agreed, failed=failed)
 
     def train(self, call: Training, clients: Sequence[str]) -> list[Outcome]:
-        return self.told(call, dict.fromkeys(clients, NO_ORDERS))
+        return self.train_by(call, dict.fromkeys(clients, NO_ORDERS))
 
-    def told(self, call: Training, orders: Mapping[str, Orders]) -> list[Outcome]:
+    def train_by(self, call: Training, orders: Mapping[str, Orders]) -> list[Outcome]:
         """The outcomes of clients that were told to train by these orders."""
-        orders = self.carrier.seal(call.admission.opened, orders, self.sealed_weight)
+        orders = self.carrier.seal(call.admission.agreed, orders, self.sealed_weight)
         deadline = self.config.federation.deadline
         return self.context.pool.train(call.handle, call.round, list(orders), call.kept, deadline, orders)
 
@@ -177,7 +177,7 @@ class Plain:
         return self.context.weight_of(float(report.examples)) if report.examples else 1.0
 
     def collect(self, call: Training, outcomes: Sequence[Outcome], reference: Callable[[], Tensors]) -> Intake:
-        return self.carrier.collect(call.admission.opened, call.round, outcomes, self.weight, mean=True)
+        return self.carrier.collect(call.admission.agreed, call.round, outcomes, self.weight, mean=True)
 
     def annotate(self, record: RoundRecord, message: Message, last: bool) -> RoundRecord:
         return record

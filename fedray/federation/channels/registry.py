@@ -24,12 +24,12 @@ def make_channel(context: Context) -> Channel:
     if not privacy.on:
         return plain.Plain(context, _carrier(context, secrets.token_hex(8)))
     ledger = accounted.open_ledger(context)
-    guarantee = client.Client if privacy.unit == "client" else example.Example
+    guarantee = client.ClientLevel if privacy.unit == "client" else example.ExampleLevel
     return guarantee(context, _carrier(context, ledger.run), ledger)
 
 
 def _carrier(context: Context, run: str) -> Carrier:
-    return secure.SecureSums(context, run) if context.config.privacy.secure_aggregation else plain.Open(context)
+    return secure.SecureSums(context, run) if context.config.privacy.secure_aggregation else plain.AsIs(context)
 
 
 def make_side(trainer: Any, method: Method, spec: Spec) -> ClientSide:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedray.errors import ClientError, ConfigError, PrivacyError, RoundError
 from fedray.federation.channels.base import Answer, Channel, Context, Intake, Limit, Released, Tensors
-from fedray.federation.channels.plain import Open, Packed
+from fedray.federation.channels.plain import AsIs, Packed
 from fedray.federation.messages import NO_ORDERS, PUBLIC, Answered, Failure, Orders, Outcome, SumStep, failures
 from fedray.federation.questions import Question, Sketch, ValueQuestion, forget_keys
 from fedray.federation.wire import Packet
@@ -75,7 +75,7 @@ def check_cohort(least: int) -> None:
 
 # --- its lines of privacy.json -----------------------------------------------------------------------------------
 
-#: What it does to vectors, and what the coordinator sees of updates; beside the same of `plain.Open`.
+#: What it does to vectors, and what the coordinator sees of updates; beside the same of `plain.AsIs`.
 HOW, SEES = ", in a secure sum that hides all but the clients' total", "sees only the sum of the clipped updates"
 
 
@@ -177,7 +177,7 @@ class Reveal(SumQuestion):
 
 
 @dataclass
-class Opened:
+class Agreement:
     """A sum whose clients have shared their secrets: what they are told (`step`), what they dealt, and the bytes so
     far."""
 
@@ -188,7 +188,7 @@ class Opened:
     down: int
 
 
-class SecureSums(Open):
+class SecureSums(AsIs):
     """The carrier of sums. `run`: under which clients file their keys. Beside the checkpoints it is kept whose parts a
     sum was opened of."""
 
@@ -196,7 +196,7 @@ class SecureSums(Open):
         super().__init__(context)
         self.run, self._book = run, context.folder / "secure-sums.json"
 
-    def open(self, cohort: Sequence[str]) -> tuple[Opened, list[Failure]]:
+    def agree(self, cohort: Sequence[str]) -> tuple[Agreement, list[Failure]]:
         """Advertise and share. Returns who could not, too. Raises RoundError when fewer are left than the threshold."""
         threshold = secure_sum.threshold_of(self.context.config.privacy.secure_threshold, len(cohort))
         session = Session(secrets.token_hex(16), tuple(cohort), threshold)
@@ -211,20 +211,20 @@ class SecureSums(Open):
         sharing = {c: adverts[c] for c in adverts if c in dealt}
         up = ADVERT_BYTES * len(adverts) + sum(len(text) for texts in dealt.values() for text in texts.values())
         down = ADVERT_BYTES * len(adverts) * len(dealt)
-        return Opened(SumStep(self.run, session, sharing), tuple(adverts), dealt, up, down), failed
+        return Agreement(SumStep(self.run, session, sharing), tuple(adverts), dealt, up, down), failed
 
     def seal(
-        self, opened: Opened, orders: Mapping[str, Orders], weight: Callable[[str], float | None]
+        self, agreed: Agreement, orders: Mapping[str, Orders], weight: Callable[[str], float | None]
     ) -> dict[str, Orders]:
-        return {c: replace(o, run=self.run, sum=opened.step, weight=weight(c)) for c, o in orders.items()}
+        return {c: replace(o, run=self.run, sum=agreed.step, weight=weight(c)) for c, o in orders.items()}
 
     def collect(
-        self, opened: Opened, round: int, outcomes: Sequence[Outcome], weight: Callable[[Outcome], float], mean: bool
+        self, agreed: Agreement, round: int, outcomes: Sequence[Outcome], weight: Callable[[Outcome], float], mean: bool
     ) -> Intake:
         packets = {o.client: self.context.pool.fetch(o.update) for o in outcomes}
         whole = sum(weight(o) for o in outcomes)
         divisor = whole if mean else 1.0
-        total = {n: t / divisor for n, t in self.close(opened, packets, f"round {round + 1}").items()}
+        total = {n: t / divisor for n, t in self.total(agreed, packets, f"round {round + 1}").items()}
         sent = {n: t.float() for n, t in total.items()}
         # Half a step of the ring for each number of each client at most.
         rounding = len(packets) * STEP / 2 / divisor * sum(t.numel() for t in total.values()) ** 0.5
@@ -232,41 +232,41 @@ class SecureSums(Open):
         if mean:  # relative to the mean itself; a sum before noise is nobody's to measure
             rounded = client_level.norm({n: t - sent[n] for n, t in total.items()})
             lost = (rounded + rounding) / (client_level.norm(total) or 1.0)
-        up = sum(p.nbytes for p in packets.values()) + opened.up
-        return Intake([Update("(the sum)", whole, sent)], up, opened.down, rounding, lost)
+        up = sum(p.nbytes for p in packets.values()) + agreed.up
+        return Intake([Update("(the sum)", whole, sent)], up, agreed.down, rounding, lost)
 
     def ask(self, question: Question, clients: Sequence[str], channel: Channel) -> list[Answer]:
         """Of sketches of the clients' data one answer: their mean."""
         if not isinstance(question, Sketch) or PUBLIC in clients:
             return super().ask(question, clients, channel)
-        opened, failed = self.open(clients)
+        agreed, failed = self.agree(clients)
         told: list[Outcome] = []
         if not failed:
             orders = {c: question.orders.get(c, NO_ORDERS) for c in clients}
-            sealed = self.seal(opened, orders, channel.sealed_weight)
+            sealed = self.seal(agreed, orders, channel.sealed_weight)
             told = self.context.pool.ask(replace(question, orders=sealed), clients, {}, None)
             channel.note(told)
             failed = failures(told)
         if failed:  # bases need all of them
             raise ClientError(failed[0].client, f"{failed[0].cause} (before round 1)", failed[0].details)
         packets = {o.client: self.context.pool.fetch(o.update) for o in told}
-        total = self.close(opened, packets, f"{question.name} {question.digest}")
+        total = self.total(agreed, packets, f"{question.name} {question.digest}")
         whole = sum(channel.answer_weight(o.report) for o in told if isinstance(o.report, Answered))
-        up = sum(p.nbytes for p in packets.values()) + opened.up
-        return [Answer("(the sum)", 1.0, lambda: {n: t / whole for n, t in total.items()}, up, opened.down)]
+        up = sum(p.nbytes for p in packets.values()) + agreed.up
+        return [Answer("(the sum)", 1.0, lambda: {n: t / whole for n, t in total.items()}, up, agreed.down)]
 
     def farewell(self, clients: Sequence[str]) -> Question | None:
         return forget_keys(self.run, clients)
 
-    def close(self, opened: Opened, packets: Mapping[str, Packet], what: str) -> dict[str, Tensor]:
+    def total(self, agreed: Agreement, packets: Mapping[str, Packet], what: str) -> dict[str, Tensor]:
         """The sum (fp64) of what the clients of `packets` masked; `what` it is the sum of, the same after a resume.
         Raises PrivacyError when too few stay to open it, or it was opened of others' parts before."""
-        sent, step = tuple(packets), opened.step
+        sent, step = tuple(packets), agreed.step
         self._remember(what, sent)
-        mine = {c: {o: opened.sealed[o][c] for o in step.adverts} for c in sent}
+        mine = {c: {o: agreed.sealed[o][c] for o in step.adverts} for c in sent}
         told, refused = self._values(Reveal(replace(step, sealed=mine, sent=sent)), sent)
-        opened.down += sum(len(text) for texts in mine.values() for text in texts.values())
-        opened.up += SHARE_BYTES * sum(len(shares) for shares in told.values())
+        agreed.down += sum(len(text) for texts in mine.values() for text in texts.values())
+        agreed.up += SHARE_BYTES * sum(len(shares) for shares in told.values())
         if len(told) < step.session.threshold:
             raise PrivacyError(
                 f"{len(told)} clients of a secure sum stayed to the end, and {step.session.threshold} are needed: the "
@@ -274,7 +274,7 @@ class SecureSums(Open):
                 "stays closed" + (f" ({refused[0].client}: {refused[0].cause})" if refused else "")
             )
         vectors = {c: packet.vector for c, packet in packets.items()}
-        total = secure_sum.unmask(step.session, opened.advertised, step.adverts, vectors, told)
+        total = secure_sum.unmask(step.session, agreed.advertised, step.adverts, vectors, told)
         return unflatten(next(iter(packets.values())).manifest, secure_sum.decode(total))
 
     def _remember(self, what: str, sent: Sequence[str]) -> None:

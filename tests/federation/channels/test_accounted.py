@@ -9,7 +9,7 @@ from support import run, same_bits
 from fedray.cli import main
 from fedray.errors import ConfigError
 from fedray.federation import round as rounds_of
-from fedray.federation.channels.example import Example
+from fedray.federation.channels.example import ExampleLevel
 from fedray.federation.channels.plain import Plain
 from fedray.federation.coordinator import Coordinator
 from fedray.privacy.keys import TEST_KEY
@@ -34,12 +34,12 @@ def test_killed_at_any_moment_of_a_round_the_ledger_says_the_same(make_config, m
 
     # The last round takes the whole budget: it must be affordable again.
     for owner, name, which in (
-        (Example, "train", 2),
+        (ExampleLevel, "train", 2),
         (Plain, "collect", 2),
         (Coordinator, "publish", 3),
         (rounds_of, "evaluate", 2),
         (Coordinator, "_save", 2),
-        (Example, "train", 3),
+        (ExampleLevel, "train", 3),
         (Plain, "collect", 3),
         (Coordinator, "_save", 3),
     ):

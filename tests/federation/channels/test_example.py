@@ -11,7 +11,7 @@ from support import final_tensors, rounds, run
 
 from fedray.errors import ClientError, PrivacyError, RoundError
 from fedray.federation import pool_inline
-from fedray.federation.channels.example import Example, NoisedCount
+from fedray.federation.channels.example import ExampleLevel, NoisedCount
 from fedray.federation.prepare import prepare
 from fedray.federation.questions import DenseGradient, RangeSketch, RowSketch
 from fedray.federation.wire import pack
@@ -150,12 +150,12 @@ def test_a_loss_that_is_not_finite_reaches_nobody(make_config):
 def test_a_client_does_not_follow_orders_that_its_own_config_does_not_allow(make_config, monkeypatch):
     for change in ({"noise": 0.3}, {"clip": 50.0}, {"rate": 1.0}):
 
-        def generous(self, call, clients, real=Example._orders, change=change):
+        def generous(self, call, clients, real=ExampleLevel._orders, change=change):
             orders, refused = real(self, call, clients)
             return {c: dataclasses.replace(o, **change) for c, o in orders.items()}, refused
 
         with monkeypatch.context() as patch:
-            patch.setattr(Example, "_orders", generous)
+            patch.setattr(ExampleLevel, "_orders", generous)
             with pytest.raises(RoundError, match="the coordinator ordered .* it sends nothing"):
                 run(make_config(method__name="ffa", privacy={"epsilon": 3.0, "count_noise": 2.0}))
     subspace = {"method__name": "fed-sb", "adapter": {"kind": "lora-sb", "rank": 2, "subspace": "private"}}
@@ -166,16 +166,16 @@ def test_a_client_does_not_follow_orders_that_its_own_config_does_not_allow(make
         ({"epsilon": 3.0}, {"rate": 1.1}),
     ):
 
-        def generous_start(self, *question, real=Example._sketch_orders, change=change):
+        def generous_start(self, *question, real=ExampleLevel._sketch_orders, change=change):
             return {c: dataclasses.replace(o, **change) for c, o in real(self, *question).items()}
 
         with monkeypatch.context() as patch:
-            patch.setattr(Example, "_sketch_orders", generous_start)
+            patch.setattr(ExampleLevel, "_sketch_orders", generous_start)
             with pytest.raises(ClientError, match="the coordinator ordered .* it sends nothing"):
                 run(make_config(**subspace, privacy=privacy | {"count_noise": 2.0}))
 
     # Noise that would be enough if the bases had cost nothing is not enough after them.
-    def as_if_free(self, call, clients, real=Example._orders):
+    def as_if_free(self, call, clients, real=ExampleLevel._orders):
         orders, refused = real(self, call, clients)
         plan = self.ledger.plans["client-0"]
         noise = calibrate(plan.rate, plan.steps, plan.delta, plan.budget, [r for r in plan.before if r.what == "count"])
@@ -183,7 +183,7 @@ def test_a_client_does_not_follow_orders_that_its_own_config_does_not_allow(make
         return {c: dataclasses.replace(o, noise=noise) for c, o in orders.items()}, refused
 
     with monkeypatch.context() as patch:
-        patch.setattr(Example, "_orders", as_if_free)
+        patch.setattr(ExampleLevel, "_orders", as_if_free)
         with pytest.raises(
             RoundError,
             match="the coordinator ordered noise with which the run would spend epsilon .* of 3: it sends nothing",
@@ -244,14 +244,14 @@ def test_data_that_changed_before_a_run_goes_on_never_meet_the_same_noise(make_c
         privacy={"noise": 1.0},
     )
 
-    def dies(self, call, clients, real=Example._orders):  # after the round is charged, before its answer is kept
+    def dies(self, call, clients, real=ExampleLevel._orders):  # after the round is charged, before its answer is kept
         told = real(self, call, clients)
         if call.round == 1:
             raise KeyboardInterrupt
         return told
 
     with monkeypatch.context() as patch:
-        patch.setattr(Example, "_orders", dies)
+        patch.setattr(ExampleLevel, "_orders", dies)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     before = prepare(resumed(config)).data.train
