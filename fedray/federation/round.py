@@ -85,7 +85,7 @@ def train(server: Coordinator, call: Training) -> Attendance:
     admission, done = call.admission, dict[str, Outcome]()
     unable = {f.client for f in admission.failed}
     for attempt in itertools.count(1):
-        missing = [c for c in admission.cohort if c not in done and c not in unable]
+        missing = [c for c in admission.cohort if c not in unable | done.keys()]
         outcomes = server.channel.train(call, missing)
         done |= {o.client: o for o in outcomes if not o.failed}
         failed = [*admission.failed, *failures(outcomes)]
