@@ -1,7 +1,7 @@
 """The coordinator: holds the server's state, its checkpoint and its records. Knows workers only as a `Pool`, and what
 protects clients only as a `Channel`.
 
-The same code runs inside an actor (`pool_ray.py`) and in one process (`pool_inline.py`). A round itself is in
+The same code runs inside an actor (`coordinator_ray.py`) and in one process (`run.py`). A round itself is in
 `round.py`.
 """
 
@@ -104,8 +104,7 @@ class Coordinator:
 
     def run_round(self) -> dict[str, Any] | None:
         """See `fedray.federation.round.run_round`; the record as `rounds.jsonl` holds it."""
-        record = run_round(self)
-        return record.to_json() if record is not None else None
+        return self.records[-1] if run_round(self) is not None else None
 
     def finish(self) -> None:
         """The run is over."""
@@ -155,10 +154,9 @@ class Coordinator:
         return rounds + start.get("bytes_up", 0) + start.get("bytes_down", 0)
 
     def write_down(self, record: RoundRecord) -> RoundRecord:
-        """Record and state are on disk when this returns; with the time that it took."""
-        values = record.to_json()
-        self.records.append(values)
-        with timed(values["seconds"], "checkpoint"):
+        """Record and state are on disk when this returns; the time that it took is in the record from then on."""
+        self.records.append(record.to_json())
+        with timed(self.records[-1]["seconds"], "checkpoint"):
             self._save()
         return record
 

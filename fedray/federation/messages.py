@@ -108,5 +108,5 @@ class Outcome:
 
 
 def failures(outcomes: list[Outcome]) -> list[Failure]:
-    """Those of the outcomes that are none, in order."""
+    """The failures among the outcomes, in order."""
     return [o.report for o in outcomes if isinstance(o.report, Failure)]

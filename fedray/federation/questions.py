@@ -1,8 +1,8 @@
 """What a client is asked for outside its local training: a class a question, with the client's answer to it.
 
-Each answer is a function of the question and of the client's data alone. Questions that one guarantee alone has stand
-in its file under `channels/`. A question travels to all clients as one object; `orders` say, by client, how its answer
-is made private.
+Each answer follows from the question, the client's data, its key and what it kept. Questions that one guarantee alone
+has stand in its file under `channels/`. A question travels to all clients as one object; `orders` say, by client, how
+its answer is made private.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class RangeSketch(Sketch):
 
         if self.sides is None:
             return subspace.gaussian_tests(side.spec.layers, self.columns, side.spec.seed)
-        return unpack(self.sides)
+        return super().given(side)
 
     def answer(self, side: ClientSide, client: str, kept: Packet | None) -> Mapping[str, Tensor]:
         from fedray.training import subspace

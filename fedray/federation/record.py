@@ -71,7 +71,7 @@ class RoundRecord:
             values |= self.evaluation.to_json()
             if values["store_error"]:
                 values["store_error"] /= self.ideal_norm or 1.0
-        return values | {"seconds": self.seconds}
+        return values | {"seconds": dict(self.seconds)}
 
 
 _APART = {"evaluation", "clip", "stopped", "seconds"}

@@ -45,7 +45,7 @@ class Attendance:
 
 
 def run_round(server: Coordinator) -> RoundRecord | None:
-    """The next round's record; None when no round may follow. Raises ClientError when a failing client costs the
+    """The next round's record; None when it may not be done. Raises ClientError when a failing client costs the
     quorum, RoundError when the round cannot be completed."""
     seconds: dict[str, float] = {}
 

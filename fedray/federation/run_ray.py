@@ -66,7 +66,7 @@ class RayRun:
         return actor.remote(self._config, str(self._prepared.folder), facts, self._workers, order, homes)
 
     def _go_on(self) -> Generator[dict[str, Any], None, bool]:
-        """Records as the coordinator makes them; whether the run is over, and not the coordinator."""
+        """Records as the coordinator makes them; False where the coordinator died."""
         try:
             yield from self._caught_up()
             while self._round < self._config.federation.rounds:

@@ -1,5 +1,5 @@
-"""What the two private channels share: the ledger, charged and on disk before anything is told, and the clients' half
-of it."""
+"""What the two private channels share: the ledger, charged and on disk before anything is released, and the clients'
+half of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedray.errors import ConfigError, PrivacyError
 from fedray.federation.channels.base import Carrier, Context
 from fedray.federation.channels.plain import Plain, PlainSide, cause_of, refusal
 from fedray.federation.messages import PUBLIC, Answered, Failure, Outcome, Trained
-from fedray.federation.questions import Question, StartFromWeights, forget_keys
+from fedray.federation.questions import ForgetKeys, Question, Sketch, StartFromWeights, forget_keys
 from fedray.federation.wire import Packet
 from fedray.privacy.keys import KeyStore
 from fedray.privacy.ledger import Ledger, new_ledger
@@ -200,12 +200,14 @@ class PrivateSide(PlainSide):
     """A client whose sizes, losses, times and errors' words stay where they are, and that answers no question that its
     own config does not have."""
 
-    #: Questions that the guarantee has.
-    admitted: tuple[type[Question], ...] = (StartFromWeights,)
+    def admitted(self, client: str) -> tuple[type[Question], ...]:
+        """The questions that this run has, beside its carrier's."""
+        if client == PUBLIC:
+            return (Sketch,) if self.config.adapter.subspace == "public" else ()
+        return (ForgetKeys, StartFromWeights) if self.spec.adapter.started else (ForgetKeys,)
 
     def check_question(self, client: str, question: Question) -> None:
-        admitted = isinstance(question, self.admitted) or self.sealer.answers(question)
-        if client != PUBLIC and not admitted:
+        if not isinstance(question, self.admitted(client)) and not self.sealer.answers(question):
             raise refusal(question)
 
     def report(self, client: str, result: Any, nbytes: int, private: Private | None) -> Trained:

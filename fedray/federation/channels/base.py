@@ -112,7 +112,7 @@ class Intake:
     """What of a round's updates reaches the method. `up`, `down`: bytes.
 
     `updates` may be read once, in the order of the clients; where they are one sum, `rounding` is a bound of what fixed
-    point took from it (Frobenius norm), and `lost` that and fp32's rounding, relative to the sum.
+    point took from it (Frobenius norm), and `lost` that and fp32's rounding, relative to the mean that is sent.
     """
 
     updates: Iterable[Update]
@@ -158,7 +158,7 @@ class Channel(Protocol):
         """The round's cohort; None when no client may take part in another round."""
 
     def train(self, call: Training, clients: Sequence[str]) -> list[Outcome]:
-        """One attempt: an outcome for each client, charged for before it is told to work."""
+        """One attempt: an outcome for each client, charged before anything of it is released."""
 
     def ask(self, question: Question, clients: Sequence[str]) -> list[Answer]:
         """Answers before round 1. Raises ClientError when a client fails."""

@@ -18,7 +18,6 @@ from fedray.errors import FedrayError, PrivacyError, RoundError
 from fedray.federation.channels.accounted import Accounted, PrivateSide
 from fedray.federation.channels.base import Admission, Carrier, Context, Intake, Limit, Released, Tensors, Training
 from fedray.federation.messages import Failure, Orders, Outcome
-from fedray.federation.questions import ForgetKeys, StartFromWeights
 from fedray.federation.wire import Message
 from fedray.methods import Method, Update, View, linear_methods
 from fedray.methods.base import check_finite
@@ -159,8 +158,8 @@ class ClientLevel(Accounted):
         return self.with_agreement(Admission([clients[i] for i in picked]))
 
     def spent(self, round: int, message: Message) -> list[dict[str, str]]:
-        """All or none. The round's draw follows from the updates, which are not there yet: `_noised` decides whether it
-        is the one that was charged."""
+        """All or none. The round's draw follows from the updates, which are not there yet: `_charged` decides whether
+        it is the one that was charged."""
         charged = any(e.round == round + 1 for e in self.ledger.entries.get(EVERYONE, []))
         if charged or self.ledger.affords(EVERYONE, "", self.ledger.plans[EVERYONE].release(1)):
             return []
@@ -260,7 +259,6 @@ class ClientLevel(Accounted):
 class ClippingSide(PrivateSide):
     """A client that bounds how much all it has can move the sum."""
 
-    admitted = (StartFromWeights, ForgetKeys)
     logs_clients = False  # who is asked in a round is a secret sample, which epsilon rests on
 
     def changed(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Tensors:

@@ -30,7 +30,6 @@ from fedray.federation.questions import (
     MethodQuestion,
     Question,
     Sketch,
-    StartFromWeights,
 )
 from fedray.federation.wire import Message, Packet, inputs_digest
 from fedray.privacy.accountant import Release
@@ -303,13 +302,17 @@ class ExampleLevel(Accounted):
 class ExampleSide(PrivateSide):
     """A client that clips and noises what its examples say, whoever asks."""
 
-    admitted: tuple[type[Question], ...] = (StartFromWeights, ForgetKeys, MethodQuestion, KeyIdentity, NoisedCount)
-
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._fingerprints: dict[str, bytes] = {}
-        if self.config.adapter.subspace == "private":
-            self.admitted = (*self.admitted, Sketch)
+
+    def admitted(self, client: str) -> tuple[type[Question], ...]:
+        questions = super().admitted(client)
+        if client == PUBLIC:
+            return questions
+        sketches = (Sketch,) if self.config.adapter.subspace == "private" else ()
+        second = (MethodQuestion,) if self.method.asks else ()
+        return (*questions, KeyIdentity, NoisedCount, *sketches, *second)
 
     def key(self, client: str, orders: Orders) -> Key:
         """The key of the client's noise. Raises KeyLostError where it is not the one that the ledger knows."""

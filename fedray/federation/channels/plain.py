@@ -34,7 +34,15 @@ from fedray.federation.messages import (
     Outcome,
     Trained,
 )
-from fedray.federation.questions import Question, ValueQuestion
+from fedray.federation.questions import (
+    DenseGradient,
+    ForgetKeys,
+    MethodQuestion,
+    Question,
+    Sketch,
+    StartFromWeights,
+    ValueQuestion,
+)
 from fedray.federation.wire import Message, Packet, pack, unpack
 from fedray.methods import Method, Spec, Update, View
 from fedray.privacy.keys import KeyStore
@@ -83,11 +91,17 @@ class AsIs:
     def collect(
         self, agreed: Any, round: int, outcomes: Sequence[Outcome], weight: Callable[[Outcome], float], mean: bool
     ) -> Intake:
+        # Bytes are counted before the packets are read, one at a time, and held against them then.
+        said = {o.client: o.report.nbytes for o in outcomes if isinstance(o.report, Trained)}
+
         def updates() -> Iterator[Update]:
             for outcome in outcomes:
-                yield Update(outcome.client, weight(outcome), unpack(self.context.pool.fetch(outcome.update)))
+                packet = self.context.pool.fetch(outcome.update)
+                if packet.nbytes != said[outcome.client]:
+                    raise RoundError(f"a client sent {packet.nbytes:,} bytes and said {said[outcome.client]:,}")
+                yield Update(outcome.client, weight(outcome), unpack(packet))
 
-        return Intake(updates(), sum(o.report.nbytes for o in outcomes if isinstance(o.report, Trained)))
+        return Intake(updates(), sum(said.values()))
 
     def ask(self, question: Question, clients: Sequence[str], channel: Channel) -> list[Answer]:
         answers = []
@@ -246,8 +260,10 @@ class PlainSide:
 
     def check_question(self, client: str, question: Question) -> None:
         """Raises PrivacyError for a question that this run does not have: the coordinator may not bring it up."""
-        if isinstance(question, ValueQuestion) and not self.sealer.answers(question):
-            raise refusal(question)
+        if not isinstance(question, _ASKED) and not self.sealer.answers(question):
+            raise PrivacyError(
+                f"the coordinator asked for {question.what}, which this run does not have: it sends nothing"
+            )
 
     def plain_examples(self, client: str, count: int) -> Sequence[Any]:
         return self.trainer.gradient_examples(client if client != PUBLIC else None, count)
@@ -260,6 +276,10 @@ class PlainSide:
 
     def failure(self, client: str, error: Exception) -> Failure:
         return Failure(client, cause_of(error), traceback.format_exc())
+
+
+#: What a run without a guarantee may ask.
+_ASKED = (StartFromWeights, DenseGradient, Sketch, MethodQuestion, ForgetKeys)
 
 
 def refusal(question: Question) -> PrivacyError:

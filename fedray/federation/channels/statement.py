@@ -147,7 +147,7 @@ _ALWAYS = (
 
 
 def _limits(config: Config, words: Words) -> list[Limit]:
-    """What is not guaranteed, the gravest first."""
+    """What is not guaranteed."""
     keys = (
         f"The {words.key_holder} machine and its key folder until the run ends, or `fedray forget` is called for one "
         "that will "
