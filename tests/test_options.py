@@ -24,7 +24,7 @@ KEYS = {
     ),
     "method": (
         "name weights assignment residual_rank split residual fra_rounds energy oversample correction "
-        "sparse_scale server_optimizer server_lr server_beta1 server_beta2 server_tau"
+        "sparse_scale rotation server_optimizer server_lr server_beta1 server_beta2 server_tau"
     ),
     "data": (
         "source subset train_split test_split validation_split evaluate_on held_out text text_pair label "
@@ -120,6 +120,32 @@ main(["run", "--help"])
 for flags in ("--method.sparkle 2", "--method.name sparkling --method.sparkle 0"):
     assert main(["run", *flags.split()]) == 2
 """
+
+
+TASK = """
+from fedray.data.tasks import TASKS
+from fedray.data.tasks.causal_lm import CausalLM
+
+class Hinted(CausalLM):
+    name, model, metric, higher_is_better, target, labelled = "hinted", "causal-lm", "loss", False, "hint", False
+    reported = {"loss": False}
+    options = {"hint": "Column with a hint."}
+    takes_builtin = True
+
+TASKS["hinted"] = Hinted  # the line in the register
+
+from fedray.cli import main
+from fedray.config.read import from_dict, help_lines
+print(from_dict({"model": {"task": "hinted"}, "data": {"hint": "column"}}).data.hint)
+print({line.key: line.doc for line in help_lines()}["data.hint"])
+assert main("run --data.hint column".split()) == 2
+"""
+
+
+def test_a_new_tasks_column_needs_no_other_file():
+    done = subprocess.run([sys.executable, "-c", TASK], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[:2] == ["column", "Column with a hint."]
+    assert "data.hint belongs to hinted; for causal-lm give data.completion" in done.stderr
 
 
 def test_a_new_methods_option_needs_no_other_file():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, create_model
 
+from fedray.data.tasks import Task
 from fedray.options import Option, options
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -46,6 +47,16 @@ def of_register(what: str, register: Mapping[str, type]) -> dict[str, Declared]:
 def of_one(group: str, prefix: str, cls: type) -> dict[str, Declared]:
     """The options of a single class, each name after a prefix."""
     return {f"{prefix}{name}": Declared(option, (), group) for name, option in options(cls).items()}
+
+
+def of_tasks(tasks: Mapping[str, type[Task]], named: Collection[str]) -> dict[str, Declared]:
+    """The columns that tasks declare and the data section does not name itself."""
+    return {
+        name: Declared(Option(str, None, doc.removesuffix("."), "", {}), (), f"task {owner}")
+        for owner, task in tasks.items()
+        for name, doc in task.options.items()
+        if name not in named
+    }
 
 
 def with_options(declared: Mapping[str, Declared]) -> Callable[[type[Model]], type[Model]]:

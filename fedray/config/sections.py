@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fedray.adapters import ADAPTERS
 from fedray.config import forms
-from fedray.config.declared import Declared, of_one, of_register, with_options
+from fedray.config.declared import Declared, of_one, of_register, of_tasks, with_options
 from fedray.data.builtin import BUILTIN
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError, nearest
@@ -24,6 +24,7 @@ SERVER = "server_"
 METHOD_OPTIONS = of_register("method", METHODS)
 SERVER_OPTIONS = of_one("server optimizer", SERVER, ServerOptimizer)
 ADAPTER_OPTIONS = of_register("adapter", ADAPTERS)
+TASK_OPTIONS = of_tasks(TASKS, ("text_pair", "completion"))
 _KINDS = " or ".join(", ".join(ADAPTERS).rsplit(", ", 1))
 _MIXED_RANKS = ", ".join(name for name, method in METHODS.items() if method.mixed_ranks)
 
@@ -154,6 +155,7 @@ class MethodSection(Section):
         return {name.removeprefix(SERVER): value for name, value in _set(self, SERVER_OPTIONS).items()}
 
 
+@with_options(TASK_OPTIONS)
 class DataSection(Section):
     """Where the examples are and how clients share them."""
 

@@ -138,8 +138,9 @@ class Coordinator:
         if self.config.federation.keep_optimizer or self.method.keeps(self.spec):
             self.kept |= {o.client: o.kept for o in outcomes if o.kept is not None}  # SGD has no state
 
-    def bytes_down(self, cohort: Sequence[str]) -> int:
-        """What the cohort receives: the packet of every round, and each increment that a client has not had yet."""
+    def count_bytes_down(self, cohort: Sequence[str]) -> int:
+        """What the cohort receives: the packet of every round, and each increment that a client has not had yet, which
+        it has had from now on."""
         total = 0
         for client in cohort:
             new = [v for v in self.message.increments if v > self._seen[client]]

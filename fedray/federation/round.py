@@ -1,6 +1,6 @@
 """One round, as `Coordinator.run_round` does it: who takes part, training, one update out of many, evaluation, record.
 
-Nothing here asks which guarantee holds: the server's channel does its part of each step.
+Nothing here asks which guarantee holds, only what its parts answer: the server's channel does its part of each step.
 """
 
 from __future__ import annotations
@@ -47,20 +47,19 @@ class Attendance:
 def run_round(server: Coordinator) -> RoundRecord | None:
     """The next round's record; None when it may not be done. Raises ClientError when a failing client costs the
     quorum, RoundError when the round cannot be completed."""
+    if server.stopped:
+        return None
     seconds: dict[str, float] = {}
 
-    # Who takes part; what they must know to take part.
+    # Who takes part; then the broadcast goes out, and each client of the cohort trains.
     with timed(seconds, "train"):
-        admission = None if server.stopped else server.channel.admit(server.state.round, server.message)
-        if admission is None:
+        if (admission := server.channel.admit(server.state.round, server.message)) is None:
             return None
-
-        # The broadcast goes out, and each client of the cohort trains.
         call = Training(server.state.round, server.message, server.handle, server.kept, admission)
         attendance = train(server, call)
-    down = server.bytes_down(admission.cohort)
+    down = server.count_bytes_down(admission.cohort)  # of this broadcast: the next one is about to be published
 
-    # Their updates come in and become the next state, which is published.
+    # The updates come in and become the next state, which is published.
     with timed(seconds, "aggregate"), threads(AGGREGATION_THREADS):
         intake = server.channel.collect(call, attendance.outcomes, lambda: unmoved(server))
         state, attendance, intake = second_upload(server, attendance, intake)

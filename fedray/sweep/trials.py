@@ -160,6 +160,4 @@ def objective_of(sweep: Sweep, config: Config) -> tuple[str, str]:
     name = sweep.objective or task.metric
     if name not in task.reported:
         raise ConfigError(f"objective '{name}' is no metric of this task: choose {', '.join(task.reported)}")
-    if name == task.metric:
-        return name, "max" if task.higher_is_better else "min"
-    return name, "min" if any(word in name for word in ("loss", "perplexity", "bits")) else "max"
+    return name, "max" if task.reported[name] else "min"

@@ -55,8 +55,8 @@ class Task(ABC):
     metric: ClassVar[str]
     """The metric that `summary.json` calls `metric`."""
     higher_is_better: ClassVar[bool]
-    reported: ClassVar[tuple[str, ...]]
-    """The names of all metrics."""
+    reported: ClassVar[Mapping[str, bool]]
+    """Every metric, and whether higher is better."""
     target: ClassVar[str]
     """The key of the data section that names the column to be learned."""
     labelled: ClassVar[bool]

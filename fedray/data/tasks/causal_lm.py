@@ -28,7 +28,7 @@ class CausalLM(Task):
     name = "causal-lm"
     model = "causal-lm"
     metric = "bits_per_byte"
-    reported = ("bits_per_byte", "loss")
+    reported: ClassVar[dict[str, bool]] = {"bits_per_byte": False, "loss": False}
     higher_is_better = False
     target = "completion"
     labelled = False

@@ -22,7 +22,7 @@ class Classification(Task):
     name = "classification"
     model = "classification"
     metric = "accuracy"
-    reported = ("accuracy", "f1", "mcc", "loss")
+    reported: ClassVar[dict[str, bool]] = {"accuracy": True, "f1": True, "mcc": True, "loss": False}
     higher_is_better = True
     target = "label"
     labelled = True
