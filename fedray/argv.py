@@ -29,7 +29,7 @@ def split(
 ) -> tuple[dict[str, str], list[str]]:
     """A command's own flags (those whose name it `takes`, and `switches`, which have no value and become `true`), and
     all other words in order. Raises ConfigError for an own flag without its value."""
-    own: dict[str, str] = {}
+    taken: dict[str, str] = {}
     rest: list[str] = []
     queue = deque(words(argv))
     while queue:
@@ -38,9 +38,9 @@ def split(
         if name == word or not (name in switches or takes(name)):
             rest.append(word)
         elif name in switches:
-            own[name] = "true"
+            taken[name] = "true"
         elif queue:
-            own[name] = queue.popleft()
+            taken[name] = queue.popleft()
         else:
             raise ConfigError(f"{word} needs a value")
-    return own, rest
+    return taken, rest

@@ -29,10 +29,10 @@ class Option:
 
     def line(self, owners: str) -> str:
         """The option's line of help, the names of those that have it first where there are any."""
-        told = self.default not in (None, MISSING) and "default" not in self.doc
+        says_default = self.default not in (None, MISSING) and "default" not in self.doc
         value = f" (default {self.default:g})" if isinstance(self.default, float) else f" (default {self.default})"
         label = ", ".join(part for part in (owners, self.where) if part)
-        return f"{label + ': ' if label else ''}{self.doc}{value if told else ''}."
+        return f"{label + ': ' if label else ''}{self.doc}{value if says_default else ''}."
 
 
 def option(default: Any, doc: str, *, where: str = "", reads: Any = None, **bounds: Any) -> Any:
@@ -47,9 +47,10 @@ def option(default: Any, doc: str, *, where: str = "", reads: Any = None, **boun
 
 def options(owner: type) -> dict[str, Option]:
     """The options that a dataclass declares or inherits, in the order of its fields."""
-    found, types = {}, get_type_hints(owner)
+    declarations, types = {}, get_type_hints(owner)
     for field in dataclasses.fields(owner):
         if declared := field.metadata.get(_KEY):
             reads = declared["reads"] or types[field.name]
-            found[field.name] = Option(reads, field.default, declared["doc"], declared["where"], declared["bounds"])
-    return found
+            doc, where, bounds = declared["doc"], declared["where"], declared["bounds"]
+            declarations[field.name] = Option(reads, field.default, doc, where, bounds)
+    return declarations

@@ -84,11 +84,11 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         numbers = self.costs[0].trainable
-        told = {
+        privacy = {
             c: p.to_dict() | {"epsilon": p.epsilon, "signal_to_noise": p.signal_to_noise(numbers)}
             for c, p in self.privacy.items()
         }
-        return asdict(self) | {"memory": asdict(self.memory) | {"total": self.memory.total}, "privacy": told}
+        return asdict(self) | {"memory": asdict(self.memory) | {"total": self.memory.total}, "privacy": privacy}
 
 
 def plan(config: Config, cohort: int | None = None, classes: int = 2, counts: Mapping[str, int] | None = None) -> Plan:

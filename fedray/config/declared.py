@@ -32,15 +32,16 @@ class Declared:
 
 def of_register(what: str, register: Mapping[str, type]) -> dict[str, Declared]:
     """All options of a register's classes by name. Raises TypeError where two classes declare one name differently."""
-    found: dict[str, tuple[Option, list[str]]] = {}
+    declarations: dict[str, tuple[Option, list[str]]] = {}
     for owner, cls in register.items():
         for name, option in options(cls).items():
-            first, owners = found.setdefault(name, (option, []))
+            first, owners = declarations.setdefault(name, (option, []))
             if option != first:
                 raise TypeError(f"{what} {owner} declares {name} otherwise than {owners[0]}: give it a name of its own")
             owners.append(owner)
     return {
-        name: Declared(option, tuple(owners), f"{what} {', '.join(owners)}") for name, (option, owners) in found.items()
+        name: Declared(option, tuple(owners), f"{what} {', '.join(owners)}")
+        for name, (option, owners) in declarations.items()
     }
 
 

@@ -380,8 +380,9 @@ class Config(Section):
 
     def client(self, name: str) -> FederationSection:
         """The federation section as it holds for one client."""
-        own = self.clients.get(name, ClientSection()).model_dump(exclude_none=True, exclude={"source", "node_labels"})
-        return self.federation.model_copy(update=own)
+        section = self.clients.get(name, ClientSection())
+        differing = section.model_dump(exclude_none=True, exclude={"source", "node_labels"})
+        return self.federation.model_copy(update=differing)
 
     def to_yaml(self) -> str:
         """All keys, defaults included; `read_config(["--config", file])` gives the same config back."""

@@ -52,8 +52,8 @@ class RayRun:
 
     def _facts(self) -> tuple:
         """What the workers say of the model; of silos every worker, so that each has read its data."""
-        asked = self._workers if self._prepared.placement.homes else self._workers[:1]
-        references = [worker.describe.remote() for worker in asked]
+        workers = self._workers if self._prepared.placement.homes else self._workers[:1]
+        references = [worker.describe.remote() for worker in workers]
         facts = [answer_of(reference, "a worker could not start") for reference in references]
         return facts[0]
 

@@ -61,11 +61,11 @@ class FedASK(Method):
         return sent
 
     def ask(self, state: State, updates: Sequence[Update]) -> dict[str, Tensor]:
-        total, asked = sum(u.weight for u in updates), {}
+        total, sketches = sum(u.weight for u in updates), {}
         for layer in state.spec.layers:
             Y_mq = sum(u.weight / total * u.tensors[key(layer, Y)].double() for u in updates)
-            asked[key(layer, Q)] = torch.linalg.qr(Y_mq).Q.to(updates[0].tensors[key(layer, Y)].dtype)
-        return asked
+            sketches[key(layer, Q)] = torch.linalg.qr(Y_mq).Q.to(updates[0].tensors[key(layer, Y)].dtype)
+        return sketches
 
     def answer(self, spec: Spec, question: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         B, A = spec.pair

@@ -120,18 +120,18 @@ class FedExKeep(Method):
 
     def view(self, spec: Spec, message: Broadcast, client: str | None) -> View:
         blocks = message.plain.get("blocks", [])
-        own = next((i for i, (name, _) in enumerate(blocks) if name == client), None)
+        mine = next((i for i, (name, _) in enumerate(blocks) if name == client), None)
         start = super().view(spec, message, client)
         tensors = {name: t for name, t in start.tensors.items() if not name.endswith((".stack_A", ".stack_B"))}
         base = {}
         for layer in spec.layers if blocks else ():
             stack_A, stack_B = message.tensors[f"{layer.name}.stack_A"], message.tensors[f"{layer.name}.stack_B"]
             width = layer.rank
-            coefficients = torch.tensor([c - (i == own) for i, (_, c) in enumerate(blocks)], dtype=torch.float64)
+            coefficients = torch.tensor([c - (i == mine) for i, (_, c) in enumerate(blocks)], dtype=torch.float64)
             stack = LowRank(stack_B * (layer.scale * coefficients.repeat_interleave(width)).to(stack_B), stack_A)
             base[layer.name] = start.base[layer.name] + stack if layer.name in start.base else stack
-            if own is not None:
-                cut = slice(own * width, (own + 1) * width)
+            if mine is not None:
+                cut = slice(mine * width, (mine + 1) * width)
                 B, A = spec.pair
                 tensors[key(layer, A)], tensors[key(layer, B)] = stack_A[cut].clone(), stack_B[:, cut].clone()
         return View(tensors, base, message.trained)

@@ -216,6 +216,6 @@ class Cohort:
         }
         named = []
         for client, tensors in zip(self.clients, self.tensors, strict=True):
-            own = {key(layer, f): tensors[key(layer, f)] for f in spec.names if f not in shared}
-            named.append({factor_of(n): t.double() for n, t in spec.cut(client, own).items()} | shared)
+            separate = {key(layer, f): tensors[key(layer, f)] for f in spec.names if f not in shared}
+            named.append({factor_of(n): t.double() for n, t in spec.cut(client, separate).items()} | shared)
         return named

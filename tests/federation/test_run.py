@@ -376,7 +376,7 @@ def test_below_the_quorum_the_round_is_retried_then_fails(make_config, monkeypat
         run(sabotaged(make_config, monkeypatch, "raises", engine=engine, federation__quorum=0.9))
 
 
-@pytest.mark.parametrize("engine", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["inline", "ray"])
 def test_with_a_quorum_a_failing_client_is_left_out_and_said(make_config, monkeypatch, engine, request):
     if engine == "ray":
         request.getfixturevalue("ray_session")

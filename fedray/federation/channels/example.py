@@ -211,7 +211,7 @@ class ExampleLevel(Accounted):
 
     def _sketch_orders(self, question: Sketch) -> dict[str, Orders]:
         """What every client is told for one of the subspace's releases, whose noise follows from the question."""
-        ledger, told = self.ledger, {}
+        ledger, orders = self.ledger, {}
         for client in self.context.clients:
             (both,) = (r for r in ledger.plans[client].before if r.what == "subspace")
             release = replace(both, steps=1)
@@ -220,9 +220,9 @@ class ExampleLevel(Accounted):
                 raise ClientError(client, self.beyond_budget(client))
             ledger.charge(client, draw, release, 0)
             rate, noise, count = release.rate, release.noise, ledger.counts[client]
-            told[client] = Orders(ledger.run, ledger.keys[client], rate, noise, SKETCH_CLIP, rate * count)
+            orders[client] = Orders(ledger.run, ledger.keys[client], rate, noise, SKETCH_CLIP, rate * count)
         self.save()
-        return told
+        return orders
 
     # --- a round ---
 
@@ -247,17 +247,17 @@ class ExampleLevel(Accounted):
         for attempt in range(WORKER_ATTEMPTS):
             orders, refused = self._orders(call, [c for c in clients if c not in outcomes])
             outcomes |= refused
-            told = self.train_by(call, orders)
-            lost = self.note(told)
+            trained = self.train_by(call, orders)
+            lost = self.note(trained)
             again = lost if attempt < WORKER_ATTEMPTS - 1 else []
-            outcomes |= {o.client: o for o in told if o.client not in again}
+            outcomes |= {o.client: o for o in trained if o.client not in again}
             if not again:
                 break
         return [outcomes[c] for c in clients]
 
     def _orders(self, call: Training, clients: Sequence[str]) -> tuple[dict[str, Orders], dict[str, Outcome]]:
         """What each client is told for its round, charged and on disk before it is told, and who cannot afford it."""
-        ledger, told, refused = self.ledger, {}, {}
+        ledger, orders, refused = self.ledger, {}, {}
         for client in clients:
             plan, release = ledger.plans[client], self._round_of(client)
             draw = self._round_draw(client, call.round, call.message)
@@ -266,9 +266,9 @@ class ExampleLevel(Accounted):
                 continue
             ledger.charge(client, draw, release, call.round + 1)
             key = ledger.keys[client]
-            told[client] = Orders(ledger.run, key, plan.rate, plan.noise, plan.clip, plan.expected)
+            orders[client] = Orders(ledger.run, key, plan.rate, plan.noise, plan.clip, plan.expected)
         self.save()
-        return told, refused
+        return orders, refused
 
     def _round_of(self, client: str) -> Release:
         return self.ledger.plans[client].release(self.config.client(client).local_steps)

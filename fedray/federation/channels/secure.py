@@ -240,18 +240,18 @@ class SecureSums(AsIs):
         if not isinstance(question, Sketch) or PUBLIC in clients:
             return super().ask(question, clients, channel)
         agreed, failed = self.agree(clients)
-        told: list[Outcome] = []
+        answered: list[Outcome] = []
         if not failed:
             orders = {c: question.orders.get(c, NO_ORDERS) for c in clients}
             sealed = self.seal(agreed, orders, channel.sealed_weight)
-            told = self.context.pool.ask(replace(question, orders=sealed), clients, {}, None)
-            channel.note(told)
-            failed = failures(told)
+            answered = self.context.pool.ask(replace(question, orders=sealed), clients, {}, None)
+            channel.note(answered)
+            failed = failures(answered)
         if failed:  # bases need all of them
             raise ClientError(failed[0].client, f"{failed[0].cause} (before round 1)", failed[0].details)
-        packets = {o.client: self.context.pool.fetch(o.update) for o in told}
+        packets = {o.client: self.context.pool.fetch(o.update) for o in answered}
         total = self.total(agreed, packets, f"{question.name} {question.digest}")
-        whole = sum(channel.answer_weight(o.report) for o in told if isinstance(o.report, Answered))
+        whole = sum(channel.answer_weight(o.report) for o in answered if isinstance(o.report, Answered))
         up = sum(p.nbytes for p in packets.values()) + agreed.up
         return [Answer("(the sum)", 1.0, lambda: {n: t / whole for n, t in total.items()}, up, agreed.down)]
 
@@ -264,17 +264,16 @@ class SecureSums(AsIs):
         sent, step = tuple(packets), agreed.step
         self._remember(what, sent)
         mine = {c: {o: agreed.sealed[o][c] for o in step.adverts} for c in sent}
-        told, refused = self._values(Reveal(replace(step, sealed=mine, sent=sent)), sent)
+        revealed, refused = self._values(Reveal(replace(step, sealed=mine, sent=sent)), sent)
         agreed.down += sum(len(text) for texts in mine.values() for text in texts.values())
-        agreed.up += SHARE_BYTES * sum(len(shares) for shares in told.values())
-        if len(told) < step.session.threshold:
+        agreed.up += SHARE_BYTES * sum(len(shares) for shares in revealed.values())
+        if len(revealed) < step.session.threshold:
             raise PrivacyError(
-                f"{len(told)} clients of a secure sum stayed to the end, and {step.session.threshold} are needed: the "
-                "sum "
-                "stays closed" + (f" ({refused[0].client}: {refused[0].cause})" if refused else "")
+                f"{len(revealed)} clients of a secure sum stayed to the end, and {step.session.threshold} are needed: "
+                "the sum stays closed" + (f" ({refused[0].client}: {refused[0].cause})" if refused else "")
             )
         vectors = {c: packet.vector for c, packet in packets.items()}
-        total = secure_sum.unmask(step.session, agreed.advertised, step.adverts, vectors, told)
+        total = secure_sum.unmask(step.session, agreed.advertised, step.adverts, vectors, revealed)
         return unflatten(next(iter(packets.values())).manifest, secure_sum.decode(total))
 
     def _remember(self, what: str, sent: Sequence[str]) -> None:
