@@ -101,7 +101,7 @@ def test_plan_of_clients_with_different_ranks(make_config):
     config = make_config(method__name="flora", adapter__rank=[1, 3, 2], federation__rounds=2)
     prepared = prepare(config)
     cost, summary = plan(config, prepared.cohort).costs[0], execute(prepared)
-    assert {c.method for c in plan(config, 3).costs} == {"flora", "flexlora", "hetlora"}
+    assert {c.method for c in plan(config, 3).costs} == {"flora", "flexlora", "hetlora", "raflora"}
     assert cost.run_up / 3 == summary["bytes_up"] / (1 + 3 + 2)  # the largest rank's
     assert 3 * cost.run_down == summary["bytes_down"] == 3 * cost.down
 
