@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from fedray.adapters.base import Adapter, Layer
+from fedray.registers import load
 
 #: Module and class of each adapter, in the order in which tables show them. A new one is its file and a line here.
 _CLASSES = (
@@ -14,13 +13,7 @@ _CLASSES = (
     "ravan.Ravan",
 )
 
-
-def _load(path: str) -> type[Adapter]:
-    module, name = path.split(".")
-    return getattr(import_module(f"{__name__}.{module}"), name)
-
-
-ADAPTERS: dict[str, type[Adapter]] = {adapter.kind: adapter for adapter in map(_load, _CLASSES)}
+ADAPTERS: dict[str, type[Adapter]] = {adapter.kind: adapter for adapter in load(__name__, _CLASSES)}
 
 #: Those with a pair of factors in whose product the delta is linear, and those whose cores alone train.
 PAIRED = tuple(kind for kind, adapter in ADAPTERS.items() if adapter.pair is not None)

@@ -42,8 +42,7 @@ def check_lasting(key: str, path: str | None) -> None:
     if JOB in os.environ and (path is None or not os.path.isabs(path)):
         raise ConfigError(
             f"{key} of a submitted job must be an absolute path on storage that stays: its working directory is "
-            "removed by "
-            "Ray"
+            "removed by Ray"
         )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from fedray.adapters import ADAPTERS
 from fedray.methods.base import Method
 from fedray.methods.fedex import FedEx, FedExKeep
 from fedray.methods.server import ServerOptimizer
 from fedray.methods.state import Broadcast, Diagnostics, Increment, Spec, State, Update, View
+from fedray.registers import load
 
 #: Module and class of each method, in the order in which tables show them. A new one is its file and a line here.
 _CLASSES = (
@@ -33,13 +32,7 @@ _CLASSES = (
     "fedrot.FedRot",
 )
 
-
-def _load(path: str) -> type[Method]:
-    module, name = path.split(".")
-    return getattr(import_module(f"{__name__}.{module}"), name)
-
-
-METHODS: dict[str, type[Method]] = {method.name: method for method in map(_load, _CLASSES)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in load(__name__, _CLASSES)}
 
 
 def why_not(method: str, adapter: str) -> str | None:

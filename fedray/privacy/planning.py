@@ -51,8 +51,7 @@ def _delta(config: Config, units: float, of: str) -> float:
     if delta >= 1 / units:
         raise ConfigError(
             f"privacy.delta {delta:g} is not below 1 / {units:.0f}, {of}: a mechanism that shows one of them to "
-            "everybody "
-            "would satisfy it; lower it"
+            "everybody would satisfy it; lower it"
         )
     return delta
 
@@ -95,8 +94,7 @@ def _check_first_round(plan: PrivacyPlan, steps: int, who: str) -> None:
     if plan.budget is not None and needed > plan.budget:
         raise ValueError(
             f"{who} would spend epsilon {needed:.3g} by its first round with privacy.noise {plan.noise:g}, and its "
-            "budget "
-            f"is {plan.budget:g}: raise one of them"
+            f"budget is {plan.budget:g}: raise one of them"
         )
 
 

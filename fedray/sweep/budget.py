@@ -107,8 +107,8 @@ def _check_units(configs: Sequence[Config]) -> None:
     private = [config for config in configs if config.privacy.on]
     if len({config.privacy.unit for config in private}) > 1:
         raise ConfigError(
-            "the sweep varies privacy.unit, and what examples and what clients are told cannot be added up: "
-            "make two sweeps"
+            "the sweep varies privacy.unit, and what examples and what clients are told cannot be added up: make two "
+            "sweeps"
         )
     _check_sequences(private)
     if len({split_of(config) for config in private if config.privacy.unit == "client"}) > 1:
@@ -170,6 +170,6 @@ def check_affordable(prepared: Prepared, trial: TrialFolder) -> None:
     if total > budget:
         trial.withdraw()
         raise PrivacyError(
-            f"with this trial the sweep would have spent epsilon {total:.4g} of privacy.sweep_epsilon {budget:g}: "
-            "it is left out"
+            f"with this trial the sweep would have spent epsilon {total:.4g} of privacy.sweep_epsilon {budget:g}: it "
+            "is left out"
         )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from fedray.data.tasks.base import IGNORED, Batch, Example, Forward, Task, grouped
+from fedray.registers import load
 
 if TYPE_CHECKING:  # the config stands above: it is checked by what is declared here
     from fedray.config.sections import Config
@@ -16,14 +16,7 @@ _CLASSES = (
     "causal_lm.CausalLM",
 )
 
-
-def _load(path: str) -> type[Task]:
-    module, name = path.split(".")
-    task: type[Task] = getattr(import_module(f"{__name__}.{module}"), name)
-    return task
-
-
-TASKS: dict[str, type[Task]] = {task.name: task for task in map(_load, _CLASSES)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in load(__name__, _CLASSES)}
 
 
 def check_task(config: Config) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedray.errors import ConfigError, PrivacyError
 from fedray.federation.channels.base import Carrier, Context
-from fedray.federation.channels.plain import Plain, PlainSide, cause_of, refusal
+from fedray.federation.channels.plain import UNIT_OPTIONS, Plain, PlainSide, cause_of, refusal
 from fedray.federation.messages import PUBLIC, Answered, Failure, Outcome, Trained
 from fedray.federation.questions import ForgetKeys, Question, Sketch, StartFromWeights, forget_keys
 from fedray.federation.wire import Packet
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 #: Beside the checkpoints.
 LEDGER = "ledger.json"
 
-#: Which privacy keys belong to which unit.
-_OPTIONS = {"count_noise": "example", "subspace_fraction": "example", "adaptive_clip": "client"}
-
 
 def check(config: Config) -> None:
     """Raises ValueError for what reads the clients' data without noise, or would say that it does not."""
@@ -41,14 +38,12 @@ def check(config: Config) -> None:
     if config.data.client_held_out > 0:
         raise ValueError(
             "data.client_held_out would send metrics of the clients' own examples without noise: leave it out in a "
-            "private "
-            "run"
+            "private run"
         )
     if not isinstance(config.adapter.rank, int):
         raise ValueError(
             "adapter.rank that differs between clients does not fit privacy: noise would fill what smaller clients do "
-            "not "
-            "have; use one rank"
+            "not have; use one rank"
         )
 
 
@@ -59,7 +54,7 @@ def _check_options(privacy: PrivacySection) -> None:
             f"privacy.epsilon {privacy.epsilon:g} of one run is above privacy.sweep_epsilon {privacy.sweep_epsilon:g} "
             "of all of them: lower it"
         )
-    for option, unit in _OPTIONS.items():
+    for option, unit in UNIT_OPTIONS.items():
         if getattr(privacy, option) is not None and privacy.unit != unit:
             raise ValueError(f"privacy.{option} belongs to privacy.unit {unit}, not to {privacy.unit}: leave it out")
 
@@ -69,8 +64,7 @@ def _check_subspace(config: Config) -> None:
     if adapter.subspace in ("gradient", "gradient-raw"):
         raise ValueError(
             f"adapter.subspace {adapter.subspace} reads the clients' data without noise, and no noise in training "
-            "takes that "
-            "back: use private, public or weights"
+            "takes that back: use private, public or weights"
         )
     if adapter.subspace != "private":
         if privacy.subspace_fraction is not None:
@@ -84,8 +78,7 @@ def _check_subspace(config: Config) -> None:
         if getattr(adapter, option) is not None:
             raise ValueError(
                 f"adapter.{option} does not fit adapter.subspace private, which has no columns or passes beyond the "
-                "needed: "
-                "leave it out"
+                "needed: leave it out"
             )
 
 
@@ -94,8 +87,7 @@ def check_ledger(name: str | None, checkpoint: Path) -> None:
     if any(checkpoint.glob("round-*")) and not (checkpoint / LEDGER).is_file():
         raise ConfigError(
             f"output.dir '{name}' has lost its checkpoint/{LEDGER}, so nobody knows what it has spent: bring the file "
-            "back, or "
-            "start another run"
+            "back, or start another run"
         )
 
 

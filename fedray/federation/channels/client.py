@@ -41,26 +41,22 @@ def check(config: Config, method: Method) -> None:
     if not method.linear:
         raise ValueError(
             f"privacy.unit client adds noise to the mean of the updates, and {method.name} broadcasts more than that: "
-            "use "
-            f"{linear_methods()}"
+            f"use {linear_methods()}"
         )
     if method.kept:
         raise ValueError(
             f"privacy.unit client noises what is averaged, and {method.name}'s clients keep factors of their own that "
-            "it does "
-            "not reach: use unit example"
+            "it does not reach: use unit example"
         )
     if config.privacy.secure_aggregation and config.federation.cohort is not None:
         raise ValueError(
             "privacy.secure_aggregation with privacy.unit client needs every client in every round, since a small "
-            "sample "
-            "would show its members: leave federation.cohort out"
+            "sample would show its members: leave federation.cohort out"
         )
     if config.method.weights == "examples":
         raise ValueError(
             "method.weights examples would weigh clients by sizes that privacy.unit client protects: use equal, or "
-            "leave it "
-            "out"
+            "leave it out"
         )
 
 
@@ -79,8 +75,7 @@ def trust(sees: str) -> str:
     """Against whom the guarantee holds. `sees`: what the coordinator sees of updates."""
     return (
         f"against whoever sees the models, not against the coordinator, which adds the noise, {sees} and keeps the key "
-        "of the "
-        "noise and of the sampling"
+        "of the noise and of the sampling"
     )
 
 
@@ -105,9 +100,8 @@ def limits(config: Config) -> list[Limit]:
         ),
         Limit(
             "medium",
-            "`rounds.jsonl` and `report.html` have bytes and times that tell the size of each round's sample: publish "
-            "the "
-            "models, not the records",
+            "`rounds.jsonl` and `report.html` have bytes and times that tell the size of each round's sample: "
+            "publish the models, not the records",
             "federation/round.py, run_round",
         ),
     ]

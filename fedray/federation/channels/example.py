@@ -85,8 +85,7 @@ def unit(config: Config) -> str:
     if TASKS[config.model.task].cuts(config.data):
         return (
             f"one sequence of at most {config.data.max_length} tokens; a longer text is several units, and so is a "
-            "person with "
-            "several texts"
+            "person with several texts"
         )
     return "one row of the training data; a person with several rows is several units"
 
@@ -95,8 +94,7 @@ def trust(sees: str) -> str:
     """Against whom the guarantee holds; what the coordinator sees of updates does not matter."""
     return (
         "against everyone but the client's own machine, the coordinator and the other clients included: each client "
-        "adds all "
-        "its noise itself"
+        "adds all its noise itself"
     )
 
 
@@ -135,16 +133,14 @@ def limits(config: Config) -> list[Limit]:
     return [
         Limit(
             "low",
-            "A round repeated on another kind of machine or with other threads has the same noise and other last bits: "
-            "their "
-            "difference is noise-free rounding",
+            "A round repeated on another kind of machine or with other threads has the same noise and other last "
+            "bits: their difference is noise-free rounding",
             "federation/worker.py, train",
         ),
         Limit(
             "medium",
-            "A coordinator that asks for more rounds than it charges: a client checks the noise, clip and rate of its "
-            "orders, "
-            "and keeps no count of rounds",
+            "A coordinator that asks for more rounds than it charges: a client checks the noise, clip and rate of "
+            "its orders, and keeps no count of rounds",
             "federation/channels/orders.py, check_round",
         ),
     ]

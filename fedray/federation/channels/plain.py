@@ -53,11 +53,14 @@ if TYPE_CHECKING:
     from fedray.privacy.private import Private, SketchNoise
 
 
+#: Which privacy keys belong to which unit.
+UNIT_OPTIONS = {"count_noise": "example", "subspace_fraction": "example", "adaptive_clip": "client"}
+
+
 def check(config: Config) -> None:
     """Raises ValueError for settings of a guarantee that would protect nothing, since none is asked for."""
     privacy = config.privacy
-    bound = ("delta", "clip", "count_noise", "subspace_fraction", "adaptive_clip")
-    given = [name for name in bound if getattr(privacy, name) is not None]
+    given = [name for name in ("delta", "clip", *UNIT_OPTIONS) if getattr(privacy, name) is not None]
     if given or privacy.unit != "example":
         name = given[0] if given else "unit"
         raise ValueError(
@@ -124,9 +127,14 @@ def raised(outcome: Outcome) -> Answered:
     """What came with an answer before round 1. Raises ClientError for a failure: the start needs every client."""
     report = outcome.report
     if isinstance(report, Failure):
-        raise ClientError(report.client, f"{report.cause} (before round 1)", report.details)
+        raise start_error(report)
     assert isinstance(report, Answered)
     return report
+
+
+def start_error(failure: Failure) -> ClientError:
+    """A failure before round 1, as a person reads it."""
+    return ClientError(failure.client, f"{failure.cause} (before round 1)", failure.details)
 
 
 class Plain:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedray.errors import ClientError, ConfigError, PrivacyError, RoundError
+from fedray.errors import ConfigError, PrivacyError, RoundError
 from fedray.federation.channels.base import Answer, Channel, Context, Intake, Limit, Released, Tensors
-from fedray.federation.channels.plain import AsIs, Packed
+from fedray.federation.channels.plain import AsIs, Packed, start_error
 from fedray.federation.messages import NO_ORDERS, PUBLIC, Answered, Failure, Orders, Outcome, SumStep, failures
 from fedray.federation.questions import Question, Sketch, ValueQuestion, forget_keys
 from fedray.federation.wire import Packet
@@ -50,10 +50,8 @@ def check(config: Config, method: Method) -> None:
     if kept and not protected:
         raise ValueError(
             f"privacy.secure_aggregation hides single updates, and with {kept} the coordinator's checkpoint would hold "
-            "what "
-            "each client keeps, from which its update can be read: leave it out, or add privacy.epsilon with "
-            "privacy.unit "
-            "example"
+            "what each client keeps, from which its update can be read: leave it out, or add privacy.epsilon with "
+            "privacy.unit example"
         )
 
 
@@ -96,8 +94,8 @@ def limits(config: Config) -> list[Limit]:
     lines = [
         Limit(
             "medium",
-            "A coordinator that lies about who dropped out or who takes part: it is assumed to follow the protocol (no "
-            "signatures)",
+            "A coordinator that lies about who dropped out or who takes part: it is assumed to follow the protocol "
+            "(no signatures)",
             "privacy/secure_sum.py",
         ),
         Limit(
@@ -110,9 +108,8 @@ def limits(config: Config) -> list[Limit]:
         lines.append(
             Limit(
                 "high",
-                "privacy.secure_threshold of a half or less: a lying coordinator could have two groups open different "
-                "sums of "
-                "one session, and read a client from their difference",
+                "privacy.secure_threshold of a half or less: a lying coordinator could have two groups open "
+                "different sums of one session, and read a client from their difference",
                 "privacy/secure_sum.py, threshold_of",
             )
         )
@@ -120,8 +117,7 @@ def limits(config: Config) -> list[Limit]:
         Limit(
             "medium",
             "All clients of an opened sum but one, together, can take their own parts away and read that one's (of "
-            "three "
-            "clients one may drop out: then each of the two reads the other's)",
+            "three clients one may drop out: then each of the two reads the other's)",
             "privacy/secure_sum.py, default_threshold",
         )
     )
@@ -248,7 +244,7 @@ class SecureSums(AsIs):
             channel.note(answered)
             failed = failures(answered)
         if failed:  # bases need all of them
-            raise ClientError(failed[0].client, f"{failed[0].cause} (before round 1)", failed[0].details)
+            raise start_error(failed[0])
         packets = {o.client: self.context.pool.fetch(o.update) for o in answered}
         total = self.total(agreed, packets, f"{question.name} {question.digest}")
         whole = sum(channel.answer_weight(o.report) for o in answered if isinstance(o.report, Answered))
@@ -284,8 +280,7 @@ class SecureSums(AsIs):
         if set(before) != set(sent):
             raise PrivacyError(
                 f"the secure sum of {what} was opened of {', '.join(before)} before, and of {', '.join(sent)} it would "
-                "show "
-                "the difference: have the same clients back"
+                "show the difference: have the same clients back"
             )
         # Of rounds only the last can be repeated.
         kept = {w: c for w, c in kept.items() if not (w.startswith("round ") and what.startswith("round "))}

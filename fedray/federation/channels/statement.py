@@ -113,9 +113,8 @@ def _released(config: Config, method: Method, words: Words) -> list[Released]:
 _ALWAYS = (
     Limit(
         "medium",
-        "People or rows that are in several clients' data: each client's epsilon is of its own data, and theirs is the "
-        "sum over "
-        "those clients",
+        "People or rows that are in several clients' data: each client's epsilon is of its own data, and theirs is "
+        "the sum over those clients",
         "privacy/ledger.py, worst",
     ),
     Limit(
@@ -150,16 +149,14 @@ def _limits(config: Config, words: Words) -> list[Limit]:
     """What is not guaranteed."""
     keys = (
         f"The {words.key_holder} machine and its key folder until the run ends, or `fedray forget` is called for one "
-        "that will "
-        "not: whoever reads the key can take the noise away"
+        "that will not: whoever reads the key can take the noise away"
     )
     return [
         _separation(config),
         Limit(
             "high",
             "Choices made by looking at other runs on the same data (learning rate, clip, rank): only this run's "
-            "releases are "
-            "accounted for",
+            "releases are accounted for",
             "compare/comparison.py",
         ),
         Limit("medium", keys, "privacy/keys.py, KeyStore"),
@@ -174,14 +171,12 @@ def _separation(config: Config) -> Limit:
         return Limit(
             "medium",
             "Separation of the machines: a client's data are opened on nodes with its labels alone, as far as the "
-            "cluster's "
-            "operator gives these labels to that client's machines and to no others",
+            "cluster's operator gives these labels to that client's machines and to no others",
             "federation/placement.py, place_silos",
         )
     return Limit(
         "high",
-        "Separation of the machines: every worker and the coordinator open all data sources of the config to deal them "
-        "out; "
-        "real parties must not share one config's sources",
+        "Separation of the machines: every worker and the coordinator open all data sources of the config to deal "
+        "them out; real parties must not share one config's sources",
         "data/partition.py, load_data",
     )
