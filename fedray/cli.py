@@ -146,7 +146,7 @@ def _run(argv: list[str], console: Console) -> int:
 def _plan(argv: list[str], console: Console) -> int:
     from fedray.config.read import read_config
     from fedray.report.plan import print_plan
-    from fedray.training.model import shape_names
+    from fedray.training.outline import shape_names
 
     as_json, argv = _json_asked(argv)
     config = read_config(argv)

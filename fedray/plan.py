@@ -12,21 +12,20 @@ from typing import Any
 
 import torch
 
-from fedray.adapters import attach
 from fedray.config.build import make_method, make_spec
 from fedray.config.read import from_dict
 from fedray.config.sections import DEFAULT_CLIENTS, Config
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError
-from fedray.federation import start
+from fedray.federation.channels.registry import carriage_of
+from fedray.federation.start import start_traffic
 from fedray.methods import METHODS, Spec
 from fedray.methods.traffic import simulate
 from fedray.privacy.plan import PrivacyPlan
 from fedray.privacy.planning import plans_for
-from fedray.privacy.secure_sum import overhead
-from fedray.training.model import read_model_config, skeleton
+from fedray.training.outline import Outline, make_outline
 
-BYTES = 4  # the wire is fp32
+BYTES = 4  # of a number on the way down: the wire is fp32
 
 
 @dataclass(frozen=True)
@@ -93,24 +92,21 @@ class Plan:
 
 def plan(config: Config, cohort: int | None = None, classes: int = 2, counts: Mapping[str, int] | None = None) -> Plan:
     """The costs of a config. `cohort`: clients a round (default: as the config says); `counts`: examples of each
-    client, where they are known. Raises ConfigError as `skeleton` and `plans_for` do."""
-    model = skeleton(config, classes)
-    heads = sum(p.numel() for p in attach.heads(model).values())
-    adapters = sum(p.numel() for p in attach.factors(model).values())
-    base = sum(p.numel() for p in model.parameters()) - adapters - heads
+    client, where they are known. Raises ConfigError as `make_outline` and `plans_for` do."""
+    outline = make_outline(config, classes)
     names, cohort = _clients(config, cohort)
-    spec = make_spec(config, attach.layers(model), names)
+    spec = make_spec(config, outline.layers, names)
     # The client whose costs are shown has the largest rank.
     by_rank = sorted(names, key=lambda name: -spec.ranks.get(name, 0))
     return Plan(
         model=config.model.path,
-        base_parameters=base,
+        base_parameters=outline.base,
         adapted_layers=len(spec.layers),
-        heads=heads,
+        heads=outline.heads,
         cohort=cohort,
         clients=len(names),
-        costs=tuple(_cost(c, spec, heads, by_rank[:cohort]) for c in _variants(config)),
-        memory=_memory(config, spec, base, heads),
+        costs=tuple(_cost(c, spec, outline.heads, by_rank[:cohort]) for c in _variants(config)),
+        memory=_memory(config, spec, outline),
         privacy=plans_for(config, {c: float(max(n, config.client(c).batch_size)) for c, n in counts.items()})
         if counts and config.privacy.on
         else {},
@@ -146,49 +142,42 @@ def _variants(config: Config) -> list[Config]:
 def _cost(config: Config, spec: Spec, heads: int, cohort: Sequence[str]) -> MethodCost:
     method, rounds = make_method(config), config.federation.rounds
     # Two rounds beyond the run's, of which one trains A and the other B where a method alternates; what is sent
-    # besides is in
-    # `once`.
+    # besides is in `once`.
     moves = simulate(method, spec, cohort, cohort[0], rounds + 4)
     moves, late = moves[:rounds], moves[rounds + 2 :]
-    start_up, start_down = start.numbers(config, spec)
-    # A secure sum has 8 bytes a number on the way up, and keys and shares both ways.
-    secure = config.privacy.secure_aggregation
-    wide, (more_up, more_down) = (2 * BYTES, overhead(len(cohort))) if secure else (BYTES, (0, 0))
-    sums = start.sums(config, spec) if secure else 0
-    heads_up = heads + (config.privacy.adaptive_clip is not None)  # and whether the update was within the clip
-    start_bytes = wide * start_up + sums * more_up, BYTES * start_down + sums * more_down
+    carriage, before = carriage_of(config, len(cohort)), start_traffic(spec)
+    more_up, more_down = carriage.beside
+    heads_up = heads + carriage.more
+    start_up = carriage.width * before.up + before.sums * more_up
+    start_down = BYTES * before.down + before.sums * more_down
     return MethodCost(
         method=config.method.name,
         exact=method.exact,
         trainable=spec.size(*method.trained(spec)) + heads,
-        up=wide * (sum(p.up for p in late) // 2 + heads_up) + more_up,
+        up=carriage.width * (sum(p.up for p in late) // 2 + heads_up) + more_up,
         down=BYTES * (sum(p.down for p in late) // 2 + heads) + more_down,
         first_down=BYTES * (moves[0].down + heads) + more_down,
         once=BYTES * sum(p.once for p in moves),
-        start_up=start_bytes[0],
-        start_down=start_bytes[1],
-        run_up=start_bytes[0] + sum(wide * (p.up + heads_up) + more_up for p in moves),
-        run_down=start_bytes[1] + sum(BYTES * (p.down + p.once + heads) + more_down for p in moves),
+        start_up=start_up,
+        start_down=start_down,
+        run_up=start_up + sum(carriage.width * (p.up + heads_up) + more_up for p in moves),
+        run_down=start_down + sum(BYTES * (p.down + p.once + heads) + more_down for p in moves),
         rounds=rounds,
     )
 
 
-def _memory(config: Config, spec: Spec, base: int, heads: int) -> Memory:
+def _memory(config: Config, spec: Spec, outline: Outline) -> Memory:
     width = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
     method = make_method(config)
     moving = spec.size(*method.trained(spec))
-    trained = moving + heads
-    shape = read_model_config(config)
-    layers, hidden = getattr(shape, "num_hidden_layers", 0), getattr(shape, "hidden_size", 0)
-    inner = getattr(shape, "intermediate_size", 4 * hidden) or 4 * hidden
     tokens = config.federation.micro_batch * config.data.max_length
     speaks = TASKS[config.model.task].model == "causal-lm"
-    logits = 2 * 4 * tokens * getattr(shape, "vocab_size", 0) if speaks else 0
+    logits = 2 * 4 * tokens * outline.vocabulary if speaks else 0
     return Memory(
-        base=width * base,
+        base=width * outline.base,
         # fp32: value, gradient, and two moments; factors at rest: their value
-        adapter_and_optimizer=16 * trained + 4 * (spec.size() - moving),
+        adapter_and_optimizer=16 * (moving + outline.heads) + 4 * (spec.size() - moving),
         # about 10 hidden-sized and 3 inner-sized tensors a layer are kept for the backward pass, logits twice in fp32
-        activations=width * tokens * layers * (10 * hidden + 3 * inner) + logits,
+        activations=width * tokens * outline.blocks * (10 * outline.hidden + 3 * outline.inner) + logits,
         host_copy_of_moved_layers=width * sum(layer.m * layer.n for layer in spec.layers) if method.moves_base else 0,
     )

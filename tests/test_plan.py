@@ -11,7 +11,7 @@ from fedray.federation.prepare import prepare
 from fedray.federation.run import execute
 from fedray.methods import METHODS
 from fedray.plan import plan
-from fedray.training.model import shape_names
+from fedray.training.outline import shape_names
 
 
 def costs(flags: str, cohort: int):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedray.adapters import ADAPTERS
-from fedray.adapters.base import Adapter, Layer
+from fedray.adapters.base import Adapter, Layer, check_width
 from fedray.adapters.peft_layer import FactoredLinear, peft_layer
 from fedray.errors import ConfigError
 from fedray.lowrank import LowRank
@@ -93,7 +93,8 @@ def attach(model: nn.Module, section: AdapterSection, task: str) -> PeftModel:
     except TypeError as error:
         raise ConfigError(f"adapter.targets and adapter.heads overlap: {error}") from None
     _check_heads(wrapped, section.heads)
-    _check_ranks(wrapped, _adapter(section))
+    for layer in layers(wrapped):
+        check_width(_adapter(section), layer)
     _refuse_tied(wrapped)
     _heads_in_fp32(wrapped)
     return wrapped
@@ -104,17 +105,6 @@ def _check_heads(model: PeftModel, heads: Sequence[str]) -> None:
     for name in heads:
         if name.split(".")[-1] not in whole:
             raise ConfigError(f"adapter.heads '{name}' is no module of this model")
-
-
-def _check_ranks(model: PeftModel, adapter: Adapter) -> None:
-    for layer in layers(model):
-        width, room = adapter.width(layer.rank), min(layer.m, layer.n)
-        if width > room:
-            bases = f" ({width} columns in all)" if width > layer.rank else ""
-            raise ConfigError(
-                f"adapter.rank {layer.rank}{bases} is above the size of layer {layer.name} "
-                f"({layer.m} x {layer.n}): at most {room * layer.rank // width}"
-            )
 
 
 def _refuse_tied(model: PeftModel) -> None:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fedray.errors import ConfigError
 from fedray.lowrank import LowRank
 
 Factors = Mapping[str, Tensor]
@@ -29,6 +30,34 @@ class Layer:
     n: int
     rank: int
     scale: float
+
+
+def sketch_columns(layer: Layer, oversample: int) -> int:
+    """q: how many columns a sketch of the layer's gradient has, so many beyond the rank where there is room."""
+    return min(layer.rank + oversample, layer.m, layer.n)
+
+
+def check_width(adapter: Adapter, layer: Layer) -> None:
+    """Raises ConfigError for a rank that the layer has no room for."""
+    width, room = adapter.width(layer.rank), min(layer.m, layer.n)
+    if width > room:
+        bases = f" ({width} columns in all)" if width > layer.rank else ""
+        raise ConfigError(
+            f"adapter.rank {layer.rank}{bases} is above the size of layer {layer.name} "
+            f"({layer.m} x {layer.n}): at most {room * layer.rank // width}"
+        )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an adapter's `started` factors are decomposed from before round 1: the `source` of a matrix for each layer
+    (the base weights, or a gradient over so many `examples` of each client), and how a gradient's range is found:
+    columns beyond the rank, and power iterations. `fedray/federation/start.py` has the sources."""
+
+    source: str = "weights"
+    examples: int = 0
+    oversample: int = 0
+    passes: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +85,11 @@ class Adapter(ABC):
         Raises ValueError, with the reason, for what does not go together.
         """
         return cls(**options)
+
+    @property
+    def origin(self) -> Origin:
+        """Where the `started` factors come from."""
+        return Origin()
 
     def scaling(self, rank: int, alpha: float, rslora: bool) -> float:
         """What the product is multiplied by: alpha / r, or alpha / sqrt(r) for rsLoRA."""

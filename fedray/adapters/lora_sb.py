@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedray import seeding
-from fedray.adapters.base import Adapter, Factors, Layer
+from fedray.adapters.base import Adapter, Factors, Layer, Origin
 from fedray.adapters.modules import CoreProduct
 from fedray.lowrank import LowRank, top_svd
 from fedray.options import option
@@ -71,6 +71,13 @@ class LoraSB(Adapter):
                     f"not to {subspace}: leave it out"
                 )
         return super().configured(options, rslora)
+
+    @property
+    def origin(self) -> Origin:
+        """Every column of a private sketch adds noise and every pass a release, so it has none beyond the rank."""
+        if self.subspace == "private":
+            return Origin("private", self.subspace_examples)
+        return Origin(self.subspace, self.subspace_examples, self.subspace_oversample, self.subspace_passes)
 
     def alpha(self, rank: int) -> float:
         """The rank, so that s = 1 (the authors' choice)."""

@@ -93,7 +93,7 @@ class Coordinator:
         self.channel.begin()
         if not hasattr(self, "state"):
             with timed(seconds, "start"), threads(AGGREGATION_THREADS):
-                start = make_start(self.config, self.spec, self.data.clients, self.channel.ask)
+                start = make_start(self.spec, self.data.clients, self.channel.ask)
                 self.publish(self.method.init(self.spec, self._heads, start.tensors))
                 self.start = start.record()
             self._save()  # it may cost as much as a round; an engine that has evaluated could not make it again

@@ -16,30 +16,26 @@ Martinsson, Tropp, 2011, algorithm 4.4).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fedray import seeding
-from fedray.adapters import Layer
-from fedray.adapters.lora_sb import A, B
+from fedray.adapters.base import Layer, Origin, sketch_columns
 from fedray.federation.channels.base import Answer
 from fedray.federation.messages import PUBLIC
 from fedray.federation.questions import DenseGradient, Question, RangeSketch, RowSketch, StartFromWeights
 from fedray.federation.wire import pack
 from fedray.lowrank import top_svd
 from fedray.methods import Spec
-
-if TYPE_CHECKING:
-    from fedray.config.sections import Config
+from fedray.methods.traffic import distinct
 
 #: Most numbers of dense gradient that a client sends at a time; a layer that has more, as those of real models do, goes
 #: alone.
 GROUP = 1 << 20
-EXAMPLES, OVERSAMPLE, PASSES = 64, 16, 2
 
 #: Puts a question to clients: their answers, in order (`Channel.ask`).
 Ask = Callable[[Question, Sequence[str]], list[Answer]]
@@ -63,53 +59,41 @@ class Start:
         return {k: v for k, v in asdict(self).items() if k != "tensors"}
 
 
-def make_start(config: Config, spec: Spec, clients: Sequence[str], ask: Ask) -> Start:
-    """The started factors of an adapter that has some. Raises ClientError when a client fails: bases need all of
+def make_start(spec: Spec, clients: Sequence[str], ask: Ask) -> Start:
+    """The factors that the adapter's `origin` asks for. Raises ClientError when a client fails: bases need all of
     them."""
     began = time.monotonic()
-    source = (config.adapter.subspace or "weights") if spec.adapter.kind == "lora-sb" else "weights"
-    if source == "weights":
-        start = Start(dict(ask(StartFromWeights(), clients[:1])[0].tensors()), source)
-    elif source == "gradient":
-        start = _signed(config, spec, clients, ask)
+    origin = spec.adapter.origin
+    if origin.source == "weights":
+        start = Start(dict(ask(StartFromWeights(), clients[:1])[0].tensors()), origin.source)
+    elif origin.source == "gradient":
+        start = _signed(spec, clients, ask)
     else:
-        start = _sketched(config, spec, [PUBLIC] if source == "public" else clients, ask, source)
+        start = _sketched(spec, Sketches(origin, [PUBLIC] if origin.source == "public" else clients, ask))
     return replace(start, seconds=round(time.monotonic() - began, 4))
 
 
-def numbers(config: Config, spec: Spec) -> tuple[int, int]:
-    """(up, down) of one client before round 1, in numbers of 4 bytes; what is sent once with round 1 is not among
-    them."""
-    source = config.adapter.subspace
-    if spec.adapter.kind != "lora-sb" or source in (None, "weights", "public"):
-        return 0, 0
-    if source == "gradient":
-        return sum(layer.m * layer.n for layer in spec.layers), 0
-    oversample, passes = _range(config)
-    up = down = 0
-    for layer in spec.layers:
-        q = min(layer.rank + oversample, layer.m, layer.n)
-        up += (passes + 1) * q * (layer.m + layer.n)
-        down += q * ((passes + 1) * layer.m + passes * layer.n)
-    return up, down
+@dataclass(frozen=True)
+class StartTraffic:
+    """What one client moves before round 1: numbers `up` and `down`, and how many `sums` they are answers to. What is
+    sent once with round 1 is not among them."""
+
+    up: int = 0
+    down: int = 0
+    sums: int = 0
 
 
-def sums(config: Config, spec: Spec) -> int:
-    """How many sums of sketches the bases take."""
-    return (
-        2 * (_range(config)[1] + 1)
-        if spec.adapter.kind == "lora-sb" and config.adapter.subspace in ("gradient-raw", "private")
-        else 0
-    )
-
-
-def _range(config: Config) -> tuple[int, int]:
-    """(columns beyond the rank, power iterations) of the range finder. Every column adds noise and every pass a
-    release, so a private one has neither."""
-    oversample, passes = config.adapter.subspace_oversample, config.adapter.subspace_passes
-    if config.adapter.subspace == "private":
-        return 0, 0
-    return OVERSAMPLE if oversample is None else oversample, PASSES if passes is None else passes
+def start_traffic(spec: Spec) -> StartTraffic:
+    """Of the adapter's `origin`, found by running the range finder on tensors without numbers."""
+    origin = spec.adapter.origin
+    if origin.source in ("weights", "public"):
+        return StartTraffic()
+    if origin.source == "gradient":
+        return StartTraffic(up=sum(layer.m * layer.n for layer in spec.layers))
+    shapes, copies = distinct(spec)
+    sketches = ShapesOfSketches(shapes.layers, copies, origin)
+    find_range(sketches, origin.passes)
+    return StartTraffic(sketches.up, sketches.down, sketches.sums)
 
 
 def _mean(answers: Sequence[Answer]) -> dict[str, Tensor]:
@@ -123,17 +107,13 @@ def _mean(answers: Sequence[Answer]) -> dict[str, Tensor]:
     return total
 
 
-def _examples(config: Config) -> int:
-    """Of each client, without privacy."""
-    return config.adapter.subspace_examples or EXAMPLES
-
-
-def _signed(config: Config, spec: Spec, clients: Sequence[str], ask: Ask) -> Start:
+def _signed(spec: Spec, clients: Sequence[str], ask: Ask) -> Start:
     """The authors' choice: sign(sum p_i G_i), which is AdamW's first step, and its first singular vectors."""
+    B, A = spec.adapter.started
     tensors: dict[str, Tensor] = {}
     up, kept, whole = 0, 0.0, 0.0
     for group in grouped(spec.layers):
-        answers = ask(DenseGradient(tuple(layer.name for layer in group), _examples(config)), clients)
+        answers = ask(DenseGradient(tuple(layer.name for layer in group), spec.adapter.origin.examples), clients)
         up += sum(answer.up for answer in answers)
         mean = _mean(answers)
         for layer in group:
@@ -157,25 +137,49 @@ def grouped(layers: Sequence[Layer]) -> list[list[Layer]]:
     return groups
 
 
-class _Sketches:
-    """Asks for sketches of the clients' mean gradient, and counts what moves. `sent`: whether asking costs bytes."""
-
-    def __init__(self, config: Config, clients: Sequence[str], ask: Ask, sent: bool):
-        self.config, self.clients, self.ask, self.sent = config, clients, ask, sent
-        self.up = self.down = 0
+class Sketched(Protocol):
+    """Sketches of a matrix G (m x n) for each layer, by name."""
 
     def columns(self, basis: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """G times the bases (n x q). Without any, the clients draw them from the seed, and no bytes go down."""
-        packet = pack(basis) if basis is not None else None
-        return self._summed(RangeSketch(packet, _examples(self.config), _range(self.config)[0]))
+        """G times the bases (n x q), which are Gaussian where none are given."""
 
     def rows(self, basis: dict[str, Tensor]) -> dict[str, Tensor]:
         """The bases' (m x q) transposes times G."""
-        return self._summed(RowSketch(pack(basis), _examples(self.config)))
+
+
+def find_range(sketches: Sketched, passes: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """(G Omega, Q, Q^T G) of every layer: Q spans about the range of (G G^T)^passes G Omega."""
+    columns = sketches.columns(None)
+    Q = _bases(columns)
+    for _ in range(passes):
+        rows = sketches.rows(Q)
+        Q = _bases(sketches.columns(_bases({name: z.T for name, z in rows.items()})))
+    return columns, Q, sketches.rows(Q)
+
+
+def _bases(sketches: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.linalg.qr(sketch).Q for name, sketch in sketches.items()}
+
+
+class Sketches:
+    """Asks clients for sketches of their mean gradient, and counts the bytes that move: none where `clients` is a
+    public data set."""
+
+    def __init__(self, origin: Origin, clients: Sequence[str], ask: Ask):
+        self.origin, self.clients, self.ask = origin, clients, ask
+        self.up = self.down = 0
+
+    def columns(self, basis: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """Without bases the clients draw them from the seed, and no bytes go down."""
+        packet = pack(basis) if basis is not None else None
+        return self._summed(RangeSketch(packet, self.origin.examples, self.origin.oversample))
+
+    def rows(self, basis: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self._summed(RowSketch(pack(basis), self.origin.examples))
 
     def _summed(self, question: RangeSketch | RowSketch) -> dict[str, Tensor]:
         answers = self.ask(question, self.clients)
-        if self.sent:
+        if self.origin.source != "public":
             self.up += sum(answer.up for answer in answers)
             self.down += (question.sides.nbytes * len(self.clients) if question.sides is not None else 0) + sum(
                 answer.down for answer in answers
@@ -183,19 +187,44 @@ class _Sketches:
         return _mean(answers)
 
 
-def _bases(sketches: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.linalg.qr(sketch).Q for name, sketch in sketches.items()}
+class ShapesOfSketches:
+    """Sketches without numbers, and how many numbers one client moves for them. `copies`: how many layers each of
+    `layers` stands for."""
+
+    def __init__(self, layers: Sequence[Layer], copies: Mapping[str, int], origin: Origin):
+        self.layers, self.copies, self.origin = layers, copies, origin
+        self.up = self.down = self.sums = 0
+
+    def columns(self, basis: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        self.down += self._numbers(basis or {})
+        return self._answered(
+            {
+                layer.name: (
+                    layer.m,
+                    basis[layer.name].shape[1] if basis else sketch_columns(layer, self.origin.oversample),
+                )
+                for layer in self.layers
+            }
+        )
+
+    def rows(self, basis: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.down += self._numbers(basis)
+        return self._answered({layer.name: (basis[layer.name].shape[1], layer.n) for layer in self.layers})
+
+    def _answered(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+        answer = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        self.up += self._numbers(answer)
+        self.sums += 1
+        return answer
+
+    def _numbers(self, tensors: Mapping[str, Tensor]) -> int:
+        return sum(self.copies[name] * tensor.numel() for name, tensor in tensors.items())
 
 
-def _sketched(config: Config, spec: Spec, clients: Sequence[str], ask: Ask, source: str) -> Start:
-    sketches = _Sketches(config, clients, ask, sent=source != "public")
-    columns = sketches.columns(None)
-    Q = _bases(columns)
-    for _ in range(_range(config)[1]):
-        rows = sketches.rows(Q)
-        Q = _bases(sketches.columns(_bases({name: z.T for name, z in rows.items()})))
+def _sketched(spec: Spec, sketches: Sketches) -> Start:
+    columns, Q, rows = find_range(sketches, sketches.origin.passes)
+    B, A = spec.adapter.started
     tensors, kept, whole = {}, 0.0, 0.0
-    rows = sketches.rows(Q)
     for layer in spec.layers:
         name, z_qn = layer.name, rows[layer.name]
         U, S, Vt = torch.linalg.svd(z_qn, full_matrices=False)
@@ -206,6 +235,7 @@ def _sketched(config: Config, spec: Spec, clients: Sequence[str], ask: Ask, sour
         # first sketch. Without power iterations Q spans that sketch, and the second part reads 0.
         left = columns[name] - Q[name] @ (Q[name].T @ columns[name])
         whole += S.square().sum().item() + left.square().sum().item() / left.shape[1]
+    source = sketches.origin.source
     # Of a private gradient most of the energy is noise.
     energy = None if source == "private" else kept / whole if whole else 0.0
     return Start(tensors, source, sketches.up, sketches.down, energy)

@@ -161,7 +161,10 @@ def _trained(method: Method, spec: Spec, message: Broadcast, client: str) -> dic
 def _updates(spec: Spec, cohort: Sequence[str], sent: Mapping[int | None, Tensors]) -> list[Update]:
     """An update of each client, of weight 1: tensors of its own, because what two clients share is one tensor to a
     method."""
-    copies = [{name: torch.empty_like(t) for name, t in sent[spec.ranks.get(client)].items()} for client in cohort]
+    copies = [
+        {name: torch.empty(t.shape, device="meta") for name, t in sent[spec.ranks.get(client)].items()}
+        for client in cohort
+    ]
     return [Update(client, 1.0, tensors) for client, tensors in zip(cohort, copies, strict=True)]
 
 

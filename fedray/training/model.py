@@ -23,14 +23,9 @@ from fedray.config.sections import BUILTIN, Config
 from fedray.data.builtin import BASE_MODEL
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError
+from fedray.training.outline import SHAPES
 
-SHAPES = Path(__file__).parent.parent / "assets" / "shapes"
 _CLASSES = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
-
-
-def shape_names() -> list[str]:
-    """Names of the model shapes that ship with the package, for `fedray plan`."""
-    return sorted(path.stem for path in SHAPES.glob("*.json"))
 
 
 def resolve(path: str) -> str:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from fedray import seeding
 from fedray.adapters import attach
-from fedray.adapters.base import Layer
+from fedray.adapters.base import Layer, sketch_columns
 from fedray.data.tasks import Example
 from fedray.privacy.private import SketchNoise
 
@@ -53,7 +53,7 @@ def gaussian_tests(layers: Sequence[Layer], oversample: int, seed: int) -> dict[
     """Omega (n x q, q = rank + `oversample`) of every layer, from the seed: the same for all clients."""
     tests = {}
     for layer in layers:
-        q = min(layer.rank + oversample, layer.m, layer.n)
+        q = sketch_columns(layer, oversample)
         tests[layer.name] = torch.randn(layer.n, q, generator=seeding.generator(seed, layer.name, "range"))
     return tests
 

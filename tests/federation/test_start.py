@@ -131,7 +131,8 @@ def test_a_run_from_every_subspace_counts_its_bytes_and_reports_its_energy(make_
     folder = run(config)
     summary = json.loads((folder / "summary.json").read_text())
     state = results.load_state(folder, config, 0)
-    up, down = start.numbers(config, state.spec)
+    moved = start.start_traffic(state.spec)
+    up, down = moved.up, moved.down
     assert (summary["start"]["bytes_up"], summary["start"]["bytes_down"]) == (3 * 4 * up, 3 * 4 * down)
     assert bool(up) == source.startswith("gradient")
     basis = sum(t.numel() for t in state.increments[0].tensors.values())
@@ -216,7 +217,7 @@ def test_the_range_finder_on_a_real_encoder_captures_what_the_dense_svd_does(tmp
     )
     worker = Worker(config, "cpu", 1)
     clients = worker.trainer.data.clients
-    found = start.make_start(config, worker.spec, clients, collector(worker, clients))
+    found = start.make_start(worker.spec, clients, collector(worker, clients))
     names = tuple(layer.name for layer in worker.spec.layers)
     told = collector(worker, clients)(DenseGradient(names, 16), clients)
     total = start._mean(told)

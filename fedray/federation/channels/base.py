@@ -240,6 +240,16 @@ class ClientSide(Protocol):
 
 
 @dataclass(frozen=True)
+class Carriage:
+    """What a channel makes of one client's numbers: bytes of each on the way up, how many more an update has, and
+    bytes of keys and shares (up, down) with every vector of a sum."""
+
+    width: int
+    more: int = 0
+    beside: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
 class Released:
     """A line of `privacy.json`: something that crosses a client's border, when, under which guarantee, and made
     where."""

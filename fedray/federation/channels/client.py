@@ -110,6 +110,11 @@ def limits(config: Config) -> list[Limit]:
 # --- the server's half -------------------------------------------------------------------------------------------
 
 
+def more_numbers(config: Config) -> int:
+    """How many numbers an update has beside the method's and the heads': whether it was within the clip."""
+    return int(config.privacy.adaptive_clip is not None)
+
+
 class ClientLevel(Accounted):
     """One account for all clients. Over a carrier of sums the coordinator does not see single updates either."""
 

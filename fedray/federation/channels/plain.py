@@ -17,6 +17,7 @@ from fedray.errors import ClientError, FedrayError, PrivacyError, RoundError
 from fedray.federation.channels.base import (
     Admission,
     Answer,
+    Carriage,
     Carrier,
     Channel,
     Context,
@@ -75,6 +76,11 @@ HOW, SEES = "", "sees each client's clipped update"
 
 
 # --- the server's half -------------------------------------------------------------------------------------------
+
+
+def carriage() -> Carriage:
+    """The wire's own: fp32 (`wire.py`)."""
+    return Carriage(width=4)
 
 
 class AsIs:

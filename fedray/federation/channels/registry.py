@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedray.federation.channels import accounted, client, example, plain, secure
-from fedray.federation.channels.base import Carrier, Channel, ClientSide, Context, Limit, Released, Sealer
+from fedray.federation.channels.base import Carriage, Carrier, Channel, ClientSide, Context, Limit, Released, Sealer
 from fedray.methods import Method, Spec
 from fedray.privacy.keys import KeyStore
 
@@ -67,6 +67,13 @@ def check_clients(config: Config, least: int, rows: Mapping[str, int]) -> None:
         secure.check_cohort(least)
     if config.privacy.on and config.privacy.unit == "example":
         example.check_rows(config, rows)
+
+
+def carriage_of(config: Config, members: int) -> Carriage:
+    """What the config's channel makes of each client's numbers in a cohort of so many."""
+    by_carrier = secure.carriage(members) if config.privacy.secure_aggregation else plain.carriage()
+    clipped = config.privacy.on and config.privacy.unit == "client"
+    return replace(by_carrier, more=client.more_numbers(config) if clipped else 0)
 
 
 def check_resumable(config: Config, checkpoint: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedray.errors import ConfigError, PrivacyError, RoundError
-from fedray.federation.channels.base import Answer, Channel, Context, Intake, Limit, Released, Tensors
+from fedray.federation.channels.base import Answer, Carriage, Channel, Context, Intake, Limit, Released, Tensors
 from fedray.federation.channels.plain import AsIs, Packed, start_error
 from fedray.federation.messages import NO_ORDERS, PUBLIC, Answered, Failure, Orders, Outcome, SumStep, failures
 from fedray.federation.questions import Question, Sketch, ValueQuestion, forget_keys
@@ -122,6 +122,11 @@ def limits(config: Config) -> list[Limit]:
         )
     )
     return lines
+
+
+def carriage(members: int) -> Carriage:
+    """Of a sum over so many clients: numbers of the ring are 64 bits wide."""
+    return Carriage(width=8, beside=secure_sum.overhead(members))
 
 
 # --- its questions -----------------------------------------------------------------------------------------------
