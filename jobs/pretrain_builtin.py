@@ -25,20 +25,10 @@ def batches(tokens: torch.Tensor, steps: int, batch: int, length: int, generator
         yield torch.stack([tokens[s : s + length] for s in starts])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256, help="bytes a sequence")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--out", type=Path, default=BASE_MODEL)
-    args = parser.parse_args()
-
-    torch.manual_seed(0)
-    tokenizer = ByT5Tokenizer(extra_ids=0)
-    model = LlamaForCausalLM(
+def new_model(vocabulary: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=vocabulary,
             hidden_size=192,
             intermediate_size=512,
             num_hidden_layers=4,
@@ -51,26 +41,22 @@ def main() -> None:
             bos_token_id=None,
         )
     )
-    text = pretraining_text().encode()
-    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long() + BYTE_OFFSET
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the learning rate: a warm-up over a twentieth of the steps, then a cosine down to a twentieth."""
+    warmup = steps // 20
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.05 + 0.95 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def train(model: LlamaForCausalLM, tokens: torch.Tensor, args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
-    warmup = args.steps // 20
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda t: (
-            (t + 1) / warmup
-            if t < warmup
-            else 0.05 + 0.95 * (1 + math.cos(math.pi * (t - warmup) / (args.steps - warmup))) / 2
-        ),
-    )
-    print(
-        f"{len(text) / 1e6:.1f} MB of text, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
-        flush=True,
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, args.steps))
     started, recent = time.monotonic(), []
-    for step, ids in enumerate(
-        batches(tokens, args.steps, args.batch, args.length, torch.Generator().manual_seed(1)), 1
-    ):
+    drawn = batches(tokens, args.steps, args.batch, args.length, torch.Generator().manual_seed(1))
+    for step, ids in enumerate(drawn, 1):
         loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
@@ -79,11 +65,27 @@ def main() -> None:
         schedule.step()
         recent.append(loss.item() / math.log(2))
         if step % 100 == 0 or step == args.steps:
-            print(
-                f"step {step}: {sum(recent) / len(recent):.3f} bits per byte, {time.monotonic() - started:.0f} s",
-                flush=True,
-            )
+            bits, seconds = sum(recent) / len(recent), time.monotonic() - started
+            print(f"step {step}: {bits:.3f} bits per byte, {seconds:.0f} s", flush=True)
             recent.clear()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256, help="bytes a sequence")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--out", type=Path, default=BASE_MODEL)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    model = new_model(len(tokenizer))
+    text = pretraining_text().encode()
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{len(text) / 1e6:.1f} MB of text, {parameters / 1e6:.2f} M parameters", flush=True)
+    train(model, torch.frombuffer(bytearray(text), dtype=torch.uint8).long() + BYTE_OFFSET, args)
 
     args.out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.out)  # half the download; fedray loads it in fp32

@@ -4,6 +4,7 @@ of a machine through one copy in the page cache."""
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import stat
@@ -35,16 +36,11 @@ class Encoded(Sequence[Example]):
     def of(cls, examples: Sequence[Example]) -> Encoded:
         """The same examples, packed."""
         names = sorted({e.group for e in examples if e.group is not None})
-        number = {name: i for i, name in enumerate(names)}
-
-        def flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-            ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
-            return np.fromiter((i for row in rows for i in row), np.int32, int(ends[-1]) if len(rows) else 0), ends
-
-        ids, id_ends = flat([e.input_ids for e in examples])
-        labels, label_ends = flat([e.labels for e in examples])
+        number: dict[str | None, int] = {name: i for i, name in enumerate(names)} | {None: -1}
+        ids, id_ends = _flat([e.input_ids for e in examples])
+        labels, label_ends = _flat([e.labels for e in examples])
         sizes = np.array([e.size for e in examples], np.float64)
-        groups = np.array([-1 if e.group is None else number[e.group] for e in examples], np.int32)
+        groups = np.array([number[e.group] for e in examples], np.int32)
         return cls(dict(zip(_ARRAYS, (ids, id_ends, labels, label_ends, sizes, groups), strict=True)), names)
 
     def __len__(self) -> int:
@@ -179,3 +175,9 @@ def _fingerprint(task: Task, rows: Dataset) -> str:
     if rows._indices is not None:  # by value: what lies behind a buffer's end is anything
         digest.update(rows._indices.column(0).to_numpy().astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def _flat(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """All the rows' numbers one after another, and where each row ends."""
+    ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
+    return np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(ends[-1]) if len(rows) else 0), ends

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -171,19 +171,20 @@ def summarise(
     start, rounds = records[0], records[1:]
     begun = start.get("start")
     end = next(r for r in reversed(records) if r["metrics"] is not None)
+    moved = [*rounds, begun] if begun else rounds
     return {
         "adapter": config.adapter.kind,
         "method": config.method.name,
         "metric": metric,
         "initial": start["metrics"][metric],
         "final": end["metrics"][metric],
-        "initial_by_group": {g: m[metric] for g, m in start.get("groups", {}).items()},
-        "final_by_group": {g: m[metric] for g, m in end.get("groups", {}).items()},
+        "initial_by_group": _by_group(start, metric),
+        "final_by_group": _by_group(end, metric),
         "rounds": len(rounds),
         "clients": clients,
         "trainable_params": trainable,
-        "bytes_up": sum(r["bytes_up"] for r in rounds) + (begun["bytes_up"] if begun else 0),
-        "bytes_down": sum(r["bytes_down"] for r in rounds) + (begun["bytes_down"] if begun else 0),
+        "bytes_up": sum(r["bytes_up"] for r in moved),
+        "bytes_down": sum(r["bytes_down"] for r in moved),
         "start": begun,
         "aggregation_error": _most(r["aggregation_error"] for r in rounds),
         "exactness": _most(r["exactness"] for r in rounds),
@@ -193,6 +194,10 @@ def summarise(
         "seed": config.seed,
         "wall_seconds": round(wall_seconds, 2),
     }
+
+
+def _by_group(record: Mapping[str, Any], metric: str) -> dict[str, float]:
+    return {group: metrics[metric] for group, metrics in record.get("groups", {}).items()}
 
 
 def _most(values: Iterable[float | None]) -> float | None:

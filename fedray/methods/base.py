@@ -228,22 +228,18 @@ class Method(ABC):
 
     def gather(self, state: State, updates: Iterable[Update]) -> Cohort:
         """Read the updates once, in order, complete them with the factors that did not train, and average."""
-        names, weights, received = [], [], []
-        message = self.broadcast(state)
-        for update in updates:
-            names.append(update.client)
-            weights.append(update.weight)
-            received.append(state.spec.whole(update.tensors) if state.spec.ranks else dict(update.tensors))
-        total = math.fsum(weights)
-        if not names or total <= 0:
+        spec, message = state.spec, self.broadcast(state)
+        read = [(u.client, u.weight, spec.whole(u.tensors) if spec.ranks else dict(u.tensors)) for u in updates]
+        if not read or (total := math.fsum(weight for _, weight, _ in read)) <= 0:
             raise RoundError("a round needs at least one update with a positive weight")
+        names, weights, received = zip(*read, strict=True)
+        shares = tuple(weight / total for weight in weights)
         dtype = next(iter(received[0].values())).dtype
-        shares = tuple(w / total for w in weights)
-        start = self.view(state.spec, message, None).tensors
-        starts = [self.view(state.spec, message, c).tensors for c in names] if self.personal else [start] * len(names)
+        start = self.view(spec, message, None).tensors
+        starts = [self.view(spec, message, c).tensors for c in names] if self.personal else [start] * len(names)
         means = {name: tensor.to(dtype) for name, tensor in start.items()}
         means |= {name: weighted_sum([r[name] for r in received], shares, dtype) for name in received[0]}
-        return Cohort(tuple(names), shares, tuple(s | r for s, r in zip(starts, received, strict=True)), means, dtype)
+        return Cohort(names, shares, tuple(s | r for s, r in zip(starts, received, strict=True)), means, dtype)
 
 
 def checked(updates: Iterable[Update]) -> Iterator[Update]:

@@ -49,25 +49,24 @@ def composed(runs: Sequence[Mapping[str, Sequence[Release]]], delta: float, spli
     ANY_CLIENT, that holds for every example: the largest over all clients that it may be dealt to, split by split;
     where those are more than MOST_WAYS, an upper bound of it."""
     if len(set(splits)) <= 1:
-        clients = sorted({client for run in runs for client in run})
-        return {
-            client: epsilon([release for run in runs for release in run.get(client, ())], delta) for client in clients
-        }
-    together: dict[str, dict[str, list[Release]]] = {}
+        return {client: epsilon(releases, delta) for client, releases in sorted(_by_client(runs).items())}
+    by_split: dict[str, list[Mapping[str, Sequence[Release]]]] = {}
     for run, split in zip(runs, splits, strict=True):
-        for client, releases in run.items():
-            together.setdefault(split, {}).setdefault(client, []).extend(releases)
-    different = [
-        list({tuple(releases): releases for releases in clients_of.values()}.values())
-        for clients_of in together.values()
-    ]
+        by_split.setdefault(split, []).append(run)
+    different = [list({tuple(told): told for told in _by_client(of).values()}.values()) for of in by_split.values()]
     if math.prod(map(len, different)) > MOST_WAYS:
         return {ANY_CLIENT: epsilon([release for run in runs for release in dominating(run.values())], delta)}
-    return {
-        ANY_CLIENT: max(
-            (epsilon(list(itertools.chain(*way)), delta) for way in itertools.product(*different)), default=0.0
-        )
-    }
+    ways = (list(itertools.chain(*way)) for way in itertools.product(*different))
+    return {ANY_CLIENT: max((epsilon(way, delta) for way in ways), default=0.0)}
+
+
+def _by_client(runs: Iterable[Mapping[str, Sequence[Release]]]) -> dict[str, list[Release]]:
+    """All that the runs have told of each client's data, one run after another."""
+    together: dict[str, list[Release]] = {}
+    for run in runs:
+        for client, releases in run.items():
+            together.setdefault(client, []).extend(releases)
+    return together
 
 
 #: So many ways of an example through the splits are gone through one by one.

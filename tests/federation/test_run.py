@@ -30,7 +30,7 @@ def also(given: dict, **federation) -> dict:
 
 MOVES_BASE = {i for i, (_, name, extra) in ALL.items() if name in ("fedex", "flora") or extra.get("residual") == "fold"}
 # A whole run on Ray takes seconds to start: four pairs that differ most here, the others marked slow.
-OFTEN = ("lora+fra-ffa", "abba+fedex", "lora-sb+fed-sb", "lora+fedsa")
+OFTEN = ("lora+fra-ffa", "abba+fedex", "lora+fedsa")  # lora-sb on Ray: test_start.py
 # A real classifier, head and dropout included.
 CLASSIFIED = (
     "lora+fedit",
