@@ -44,8 +44,9 @@ class Orders:
     weight: float | None = None
 
     def shape(self) -> tuple[str, ...]:
-        """What of the orders shapes a draw of noise: other orders must not meet the same noise."""
-        return tuple(float(n).hex() for n in (self.rate, self.noise, self.clip, self.expected))
+        """What of the orders shapes an answer: other orders must not meet the same noise."""
+        numbers = (self.rate, self.noise, self.clip, self.expected)
+        return (*(float(n).hex() for n in numbers), "" if self.weight is None else float(self.weight).hex())
 
 
 #: Of a client that makes nothing private.

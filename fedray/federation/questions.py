@@ -7,6 +7,7 @@ its answer is made private.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +17,7 @@ from torch import Tensor
 from fedray.federation.kept import factors_kept
 from fedray.federation.messages import Orders
 from fedray.federation.wire import Packet, unpack
+from fedray.privacy.keys import words
 
 if TYPE_CHECKING:
     from fedray.federation.channels.base import ClientSide
@@ -78,17 +80,19 @@ class DenseGradient(Question):
 class Sketch(Question):
     """A linear sketch of the gradient of every layer's weights: sums of clients' sketches are sketches of the sum.
 
-    `sides`: what each layer's gradient is multiplied by. `examples`: how many of the client's it is taken over, where
-    the orders do not say which.
+    `sides`: what each layer's gradient is multiplied by; where there are none, the client draws them from the seed,
+    `columns` beyond the rank. `examples`: how many of the client's it is taken over, where the orders do not say which.
     """
 
     sides: Packet | None
     examples: int
+    columns: int = 0
 
-    @property
     def digest(self) -> str:
-        """Of what comes with the question; empty where nothing does."""
-        return self.sides.digest if self.sides is not None else ""
+        """SHA-256 of all that the answer follows from beside the client's data and its orders. Worked out at every
+        call, of the numbers themselves: whoever asks says nothing of it."""
+        sides = "" if self.sides is None else self.sides.again().digest
+        return hashlib.sha256(words(self.name, self.examples, self.columns, sides)).hexdigest()
 
     def given(self, side: ClientSide) -> Mapping[str, Tensor]:
         """The sides as tensors."""
@@ -98,12 +102,10 @@ class Sketch(Question):
 
 @dataclass(frozen=True)
 class RangeSketch(Sketch):
-    """G Omega (m x q) a layer. Without `sides` the client draws Omega from the seed: `columns` beyond the rank."""
+    """G Omega (m x q) a layer."""
 
     name = "RANGE"
     what = "a sketch of the gradient's columns"
-
-    columns: int = 0
 
     def given(self, side: ClientSide) -> Mapping[str, Tensor]:
         from fedray.training import subspace

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedray.errors import PrivacyError
 from fedray.methods import Broadcast, Increment, Spec
 
 Manifest = tuple[tuple[str, tuple[int, ...]], ...]
@@ -36,8 +37,19 @@ class Packet:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the numbers."""
-        return hashlib.sha256(self.vector.data).hexdigest()
+        """SHA-256 of the names, the shapes and the numbers."""
+        about = json.dumps([self.manifest, self.vector.dtype.str, self.vector.shape])
+        digest = hashlib.sha256(about.encode())
+        digest.update(np.ascontiguousarray(self.vector).data)
+        return digest.hexdigest()
+
+    def again(self) -> Packet:
+        """The same in an object of one's own, in which nothing that somebody else worked out (a digest) comes along."""
+        return Packet(self.manifest, self.vector)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A digest never travels: whoever gets a packet works out its own.
+        return Packet, (self.manifest, self.vector)
 
 
 def pack(tensors: Mapping[str, Tensor]) -> Packet:
@@ -87,12 +99,36 @@ class Header:
         """Equal keys mean the same base weights, unless a method is personal."""
         return self.increments
 
+    def to_text(self) -> str:
+        """As JSON, of which `parse` makes the same header."""
+        fields = [self.round, self.trained, self.draw, self.plain, self.increments]
+        return json.dumps(fields, sort_keys=True, allow_nan=False)
 
-def inputs_digest(header: Header, packet: Packet) -> str:
-    """SHA-256 of all that a client's round follows from beside its data: equal for a round that is repeated after a
-    kill."""
-    plain = json.dumps([header.round, header.trained, header.draw, header.plain, header.increments], sort_keys=True)
-    return hashlib.sha256(f"{plain}\n{packet.manifest}\n{packet.digest}".encode()).hexdigest()
+    @classmethod
+    def parse(cls, text: str) -> Header:
+        """The header that `text` is of."""
+        round, trained, draw, plain, increments = json.loads(text)
+        return cls(round, tuple(trained), draw, plain, tuple((v, resets, digest) for v, resets, digest in increments))
+
+
+def broadcast_digest(header: Header, packet: Packet) -> str:
+    """SHA-256 of a broadcast to a client, the increments by their own digests: equal for a round that is repeated after
+    a kill."""
+    return hashlib.sha256(f"{header.to_text()}\n{packet.digest}".encode()).hexdigest()
+
+
+def inputs_digest(header: Header, packet: Packet, kept: Packet | None) -> str:
+    """SHA-256 of all that a client's round follows from beside its data and its orders: the broadcast, and what it
+    kept. Worked out by the client, from packets of its own (`Packet.again`)."""
+    return hashlib.sha256(f"{broadcast_digest(header, packet)}\n{kept and kept.digest}".encode()).hexdigest()
+
+
+def as_announced(packet: Packet, digest: str) -> Packet:
+    """The packet, as a client takes it. Raises PrivacyError where it is not the one of that digest."""
+    own = packet.again()
+    if own.digest != digest:
+        raise PrivacyError("the coordinator sent another increment than it announced: it sends nothing")
+    return own
 
 
 @dataclass(frozen=True)

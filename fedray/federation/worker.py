@@ -16,7 +16,7 @@ from fedray.federation.channels.registry import make_side
 from fedray.federation.kept import factors_kept, kept_tensors, optimizer_kept
 from fedray.federation.messages import Answered, Failure, Orders, Trained
 from fedray.federation.questions import Question
-from fedray.federation.wire import Header, Packet, decode, inputs_digest, pack, unpack
+from fedray.federation.wire import Header, Packet, as_announced, decode, inputs_digest, pack, unpack
 from fedray.methods import View
 from fedray.methods.state import factor_of
 from fedray.training.local import LocalResult, LocalTrainer
@@ -58,7 +58,9 @@ class Worker:
         `kept`: what it kept last time, its optimizer state and its own factors; they never reach the aggregation.
         """
         try:
-            private = self.side.protect(client, round, partial(inputs_digest, header, packet), orders)
+            # Objects of its own: what somebody else says of them (a digest) is not believed.
+            header, packet, kept = Header.parse(header.to_text()), packet.again(), kept and kept.again()
+            private = self.side.protect(client, round, partial(inputs_digest, header, packet, kept), orders)
             held = unpack(kept) if kept is not None else {}
             view, base_key = self._view(client, header, packet, fetch, held)
             result = self.trainer.train(view, client, round, optimizer_kept(held) or None, base_key, private)
@@ -108,8 +110,8 @@ class Worker:
         live = {(version, digest) for version, _, digest in header.increments}
         self._increments = {k: t for k, t in self._increments.items() if k in live}
         for version, digest in sorted(live - self._increments.keys()):
-            self._increments[version, digest] = unpack(fetch(version))
-        increments = {version: t for (version, _), t in self._increments.items()}
+            self._increments[version, digest] = unpack(as_announced(fetch(version), digest))
+        increments = {version: self._increments[version, digest] for version, _, digest in header.increments}
         view = self.method.view(self.spec, decode(header, packet, increments), client)
         keeps = self.method.keeps(self.spec)
         factors = {n: t for n, t in factors_kept(held).items() if factor_of(n) in keeps}

@@ -44,13 +44,13 @@ def epsilon(releases: Iterable[Release], delta: float) -> float:
     Rounded because sums in NumPy's libraries differ in the last bits from process to process, and a resumed run must
     say the same. Raises ValueError for a delta outside (0, 1).
     """
-    value = _epsilon(_merged(releases, delta), delta)
+    value = _epsilon(_history(releases, delta), delta)
     return math.ceil(value * 1e6 - 1e-3) / 1e6 if math.isfinite(value) else value
 
 
 def rdp_epsilon(releases: Iterable[Release], delta: float) -> float:
     """The RDP accountant's bound alone: larger, and a hundred times cheaper."""
-    return _rdp(_merged(releases, delta), delta)
+    return _rdp(_history(releases, delta), delta)
 
 
 def rdp_curve(releases: Iterable[Release]) -> tuple[tuple[int, ...], np.ndarray]:
@@ -70,14 +70,19 @@ def rdp_curve(releases: Iterable[Release]) -> tuple[tuple[int, ...], np.ndarray]
 _History = tuple[tuple[float, float, int], ...]
 
 
-def _merged(releases: Iterable[Release], delta: float) -> _History:
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must lie between 0 and 1, not at {delta}")
-    merged: dict[tuple[float, float], int] = {}
+def merged(releases: Iterable[Release]) -> dict[tuple[float, float], int]:
+    """Steps of each mechanism, which (noise, rate) stand for."""
+    steps: dict[tuple[float, float], int] = {}
     for release in releases:
         if release.steps:
-            merged[release.noise, release.rate] = merged.get((release.noise, release.rate), 0) + release.steps
-    return tuple(sorted((noise, rate, steps) for (noise, rate), steps in merged.items()))
+            steps[release.noise, release.rate] = steps.get((release.noise, release.rate), 0) + release.steps
+    return steps
+
+
+def _history(releases: Iterable[Release], delta: float) -> _History:
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must lie between 0 and 1, not at {delta}")
+    return tuple(sorted((noise, rate, steps) for (noise, rate), steps in merged(releases).items()))
 
 
 #: Orders of the RDP bound: whole ones, which cost a hundredth of fractional ones and bound as well.

@@ -97,6 +97,11 @@ class LocalTrainer:
         self._base_lost = 0.0
         self._encoded: dict[tuple[str, str], Encoded] = {}
 
+    @property
+    def was_loaded(self) -> bool:
+        """Whether the model may hold other weights than it was made with."""
+        return self._engine is not None
+
     def describe(self) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:
         """What the coordinator must know of the model: the adapted layers, and the heads' initial values (fp32,
         CPU)."""

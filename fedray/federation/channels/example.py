@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from fedray.data.tasks import TASKS
 from fedray.errors import ClientError, ConfigError, PrivacyError
 from fedray.federation.channels.accounted import Accounted, PrivateSide
 from fedray.federation.channels.base import Admission, Answer, Limit, Released, Training
-from fedray.federation.channels.orders import check_round, check_sketch
+from fedray.federation.channels.orders import Budget
 from fedray.federation.channels.plain import raised
 from fedray.federation.failures import WORKER_ATTEMPTS
 from fedray.federation.messages import NO_ORDERS, PUBLIC, Answered, Failure, Orders, Outcome
@@ -31,8 +32,9 @@ from fedray.federation.questions import (
     Question,
     Sketch,
 )
-from fedray.federation.wire import Message, Packet, inputs_digest
+from fedray.federation.wire import Message, Packet, broadcast_digest
 from fedray.privacy.accountant import Release
+from fedray.privacy.journal import Journal, Said, digest_of
 from fedray.privacy.keys import Key
 from fedray.privacy.ledger import draw_of
 from fedray.privacy.plan import Mechanism
@@ -139,9 +141,9 @@ def limits(config: Config) -> list[Limit]:
         ),
         Limit(
             "medium",
-            "A coordinator that asks for more rounds than it charges: a client checks the noise, clip and rate of "
-            "its orders, and keeps no count of rounds",
-            "federation/channels/orders.py, check_round",
+            "A coordinator that begins another run, under another name: a client keeps what it answers in one run "
+            "within that run's budget, and does not know whether two runs are meant to be one",
+            "privacy/journal.py, Journal",
         ),
     ]
 
@@ -207,11 +209,11 @@ class ExampleLevel(Accounted):
 
     def _sketch_orders(self, question: Sketch) -> dict[str, Orders]:
         """What every client is told for one of the subspace's releases, whose noise follows from the question."""
-        ledger, orders = self.ledger, {}
+        ledger, orders, digest = self.ledger, {}, question.digest()
         for client in self.context.clients:
             (both,) = (r for r in ledger.plans[client].before if r.what == "subspace")
             release = replace(both, steps=1)
-            draw = self._draw(client, "subspace", question.name, question.digest)
+            draw = self._draw(client, "subspace", question.name, digest)
             if not ledger.affords(client, draw, release):
                 raise ClientError(client, self.beyond_budget(client))
             ledger.charge(client, draw, release, 0)
@@ -270,7 +272,7 @@ class ExampleLevel(Accounted):
         return self.ledger.plans[client].release(self.config.client(client).local_steps)
 
     def _round_draw(self, client: str, round: int, message: Message) -> str:
-        return self._draw(client, "round", round, inputs_digest(message.header, message.packet_of(client)))
+        return self._draw(client, "round", round, broadcast_digest(message.header, message.packet_of(client)))
 
     def _draw(self, client: str, *inputs: str | int) -> str:
         return draw_of(self.ledger.keys[client], self.ledger.run, client, *inputs)
@@ -300,7 +302,9 @@ class ExampleSide(PrivateSide):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
+        self._run = ""  # the one that its first orders named
         self._fingerprints: dict[str, bytes] = {}
+        self._journals: dict[str, Journal] = {}
 
     def admitted(self, client: str) -> tuple[type[Question], ...]:
         questions = super().admitted(client)
@@ -311,7 +315,11 @@ class ExampleSide(PrivateSide):
         return (*questions, KeyIdentity, NoisedCount, *sketches, *second)
 
     def key(self, client: str, orders: Orders) -> Key:
-        """The key of the client's noise. Raises KeyLostError where it is not the one that the ledger knows."""
+        """The key of the client's noise. Raises KeyLostError where it is not the one that the ledger knows,
+        PrivacyError for another run than this worker's."""
+        self._run = self._run or orders.run
+        if orders.run != self._run:
+            raise PrivacyError("the coordinator named another run than the one this worker is for: it sends nothing")
         # Changed data are met like a lost key: other noise, and a new charge.
         key = self.keys.key(orders.run, client).bound(self._fingerprint(client))
         if orders.key and key.identity != orders.key:
@@ -324,29 +332,55 @@ class ExampleSide(PrivateSide):
         return self._fingerprints[client]
 
     def protect(self, client: str, round: int, inputs: Callable[[], str], orders: Orders) -> Private:
-        key = self.key(client, orders)
-        check_round(self.config, client, len(self.trainer.examples("train", client)), orders)
+        key, budget = self.key(client, orders), self.budget(client, orders)
+        budget.check_round(round, orders)
         purpose: tuple[str | int, ...] = ("round", client, round, inputs(), *orders.shape())
+        release = Release("training", orders.noise, orders.rate, self.config.client(client).local_steps)
+        said = Said(f"round {round + 1}", key.identity, digest_of(purpose), release)
+        self.journal(client, orders).answer(said, partial(budget.check_run, orders))
         return Private(key, purpose, orders.rate, Mechanism(orders.clip, orders.noise, orders.expected))
 
     def sketched(self, question: Sketch, client: str) -> tuple[Sequence[Any], Mapping[str, Tensor], SketchNoise | None]:
         if client == PUBLIC:
             return super().sketched(question, client)
+        if self.trainer.was_loaded:
+            raise PrivacyError("the coordinator asked for a sketch of another model than the base: it sends nothing")
         orders, every = question.orders[client], self.trainer.examples("train", client)
-        key = self.key(client, orders)
-        purpose = ("subspace", client, question.name, question.digest, *orders.shape())
-        check_sketch(self.config, client, len(every), orders)
+        key, budget = self.key(client, orders), self.budget(client, orders)
+        budget.check_sketch(orders)
+        purpose = ("subspace", client, question.name, question.digest(), *orders.shape())
+        said = Said(
+            f"subspace {question.name}",
+            key.identity,
+            digest_of(purpose),
+            Release("subspace", orders.noise, orders.rate),
+        )
+        self.journal(client, orders).answer(said, budget.check)
         picked = [every[i] for i in key.stream("sample", *purpose).sample(len(every), orders.rate)]
         noise = SketchNoise(orders.noise, key.stream("noise", *purpose), orders.expected)
         return picked, question.given(self), noise
 
     def noised_count(self, client: str, orders: Orders) -> Tensor:
         """The client's number of examples with its noise, rounded: one number."""
-        count, batch = len(self.trainer.examples("train", client)), self.config.client(client).batch_size
-        if self.config.siloed and count < batch:
-            raise PrivacyError(too_few(client, batch))
-        noise = self.key(client, orders).stream("count", client).normals(1).item() * count_noise(self.config)
-        return torch.tensor([count + noise]).round()
+        key, deviation = self.key(client, orders), count_noise(self.config)
+        noise = key.stream("count", client).normals(1).item() * deviation
+        count = torch.tensor([len(self.trainer.examples("train", client)) + noise]).round()
+        said = Said("count", key.identity, "", Release("count", deviation), count.item())
+        self.journal(client, orders).answer(said, lambda releases: None)
+        return count
+
+    def journal(self, client: str, orders: Orders) -> Journal:
+        """Of the client in this worker's run."""
+        if client not in self._journals:
+            self._journals[client] = Journal(self.keys.folder, orders.run, client)
+        return self._journals[client]
+
+    def budget(self, client: str, orders: Orders) -> Budget:
+        """What the client may release in this run, as far as what it has said allows."""
+        journal = self.journal(client, orders)
+        if not any(said.what == "count" for said in journal.said):
+            self.noised_count(client, orders)  # on another machine, or before its journal was lost
+        return Budget(self.config, client, journal.said)
 
     def answered(self, client: str, question: Question, packet: Packet) -> Answered:
         orders = question.orders.get(client, NO_ORDERS)

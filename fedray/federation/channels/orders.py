@@ -1,20 +1,25 @@
-"""A client's own look at its orders: whoever gives them, nothing is computed where its own config and its true count do
-not allow them."""
+"""A client's own look at its orders: whoever gives them, nothing is computed where its own config, and what it has said
+in this run so far, do not allow them.
+
+What is refused shows to whoever gave the orders. So every check is a function of the config, of the orders, and of
+what the client has released before, its noised number of examples among it: never of the data themselves.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedray.errors import PrivacyError
 from fedray.federation.messages import Orders
-from fedray.privacy.accountant import Release, epsilon
+from fedray.privacy.accountant import Release, epsilon, merged
+from fedray.privacy.journal import Said
 from fedray.privacy.plan import default_delta, round_up
 from fedray.privacy.planning import (
     SKETCH_CLIP,
     SUBSPACE_RELEASES,
     clip_of,
     count_noise,
-    releases_before,
     subspace_rate,
     subspace_share,
 )
@@ -23,39 +28,60 @@ if TYPE_CHECKING:
     from fedray.config.sections import Config
 
 
-def least_count(config: Config, client: str, count: int) -> float:
-    """The smallest number of examples that the coordinator may plan with. The count it has is noised, maybe under a key
-    that was lost since: it is taken to be within nine standard deviations."""
-    return max(float(config.client(client).batch_size), count - 9 * count_noise(config))
+class Budget:
+    """What one client may still release in a run. `said`: all that it has, its noised number of examples first."""
 
+    def __init__(self, config: Config, client: str, said: Sequence[Said]):
+        self._privacy, self._section = config.privacy, config.client(client)
+        self._config = config
+        self._before = [one.release for one in said if one.release.what != "training"]
+        count = next(one.value for one in said if one.what == "count")
+        assert count is not None, "a count is told with its value"
+        # The coordinator plans with a count that was noised under this key, or under one that was lost since: the
+        # difference of the two is taken to be within nine standard deviations.
+        self._least = max(float(self._section.batch_size), count - 9 * 2**0.5 * count_noise(config))
+        delta = config.privacy.delta
+        self._delta = delta if delta is not None else default_delta(self._least)
 
-def check_round(config: Config, client: str, count: int, orders: Orders) -> None:
-    """A client's own look at its orders for a round: with its own config and its true count, the whole run must stay
-    within the budget. Raises PrivacyError; nothing is computed then."""
-    privacy, section, least = config.privacy, config.client(client), least_count(config, client, count)
-    _check_shape(orders, clip_of(config), privacy.noise, round_up(section.batch_size / least))
-    if privacy.epsilon is None or privacy.noise is not None:
-        return
-    delta = _delta(config, least)
-    # At the rate of the count that these orders were made from.
-    before = releases_before(config, max(least, orders.expected / orders.rate), delta)
-    steps = config.federation.rounds * section.local_steps
-    _check_spent(epsilon([*before, Release("training", orders.noise, orders.rate, steps)], delta), privacy.epsilon)
+    def check_round(self, round: int, orders: Orders) -> None:
+        """Of orders for a round (from 0): its number, clip, noise and rate, and that the whole run at that noise stays
+        within the budget. Raises PrivacyError."""
+        rounds = self._config.federation.rounds
+        if type(round) is not int or not 0 <= round < rounds:
+            raise PrivacyError(
+                f"the coordinator asked for a round that is none of the {rounds} of the client's own config: it sends "
+                "nothing"
+            )
+        most = round_up(self._section.batch_size / self._least)
+        _check_shape(orders, clip_of(self._config), self._privacy.noise, most)
+        if self._privacy.noise is None:
+            self.check(self._run(orders))
 
+    def check_run(self, orders: Orders, releases: Sequence[Release]) -> None:
+        """Of all that the client will have released with this round. Raises PrivacyError. What is part of a run that
+        was checked as a whole needs no look of its own."""
+        whole = merged(self._run(orders)) if self._privacy.noise is None else {}
+        if any(steps > whole.get(mechanism, 0) for mechanism, steps in merged(releases).items()):
+            self.check(releases)
 
-def check_sketch(config: Config, client: str, count: int, orders: Orders) -> None:
-    """The same for the sketches of a private subspace. Raises PrivacyError."""
-    least, share = least_count(config, client, count), subspace_share(config)
-    # With both given, epsilon shares out what the subspace may spend, and the noise is of training alone.
-    noise = config.privacy.noise if share is None else None
-    _check_shape(orders, SKETCH_CLIP, noise, subspace_rate(config, least))
-    if share is not None:
-        release = Release("subspace", orders.noise, orders.rate, SUBSPACE_RELEASES)
-        _check_spent(epsilon([release], _delta(config, least)), share)
+    def _run(self, orders: Orders) -> list[Release]:
+        steps = self._config.federation.rounds * self._section.local_steps
+        return [*self._before, Release("training", orders.noise, orders.rate, steps)]
 
+    def check_sketch(self, orders: Orders) -> None:
+        """Of orders for the sketches of a private subspace. Raises PrivacyError."""
+        share = subspace_share(self._config)
+        # With both given, epsilon shares out what the subspace may spend, and the noise is of training alone.
+        noise = self._privacy.noise if share is None else None
+        _check_shape(orders, SKETCH_CLIP, noise, subspace_rate(self._config, self._least))
+        if share is not None:
+            both = Release("subspace", orders.noise, orders.rate, SUBSPACE_RELEASES)
+            _check_spent(epsilon([both], self._delta), share)
 
-def _delta(config: Config, least: float) -> float:
-    return config.privacy.delta if config.privacy.delta is not None else default_delta(least)
+    def check(self, releases: Sequence[Release]) -> None:
+        """That all of these together stay within the budget, where there is one. Raises PrivacyError."""
+        if self._privacy.epsilon is not None:
+            _check_spent(epsilon(releases, self._delta), self._privacy.epsilon)
 
 
 def _check_shape(orders: Orders, clip: float, noise: float | None, most: float) -> None:
@@ -63,7 +89,7 @@ def _check_shape(orders: Orders, clip: float, noise: float | None, most: float) 
         raise PrivacyError(
             "the coordinator ordered another clip or noise than the client's own config has: it sends nothing"
         )
-    if orders.rate > most:
+    if not 0 < orders.rate <= most:
         raise PrivacyError(
             "the coordinator ordered a higher sampling rate than the client's own count gives: it sends nothing"
         )

@@ -251,7 +251,7 @@ class SecureSums(AsIs):
         if failed:  # bases need all of them
             raise start_error(failed[0])
         packets = {o.client: self.context.pool.fetch(o.update) for o in answered}
-        total = self.total(agreed, packets, f"{question.name} {question.digest}")
+        total = self.total(agreed, packets, f"{question.name} {question.digest()}")
         whole = sum(channel.answer_weight(o.report) for o in answered if isinstance(o.report, Answered))
         up = sum(p.nbytes for p in packets.values()) + agreed.up
         return [Answer("(the sum)", 1.0, lambda: {n: t / whole for n, t in total.items()}, up, agreed.down)]

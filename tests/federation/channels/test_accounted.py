@@ -65,6 +65,10 @@ def test_a_run_whose_ledger_is_gone_is_not_resumed(make_config, monkeypatch):
         run(resumed(config))
 
 
+def _keys(folder: Path) -> list[Path]:
+    return [path for path in (folder / "keys").rglob("*") if path.is_file() and path.suffix != ".jsonl"]
+
+
 def test_forgetting_a_run_that_will_not_go_on_removes_its_keys(make_config, monkeypatch, tmp_path, capsys):
     monkeypatch.delenv(TEST_KEY)
     for privacy, count in (({"epsilon": 3.0}, 3), ({"epsilon": 8.0, "unit": "client"}, 1)):
@@ -74,10 +78,12 @@ def test_forgetting_a_run_that_will_not_go_on_removes_its_keys(make_config, monk
             with pytest.raises(KeyboardInterrupt):
                 run(config)
         folder = Path(config.output.dir)
-        assert len([p for p in (tmp_path / "keys").rglob("*") if p.is_file()]) == count
+        assert len(_keys(tmp_path)) == count
+        journals = list((tmp_path / "keys").rglob("*.jsonl"))
         assert not [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size == 32]
         assert main(["forget", str(folder)]) == 0 and f"{count} noise key" in capsys.readouterr().out
-        assert not list((tmp_path / "keys").iterdir())
+        assert not _keys(tmp_path)
+        assert all(journal.is_file() for journal in journals)  # nobody asks anew for what was answered
     assert (
         main(["forget", str(run(make_config(method__name="ffa")))]) == 2 and "no private run" in capsys.readouterr().err
     )

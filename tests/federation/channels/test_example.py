@@ -208,7 +208,7 @@ def test_a_client_answers_no_question_that_a_private_run_does_not_have(make_conf
                 worker.evaluate(part, "client-0", (0, 1), None, None, None)
 
 
-def test_a_key_lost_during_the_start_is_charged_anew_when_the_run_goes_on(make_config, monkeypatch):
+def test_a_key_lost_during_the_start_ends_the_run_since_others_have_answered(make_config, monkeypatch):
     monkeypatch.delenv(TEST_KEY)
     config = make_config(**PRIVATE["fed-sb, private subspace"] | {"privacy": {"noise": 1.0}})
     real, lost = pool_inline.InlinePool.ask, []
@@ -221,14 +221,16 @@ def test_a_key_lost_during_the_start_is_charged_anew_when_the_run_goes_on(make_c
     monkeypatch.setattr(pool_inline.InlinePool, "ask", loses)
     with pytest.raises(ClientError, match="client 'client-1' failed: its noise key was lost"):
         run(config)
-    folder = run(resumed(config))
-    subspaces = {c: [e.draw for e in es if e.release.what == "subspace"] for c, es in ledger(folder).entries.items()}
-    # Other columns of client-1 gave another Q, so all answered about rows twice: two releases of theirs, and none is
-    # free.
+    # Other columns of client-1 give another Q, and of rows the others would answer from other inputs than before.
+    with pytest.raises(
+        ClientError, match="'client-0' failed: .* asked for subspace ROWS a second time, .* another run"
+    ):
+        run(resumed(config))
+    entries = ledger(Path(config.output.dir)).entries
+    subspaces = {c: [e.draw for e in es if e.release.what == "subspace"] for c, es in entries.items()}
+    # What the coordinator has asked for is charged before it is refused, and the other key's columns are a release.
     assert [len(set(subspaces[c])) for c in CLIENTS] == [len(subspaces[c]) for c in CLIENTS] == [3, 4, 3]
-    assert all(
-        e.release.steps == 1 for es in ledger(folder).entries.values() for e in es if e.release.what == "subspace"
-    )
+    assert all(e.release.steps == 1 for es in entries.values() for e in es if e.release.what == "subspace")
 
 
 def test_data_that_changed_before_a_run_goes_on_never_meet_the_same_noise(make_config, tiny, tmp_path, monkeypatch):
