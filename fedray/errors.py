@@ -37,6 +37,10 @@ class RoundError(FedrayError):
         self.details = details
 
 
+class LostError(FedrayError):
+    """What a client sent is gone with the node that held it."""
+
+
 class PrivacyError(FedrayError):
     """A guarantee could not be kept: nothing was released that was not accounted for. The sentence says nothing about
     any example."""

@@ -242,6 +242,11 @@ class FederationSection(Section):
     """Seconds a round may take; a client that is not done is left out."""
     quorum: float = Field(1.0, gt=0, le=1)
     """Share of the cohort that must report, else the round is tried once more and then fails."""
+    max_update_norm: float | None = Field(None, gt=0)
+    """Leave out a client whose update moved further than this (Frobenius norm over all that it sends, from what it was
+    sent). What is not finite, or has other names or shapes, is left out always."""
+    max_update_ratio: float | None = Field(None, ge=1)
+    """The same, as a multiple of the median of the round's updates (of three at least)."""
 
     @property
     def micro_batch(self) -> int:

@@ -165,7 +165,7 @@ class Dispatch:
         try:
             report = ray.get(reference)
         except (RayActorError, RayTaskError) as error:  # the second: the broadcast could not be fetched
-            cause = _one_line(error)
+            cause = one_line(error)
         else:
             if isinstance(report, Failure):
                 return ClientState.RAISED, Outcome(client, report)
@@ -189,5 +189,6 @@ class Dispatch:
         self._outcomes[client] = Outcome(client, Failure(client, reason, ""))
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Ray's words without its details."""
     return " ".join(str(error).split()).split(" class_name:")[0][:200]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
-from fedray.errors import RoundError
-from fedray.federation.dispatch import Dispatch, Workers
+from fedray.errors import LostError, RoundError
+from fedray.federation.dispatch import Dispatch, Workers, one_line
 from fedray.federation.failures import WORKER_ATTEMPTS
 from fedray.federation.messages import Orders, Outcome
 from fedray.federation.placement import Home
@@ -84,7 +84,12 @@ class RayPool:
         return Dispatch(self.workers, clients, call, deadline, unheard).run()
 
     def fetch(self, update: Any) -> Packet:
-        return ray.get(update) if isinstance(update, ray.ObjectRef) else update
+        if not isinstance(update, ray.ObjectRef):
+            return update
+        try:
+            return ray.get(update)
+        except RayError as error:  # its node went away after the client had reported
+            raise LostError(f"what it sent was lost: {one_line(error)}") from error
 
     def evaluate(self, handle: Published, part: str, client: str | None, kept: Any = None) -> tuple[list[dict], float]:
         """Shared by all workers; a pure function, so it is simply asked again when a worker dies over it."""

@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fedray.errors import RoundError
-from fedray.federation.channels.base import Admission, Intake, Tensors, Training
+from fedray.federation.channels.base import Admission, Intake, Training
 from fedray.federation.clocks import AGGREGATION_THREADS, threads, timed
 from fedray.federation.evaluation import evaluate
 from fedray.federation.failures import ROUND_ATTEMPTS, Action, after_round
 from fedray.federation.messages import Failure, Outcome, Trained, failures
 from fedray.federation.questions import MethodQuestion
 from fedray.federation.record import RoundRecord
+from fedray.federation.screening import Expected, Norms
 from fedray.federation.wire import pack, unpack
 from fedray.methods import Diagnostics, State, Update
-from fedray.methods.state import factor_of
 
 if TYPE_CHECKING:
     from fedray.federation.coordinator import Coordinator
@@ -55,14 +55,14 @@ def run_round(server: Coordinator) -> RoundRecord | None:
     with timed(seconds, "train"):
         if (admission := server.channel.admit(server.state.round, server.message)) is None:
             return None
-        call = Training(server.state.round, server.message, server.handle, server.kept, admission)
+        call = called(server, admission)
         attendance = train(server, call)
     down = server.count_bytes_down(admission.cohort)  # of this broadcast: the next one is about to be published
 
     # The updates come in and become the next state, which is published.
     with timed(seconds, "aggregate"), threads(AGGREGATION_THREADS):
-        intake = server.channel.collect(call, attendance.outcomes, lambda: unmoved(server))
-        state, attendance, intake = second_upload(server, attendance, intake)
+        intake = server.channel.collect(call, attendance.outcomes)
+        state, attendance, intake = second_upload(server, call, attendance, intake)
         next_state, diagnostics = server.method.aggregate(state, intake.updates)
         server.publish(next_state)
     server.keep(attendance.outcomes)
@@ -77,6 +77,14 @@ def run_round(server: Coordinator) -> RoundRecord | None:
 
 
 # --- training ----------------------------------------------------------------------------------------------------
+
+
+def called(server: Coordinator, admission: Admission) -> Training:
+    """The call for training of those who take part."""
+    section = server.config.federation
+    norms = Norms(section.max_update_norm, section.max_update_ratio)
+    expected = Expected(server.method, server.state)
+    return Training(server.state.round, server.message, server.handle, server.kept, admission, expected, norms)
 
 
 def train(server: Coordinator, call: Training) -> Attendance:
@@ -106,26 +114,22 @@ def dropped(failed: Sequence[Failure]) -> list[dict[str, str]]:
 # --- updates -----------------------------------------------------------------------------------------------------
 
 
-def unmoved(server: Coordinator) -> Tensors:
-    """What a client would send that had not trained."""
-    view = server.method.view(server.spec, server.method.broadcast(server.state), None)
-    trains = set(view.trained)
-    tensors = {n: t for n, t in view.tensors.items() if n in server.state.heads or factor_of(n) in trains}
-    return server.method.upload(server.spec, "", tensors, server.state.round)
-
-
-def second_upload(server: Coordinator, attendance: Attendance, intake: Intake) -> tuple[State, Attendance, Intake]:
+def second_upload(
+    server: Coordinator, call: Training, attendance: Attendance, intake: Intake
+) -> tuple[State, Attendance, Intake]:
     """Where the method asks, its question and the cohort's answers: the state with what was asked, who answered, and
     both uploads in one. A client that fails now is left out as far as the quorum allows; raises RoundError beyond."""
     state, method = server.state, server.method
     if not method.asks:
         return state, attendance, intake
     updates = list(intake.updates)
-    packet = pack(method.question(state, updates))
+    question = method.question(state, updates)
+    packet = pack(question)
     kept = {o.client: o.kept for o in attendance.outcomes}
     deadline = server.config.federation.deadline
     answers = server.pool.ask(MethodQuestion(packet), list(kept), kept, deadline)
-    answered = _answered(server, answers, len(attendance.outcomes) + len(attendance.dropped))
+    answers = server.channel.answers(call, question, answers)
+    answered = _answered(server, answers, len(call.admission.cohort))
     both = [
         Update(u.client, u.weight, {**u.tensors, **unpack(answered[u.client])}) for u in updates if u.client in answered
     ]

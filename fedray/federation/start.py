@@ -25,12 +25,14 @@ from torch import Tensor
 
 from fedray import seeding
 from fedray.adapters.base import Layer, Origin, sketch_columns
+from fedray.errors import ClientError
 from fedray.federation.channels.base import Answer
 from fedray.federation.messages import PUBLIC
 from fedray.federation.questions import DenseGradient, Question, RangeSketch, RowSketch, StartFromWeights
 from fedray.federation.wire import pack
 from fedray.lowrank import top_svd
 from fedray.methods import Spec
+from fedray.methods.state import key
 from fedray.methods.traffic import distinct
 
 #: Most numbers of dense gradient that a client sends at a time; a layer that has more, as those of real models do, goes
@@ -65,11 +67,12 @@ def make_start(spec: Spec, clients: Sequence[str], ask: Ask) -> Start:
     began = time.monotonic()
     origin = spec.adapter.origin
     if origin.source == "weights":
-        start = Start(dict(ask(StartFromWeights(), clients[:1])[0].tensors()), origin.source)
+        (answer,) = ask(StartFromWeights(), clients[:1])
+        start = Start(dict(_checked(answer, _started_shapes(spec))), origin.source)
     elif origin.source == "gradient":
         start = _signed(spec, clients, ask)
     else:
-        start = _sketched(spec, Sketches(origin, [PUBLIC] if origin.source == "public" else clients, ask))
+        start = _sketched(spec, Sketches(spec, [PUBLIC] if origin.source == "public" else clients, ask))
     return replace(start, seconds=round(time.monotonic() - began, 4))
 
 
@@ -96,12 +99,21 @@ def start_traffic(spec: Spec) -> StartTraffic:
     return StartTraffic(sketches.up, sketches.down, sketches.sums)
 
 
-def _mean(answers: Sequence[Answer]) -> dict[str, Tensor]:
-    """sum p_i of the answers, in fp64 in the order of the clients; one client's answer at a time."""
+def _checked(answer: Answer, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
+    """The answer's tensors. Raises ClientError for others than those that were asked for."""
+    tensors = answer.tensors()
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != dict(shapes):
+        raise ClientError(answer.client, "its answer has other tensors than were asked for (before round 1)")
+    return tensors
+
+
+def _mean(answers: Sequence[Answer], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """sum p_i of the answers, in fp64 in the order of the clients; one client's answer at a time. Raises ClientError
+    for one that is of other shapes."""
     total: dict[str, Tensor] = {}
     whole = sum(answer.weight for answer in answers)
     for answer in answers:
-        for name, tensor in answer.tensors().items():
+        for name, tensor in _checked(answer, shapes).items():
             part = tensor.double() * (answer.weight / whole)
             total[name] = total[name].add_(part) if name in total else part
     return total
@@ -115,7 +127,7 @@ def _signed(spec: Spec, clients: Sequence[str], ask: Ask) -> Start:
     for group in grouped(spec.layers):
         answers = ask(DenseGradient(tuple(layer.name for layer in group), spec.adapter.origin.examples), clients)
         up += sum(answer.up for answer in answers)
-        mean = _mean(answers)
+        mean = _mean(answers, {layer.name: (layer.m, layer.n) for layer in group})
         for layer in group:
             signed = mean[layer.name].sign().float()
             U, S, Vt = top_svd(signed, layer.rank, seeding.generator(spec.seed, layer.name, "subspace"))
@@ -165,26 +177,50 @@ class Sketches:
     """Asks clients for sketches of their mean gradient, and counts the bytes that move: none where `clients` is a
     public data set."""
 
-    def __init__(self, origin: Origin, clients: Sequence[str], ask: Ask):
-        self.origin, self.clients, self.ask = origin, clients, ask
+    def __init__(self, spec: Spec, clients: Sequence[str], ask: Ask):
+        self.layers, self.origin, self.clients, self.ask = spec.layers, spec.adapter.origin, clients, ask
         self.up = self.down = 0
 
     def columns(self, basis: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """Without bases the clients draw them from the seed, and no bytes go down."""
         packet = pack(basis) if basis is not None else None
-        return self._summed(RangeSketch(packet, self.origin.examples, self.origin.oversample))
+        question = RangeSketch(packet, self.origin.examples, self.origin.oversample)
+        return self._summed(question, column_shapes(self.layers, basis, self.origin))
 
     def rows(self, basis: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self._summed(RowSketch(pack(basis), self.origin.examples))
+        return self._summed(RowSketch(pack(basis), self.origin.examples), row_shapes(self.layers, basis))
 
-    def _summed(self, question: RangeSketch | RowSketch) -> dict[str, Tensor]:
+    def _summed(self, question: RangeSketch | RowSketch, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
         answers = self.ask(question, self.clients)
         if self.origin.source != "public":
             self.up += sum(answer.up for answer in answers)
             self.down += (question.sides.nbytes * len(self.clients) if question.sides is not None else 0) + sum(
                 answer.down for answer in answers
             )
-        return _mean(answers)
+        return _mean(answers, shapes)
+
+
+def column_shapes(
+    layers: Sequence[Layer], basis: Mapping[str, Tensor] | None, origin: Origin
+) -> dict[str, tuple[int, int]]:
+    """m x q of each layer's G Omega."""
+    return {
+        layer.name: (layer.m, basis[layer.name].shape[1] if basis else sketch_columns(layer, origin.oversample))
+        for layer in layers
+    }
+
+
+def row_shapes(layers: Sequence[Layer], basis: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """q x n of each layer's Q^T G."""
+    return {layer.name: (basis[layer.name].shape[1], layer.n) for layer in layers}
+
+
+def _started_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
+    return {
+        key(layer, factor): tuple(spec.adapter.shapes(layer)[factor])
+        for layer in spec.layers
+        for factor in spec.adapter.started
+    }
 
 
 class ShapesOfSketches:
@@ -197,19 +233,11 @@ class ShapesOfSketches:
 
     def columns(self, basis: dict[str, Tensor] | None) -> dict[str, Tensor]:
         self.down += self._numbers(basis or {})
-        return self._answered(
-            {
-                layer.name: (
-                    layer.m,
-                    basis[layer.name].shape[1] if basis else sketch_columns(layer, self.origin.oversample),
-                )
-                for layer in self.layers
-            }
-        )
+        return self._answered(column_shapes(self.layers, basis, self.origin))
 
     def rows(self, basis: dict[str, Tensor]) -> dict[str, Tensor]:
         self.down += self._numbers(basis)
-        return self._answered({layer.name: (basis[layer.name].shape[1], layer.n) for layer in self.layers})
+        return self._answered(row_shapes(self.layers, basis))
 
     def _answered(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
         answer = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

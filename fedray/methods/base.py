@@ -205,6 +205,7 @@ class Method(ABC):
         diagnostics = diagnose(state.spec, cohort, landed)
         if self.server is not None:
             merged = self._stepped(self.server, state, cohort)
+        check_state(state, merged)
         return merged, diagnostics
 
     def advance(self, state: State, updates: Iterable[Update]) -> State:
@@ -240,6 +241,18 @@ class Method(ABC):
         means = {name: tensor.to(dtype) for name, tensor in start.items()}
         means |= {name: weighted_sum([r[name] for r in received], shares, dtype) for name in received[0]}
         return Cohort(names, shares, tuple(s | r for s, r in zip(starts, received, strict=True)), means, dtype)
+
+
+def check_state(before: State, after: State) -> None:
+    """Raises RoundError for a state that a round has made with a value that is not finite."""
+    known = {increment.version for increment in before.increments}
+    made = [after.tensors, *(i.tensors for i in after.increments if i.version not in known)]
+    for name, tensor in (item for tensors in made for item in tensors.items()):
+        if not torch.isfinite(tensor).all():
+            raise RoundError(
+                f"round {after.round}: the updates are finite and their aggregate is not, in {name}: bound them by "
+                "federation.max_update_norm, or lower federation.lr"
+            )
 
 
 def checked(updates: Iterable[Update]) -> Iterator[Update]:

@@ -16,13 +16,13 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fedray.adapters.base import Layer
 from fedray.methods.base import Method
 from fedray.methods.increments import is_base
-from fedray.methods.state import Broadcast, Increment, Spec, State, Tensors, Update, factor_of, key, layer_of
+from fedray.methods.shapes import ShapeSpec, trained, without_numbers
+from fedray.methods.state import Broadcast, Increment, Spec, State, Tensors, Update, factor_of, layer_of
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,6 @@ class Moves:
     up: int
     down: int
     once: int = 0
-
-
-class ShapeSpec(Spec):
-    """A spec whose factors have shapes and no numbers."""
-
-    def drawn(self, factor: str, draw: int) -> dict[str, Tensor]:
-        return {key(layer, factor): self._empty(layer, factor) for layer in self.layers}
-
-    def started(self) -> dict[str, Tensor]:
-        """The factors that would come from base weights or gradients."""
-        return {key(layer, f): self._empty(layer, f) for layer in self.layers for f in self.adapter.started}
-
-    def _empty(self, layer: Layer, factor: str) -> Tensor:
-        return torch.empty(self.adapter.shapes(layer)[factor], device="meta")
 
 
 def simulate(method: Method, spec: Spec, cohort: Sequence[str], client: str, rounds: int) -> list[Moves]:
@@ -140,31 +126,22 @@ def _round(method: Method, state: State, cohort: Sequence[str], meter: _Meter) -
     spec, message = state.spec, method.broadcast(state)
     # Clients of one rank send the same shapes: one of them trains for all.
     of_rank = {spec.ranks.get(client): client for client in cohort}
-    trained = {rank: _trained(method, spec, message, client) for rank, client in of_rank.items()}
-    sent = {rank: method.upload(spec, of_rank[rank], tensors, state.round) for rank, tensors in trained.items()}
+    results = {rank: trained(method.view(spec, message, client), state.heads) for rank, client in of_rank.items()}
+    sent = {rank: method.upload(spec, of_rank[rank], tensors, state.round) for rank, tensors in results.items()}
     question: dict[str, Tensor] = {}
     if method.asks:
         question = method.ask(state, _updates(spec, cohort, sent))
-        sent = {rank: sent[rank] | method.answer(spec, question, tensors) for rank, tensors in trained.items()}
+        sent = {rank: sent[rank] | method.answer(spec, question, tensors) for rank, tensors in results.items()}
         state = state.replace(memory=state.memory | question)
     after = method.advance(state, _updates(spec, cohort, sent))
     rests = [f for f in spec.names if method.fresh or f not in (*message.trained, *after.trained)]
     return after, meter.moves(message, rests, sent, question)
 
 
-def _trained(method: Method, spec: Spec, message: Broadcast, client: str) -> dict[str, Tensor]:
-    """What local training would return to the client."""
-    view = method.view(spec, message, client)
-    return {name: tensor for name, tensor in view.tensors.items() if factor_of(name) in view.trained}
-
-
 def _updates(spec: Spec, cohort: Sequence[str], sent: Mapping[int | None, Tensors]) -> list[Update]:
     """An update of each client, of weight 1: tensors of its own, because what two clients share is one tensor to a
     method."""
-    copies = [
-        {name: torch.empty(t.shape, device="meta") for name, t in sent[spec.ranks.get(client)].items()}
-        for client in cohort
-    ]
+    copies = [without_numbers(sent[spec.ranks.get(client)]) for client in cohort]
     return [Update(client, 1.0, tensors) for client, tensors in zip(cohort, copies, strict=True)]
 
 

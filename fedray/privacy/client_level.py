@@ -20,9 +20,9 @@ Tensors = Mapping[str, Tensor]
 #: Learning rate of the clip's logarithm (Andrew et al., NeurIPS 2021).
 CLIP_LR = 0.2
 
-#: Name under which a client says whether its update was within the clip: 1/2 or -1/2, so that one client more or less
+#: Name under which a client says whether its update was within the clip: HALF or -HALF, so that one client more or less
 #: moves the sum by 1/2.
-WITHIN = "(within the clip)"
+WITHIN, HALF = "(within the clip)", 0.5
 
 
 def norm(update: Tensors) -> float:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fedray.federation.messages import Answered, Failure, Orders, Outcome, Trained
 from fedray.federation.questions import Question
+from fedray.federation.screening import Expected, Norms
 from fedray.federation.wire import Message, Packet
 from fedray.methods import Method, Spec, Update, View
+from fedray.methods.shapes import Shapes
 from fedray.privacy.keys import KeyStore
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class Pool(Protocol):
         """Put a question to the clients; answers are the outcomes' `update`."""
 
     def fetch(self, update: Any) -> Packet:
-        """One client's update, when it is its turn to be added."""
+        """One client's update, when it is its turn to be added. Raises LostError where it is gone."""
 
     def evaluate(self, handle: Any, part: str, client: str | None, kept: Any = None) -> tuple[list[dict], float]:
         """Statistics of all examples in a fixed order, and what the base's dtype lost."""
@@ -86,13 +88,16 @@ class Admission:
 
 @dataclass(frozen=True)
 class Training:
-    """A round's call for training, the same for every attempt. `round` counts from 0; `kept`: by client."""
+    """A round's call for training, the same for every attempt. `round` counts from 0; `kept`: by client; `expected`:
+    what is to come of it; `norms`: of what came so far."""
 
     round: int
     message: Message
     handle: Any
     kept: Mapping[str, Any]
     admission: Admission
+    expected: Expected
+    norms: Norms
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,10 @@ class Carrier(Protocol):
     ) -> dict[str, Orders]:
         """The orders for vectors that travel so. `weight`: what a client's vector counts with; None: only it knows."""
 
+    def flaw(self, packet: Any, shapes: Shapes, look: Callable[[Packet], str | None]) -> str | None:
+        """Why a vector is not what a client was to send; None where it is, as far as the carrier sees. `look`: at what
+        it shows."""
+
     def collect(
         self, agreed: Any, round: int, outcomes: Sequence[Outcome], weight: Callable[[Outcome], float], mean: bool
     ) -> Intake:
@@ -158,13 +167,16 @@ class Channel(Protocol):
         """The round's cohort; None when no client may take part in another round."""
 
     def train(self, call: Training, clients: Sequence[str]) -> list[Outcome]:
-        """One attempt: an outcome for each client, charged before anything of it is released."""
+        """One attempt: an outcome for each client, charged before anything of it is released, and judged by itself."""
 
     def ask(self, question: Question, clients: Sequence[str]) -> list[Answer]:
         """Answers before round 1. Raises ClientError when a client fails."""
 
-    def collect(self, call: Training, outcomes: Sequence[Outcome], reference: Callable[[], Tensors]) -> Intake:
-        """The updates that the method sees. `reference`: what a client would send that had not trained."""
+    def answers(self, call: Training, question: Tensors, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """The answers to the method's second message, those that are none as failures."""
+
+    def collect(self, call: Training, outcomes: Sequence[Outcome]) -> Intake:
+        """The updates that the method sees."""
 
     def annotate(self, record: RoundRecord, message: Message, last: bool) -> RoundRecord:
         """What the guarantee says of a round, and withholds. `message`: of the next round, which there is none of if

@@ -8,7 +8,7 @@ log names it. Every client is charged for every round, sampled or not.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +18,9 @@ from fedray.errors import FedrayError, PrivacyError, RoundError
 from fedray.federation.channels.accounted import Accounted, PrivateSide
 from fedray.federation.channels.base import Admission, Carrier, Context, Intake, Limit, Released, Tensors, Training
 from fedray.federation.messages import Failure, Orders, Outcome
-from fedray.federation.wire import Message
+from fedray.federation.wire import Message, Packet, unpack
 from fedray.methods import Method, Update, View, linear_methods
-from fedray.methods.base import check_finite
+from fedray.methods.shapes import Shapes
 from fedray.privacy import client_level
 from fedray.privacy.keys import Key
 from fedray.privacy.ledger import EVERYONE, Ledger, draw_of
@@ -176,13 +176,23 @@ class ClientLevel(Accounted):
     def sealed_weight(self, client: str) -> float | None:
         return 1.0
 
-    def collect(self, call: Training, outcomes: Sequence[Outcome], reference: Callable[[], Tensors]) -> Intake:
+    def shapes(self, call: Training, client: str) -> Shapes:
+        said = {client_level.WITHIN: (1,)} if self.config.privacy.adaptive_clip else {}
+        return dict(sorted({**call.expected.shapes(client), **said}.items()))
+
+    def look(self, packet: Packet) -> str | None:
+        update = unpack(packet)
+        if self.config.privacy.adaptive_clip and abs(update.pop(client_level.WITHIN).item()) != client_level.HALF:
+            return "it said neither that its update was within the clip nor that it was not"
+        if client_level.norm(update) > self._clip:
+            return "its update is beyond the clip: its worker does not run this fedray"
+        return None
+
+    def collect(self, call: Training, outcomes: Sequence[Outcome]) -> Intake:
         """One update: what clients would send had they not trained, moved by the noised mean."""
         intake = self.carrier.collect(call.admission.agreed, call.round, outcomes, self.weight, mean=False)
-        updates, unmoved = list(intake.updates), reference()
-        for update in updates:
-            check_finite(update)
-        mean = self._noised(call.round, unmoved, [dict(u.tensors) for u in updates], summed=intake.rounding is not None)
+        updates, unmoved = list(intake.updates), call.expected.unmoved
+        mean = self._noised(call.round, unmoved, [dict(u.tensors) for u in updates], len(outcomes))
         moved = {n: t.double() + mean[n] for n, t in unmoved.items()}
         sent = {n: t.float() for n, t in moved.items()}
         lost = None
@@ -192,13 +202,15 @@ class ClientLevel(Accounted):
         return Intake([Update("(the noised mean)", 1.0, sent)], intake.up, intake.down, intake.rounding, lost)
 
     def _noised(
-        self, round: int, reference: Tensors, updates: Sequence[dict[str, Tensor]], summed: bool
+        self, round: int, reference: Tensors, updates: Sequence[dict[str, Tensor]], clients: int
     ) -> dict[str, Tensor]:
-        """The noised mean (fp64) of the clipped updates (`summed`: of what is already their sum), charged before it is
-        made. Raises PrivacyError for an update that is not clipped, or when the budget does not allow it."""
+        """The noised mean (fp64) of the clipped updates of so many clients (or of what is already their sum), charged
+        before it is made. Raises PrivacyError when the budget does not allow it."""
         ledger, plan = self.ledger, self.ledger.plans[EVERYONE]
         quantile = self.config.privacy.adaptive_clip
-        total, within = self._total(reference, updates, summed)
+        total, within = self._total(reference, updates)
+        # A sum does not show who of them said more than a half.
+        within = min(max(within, -clients * client_level.HALF), clients * client_level.HALF)
         purpose = self._charged(round, total, within)
         deviation = client_level.update_noise(plan.noise, plan.expected, quantile is not None) * self._clip
         mean = client_level.noised_mean(total, deviation, plan.expected, self._key.stream("noise", *purpose))
@@ -208,16 +220,12 @@ class ClientLevel(Accounted):
             ledger.clip = client_level.next_clip(self._clip, quantile, within, plan.noise, plan.expected, bits)
         return mean
 
-    def _total(
-        self, reference: Tensors, updates: Sequence[dict[str, Tensor]], summed: bool
-    ) -> tuple[dict[str, Tensor], float]:
+    def _total(self, reference: Tensors, updates: Sequence[dict[str, Tensor]]) -> tuple[dict[str, Tensor], float]:
         """The sum of the updates (fp64), and of what clients said of the clip."""
         total, within = client_level.zeros_like(reference), 0.0
         for update in updates:
             if self.config.privacy.adaptive_clip:
                 within += update.pop(client_level.WITHIN).item()
-            if not summed and client_level.norm(update) > self._clip:
-                raise PrivacyError("a client sent an update beyond the clip: its worker does not run this fedray")
             total = {name: t + update[name].double() for name, t in total.items()}
         return total, within
 
@@ -266,5 +274,5 @@ class ClippingSide(PrivateSide):
         untrained = self.method.upload(self.spec, client, {n: view.tensors[n] for n in trained}, round)
         update, within = client_level.clipped({n: t - untrained[n] for n, t in sent.items()}, orders.clip)
         if self.config.privacy.adaptive_clip:
-            update[client_level.WITHIN] = torch.tensor([float(within) - 0.5])
+            update[client_level.WITHIN] = torch.tensor([client_level.HALF if within else -client_level.HALF])
         return update

@@ -23,7 +23,7 @@ from fedray.errors import ClientError, ConfigError, PrivacyError
 from fedray.federation.channels.accounted import Accounted, PrivateSide
 from fedray.federation.channels.base import Admission, Answer, Limit, Released, Training
 from fedray.federation.channels.orders import Budget
-from fedray.federation.channels.plain import raised
+from fedray.federation.channels.plain import raised, start_error
 from fedray.federation.failures import WORKER_ATTEMPTS
 from fedray.federation.messages import NO_ORDERS, PUBLIC, Answered, Failure, Orders, Outcome
 from fedray.federation.questions import (
@@ -193,8 +193,10 @@ class ExampleLevel(Accounted):
         self.save()
         orders = {client: Orders(ledger.run, ledger.keys[client], noise=noise) for client in clients}
         for answer in self.carrier.ask(NoisedCount(orders=orders), clients, self):
-            least = float(self.config.client(answer.client).batch_size)
-            ledger.counts[answer.client] = max(least, answer.tensors()["count"].item())
+            least, said = float(self.config.client(answer.client).batch_size), answer.tensors().get("count")
+            if said is None or said.shape != (1,):
+                raise start_error(Failure(answer.client, "its number of examples is none", ""))
+            ledger.counts[answer.client] = max(least, said.item())
         return ledger.counts
 
     def _asked(self, question: Question) -> Iterator[tuple[str, Answered]]:

@@ -3,17 +3,19 @@ here."""
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedray import seeding
-from fedray.errors import ClientError, FedrayError, PrivacyError, RoundError
+from fedray.errors import ClientError, FedrayError, LostError, PrivacyError, RoundError
 from fedray.federation.channels.base import (
     Admission,
     Answer,
@@ -44,8 +46,10 @@ from fedray.federation.questions import (
     StartFromWeights,
     ValueQuestion,
 )
+from fedray.federation.screening import flaw_of_form, flaw_of_report, flaw_of_values, left_out
 from fedray.federation.wire import Message, Packet, pack, unpack
 from fedray.methods import Method, Spec, Update, View
+from fedray.methods.shapes import Shapes
 from fedray.privacy.keys import KeyStore
 
 if TYPE_CHECKING:
@@ -100,30 +104,34 @@ class AsIs:
     def collect(
         self, agreed: Any, round: int, outcomes: Sequence[Outcome], weight: Callable[[Outcome], float], mean: bool
     ) -> Intake:
-        # Bytes are counted before the packets are read, one at a time, and held against them then.
-        said = {o.client: o.report.nbytes for o in outcomes if isinstance(o.report, Trained)}
+        # Bytes are counted before the packets are read, one at a time; they were held against them when judged.
+        said = [o.report.nbytes for o in outcomes if isinstance(o.report, Trained)]
 
         def updates() -> Iterator[Update]:
             for outcome in outcomes:
-                packet = self.context.pool.fetch(outcome.update)
-                if packet.nbytes != said[outcome.client]:
-                    raise RoundError(f"a client sent {packet.nbytes:,} bytes and said {said[outcome.client]:,}")
-                yield Update(outcome.client, weight(outcome), unpack(packet))
+                yield Update(outcome.client, weight(outcome), unpack(self.context.pool.fetch(outcome.update)))
 
-        return Intake(updates(), sum(said.values()))
+        return Intake(updates(), sum(said))
+
+    def flaw(self, packet: Any, shapes: Shapes, look: Callable[[Packet], str | None]) -> str | None:
+        return flaw_of_form(packet, np.float32, shapes) or flaw_of_values(packet) or look(packet)
 
     def ask(self, question: Question, clients: Sequence[str], channel: Channel) -> list[Answer]:
         answers = []
         for outcome in self.context.pool.ask(question, clients, {}, None):
             channel.note([outcome])
             report = raised(outcome)
-            tensors = partial(self._fetched, outcome.update)
+            tensors = partial(self._fetched, outcome)
             answers.append(Answer(report.client, channel.answer_weight(report), tensors, report.nbytes))
         return answers
 
-    def _fetched(self, update: Any) -> dict[str, Tensor]:
-        """An answer's tensors, moved to the coordinator when they are asked for."""
-        return unpack(self.context.pool.fetch(update))
+    def _fetched(self, outcome: Outcome) -> dict[str, Tensor]:
+        """An answer's tensors, moved to the coordinator when they are asked for. Raises ClientError for what is
+        none."""
+        packet = self.context.pool.fetch(outcome.update)
+        if flaw := flaw_of_form(packet, np.float32) or flaw_of_values(packet):
+            raise start_error(Failure(outcome.client, flaw, ""))
+        return unpack(packet)
 
     def farewell(self, clients: Sequence[str]) -> Question | None:
         return None
@@ -191,7 +199,53 @@ class Plain:
         """The outcomes of clients that were told to train by these orders."""
         orders = self.carrier.seal(call.admission.agreed, orders, self.sealed_weight)
         deadline = self.config.federation.deadline
-        return self.context.pool.train(call.handle, call.round, list(orders), call.kept, deadline, orders)
+        outcomes = self.context.pool.train(call.handle, call.round, list(orders), call.kept, deadline, orders)
+        return self.judged(call, outcomes)
+
+    def judged(self, call: Training, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """The outcomes, with the clients whose update is none, or moved too far, as failures. One update at a time is
+        in memory, and is read once more when it is added."""
+        flaws = self._flaws(outcomes, partial(self.shapes, call), self.look)
+        sound = [o for o in outcomes if not o.failed and o.client not in flaws]
+        flaws |= {
+            o.client: f"it counts with a weight of {w:g}" for o in sound if not 0 < (w := self.weight(o)) < math.inf
+        }
+        for outcome in sound if call.norms.on else ():
+            unmoved = call.expected.unmoved_of(outcome.client)
+            call.norms.add(outcome.client, self.context.pool.fetch(outcome.update), unmoved)
+        return left_out(outcomes, call.norms.flaws() | flaws)
+
+    def shapes(self, call: Training, client: str) -> Shapes:
+        """What a client is to send."""
+        return call.expected.shapes(client)
+
+    def look(self, packet: Packet) -> str | None:
+        """What is wrong with an update of the right shapes, for the guarantee's sake."""
+        return None
+
+    def answers(self, call: Training, question: Tensors, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        shapes = partial(call.expected.answer_shapes, question=question)
+        return left_out(outcomes, self._flaws(outcomes, shapes, lambda packet: None))
+
+    def _flaws(
+        self,
+        outcomes: Sequence[Outcome],
+        shapes: Callable[[str], Shapes],
+        look: Callable[[Packet], str | None],
+    ) -> dict[str, str]:
+        """What is wrong with what came, by client."""
+        flaws = {}
+        for outcome in (o for o in outcomes if not o.failed):
+            if (flaw := self._flaw(outcome, shapes(outcome.client), look)) is not None:
+                flaws[outcome.client] = flaw
+        return flaws
+
+    def _flaw(self, outcome: Outcome, shapes: Shapes, look: Callable[[Packet], str | None]) -> str | None:
+        try:
+            packet = self.context.pool.fetch(outcome.update)
+        except LostError as error:
+            return str(error)
+        return self.carrier.flaw(packet, shapes, look) or flaw_of_report(outcome.report, packet)
 
     def weight(self, outcome: Outcome) -> float:
         """What a client's update counts with."""
@@ -204,7 +258,7 @@ class Plain:
     def answer_weight(self, report: Answered) -> float:
         return self.context.weight_of(float(report.examples)) if report.examples else 1.0
 
-    def collect(self, call: Training, outcomes: Sequence[Outcome], reference: Callable[[], Tensors]) -> Intake:
+    def collect(self, call: Training, outcomes: Sequence[Outcome]) -> Intake:
         return self.carrier.collect(call.admission.agreed, call.round, outcomes, self.weight, mean=True)
 
     def annotate(self, record: RoundRecord, message: Message, last: bool) -> RoundRecord:

@@ -50,14 +50,23 @@ def check(config: Config, method: Method) -> None:
         raise ValueError("privacy.secure_threshold belongs to privacy.secure_aggregation: switch it on")
     if privacy.secure_aggregation:
         secure.check(config, method)
+        check_norms(config, "privacy.secure_aggregation lets nobody see one update")
     if not privacy.on:
         plain.check(config)
         return
     accounted.check(config)
     if privacy.unit == "client":
         client.check(config, method)
+        check_norms(config, "with privacy.unit client each update is clipped to privacy.clip")
     else:
         example.check(config)
+
+
+def check_norms(config: Config, why: str) -> None:
+    """Raises ValueError for a bound on single updates where there is none to be had (`why`)."""
+    for option in ("max_update_norm", "max_update_ratio"):
+        if getattr(config.federation, option) is not None:
+            raise ValueError(f"{why}: leave federation.{option} out")
 
 
 def check_clients(config: Config, least: int, rows: Mapping[str, int]) -> None:

@@ -23,8 +23,10 @@ from fedray.federation.channels.base import Answer, Carriage, Channel, Context, 
 from fedray.federation.channels.plain import AsIs, Packed, start_error
 from fedray.federation.messages import NO_ORDERS, PUBLIC, Answered, Failure, Orders, Outcome, SumStep, failures
 from fedray.federation.questions import Question, Sketch, ValueQuestion, forget_keys
+from fedray.federation.screening import flaw_of_form
 from fedray.federation.wire import Packet
 from fedray.methods import Method, Update, linear_methods
+from fedray.methods.shapes import Shapes
 from fedray.privacy import client_level, secure_sum
 from fedray.privacy.keys import KeyStore
 from fedray.privacy.ledger import write_durably
@@ -235,6 +237,10 @@ class SecureSums(AsIs):
             lost = (rounded + rounding) / (client_level.norm(total) or 1.0)
         up = sum(p.nbytes for p in packets.values()) + agreed.up
         return Intake([Update("(the sum)", whole, sent)], up, agreed.down, rounding, lost)
+
+    def flaw(self, packet: Any, shapes: Shapes, look: Callable[[Packet], str | None]) -> str | None:
+        """Of a masked vector only the form shows."""
+        return flaw_of_form(packet, np.uint64, shapes)
 
     def ask(self, question: Question, clients: Sequence[str], channel: Channel) -> list[Answer]:
         """Of sketches of the clients' data one answer: their mean."""

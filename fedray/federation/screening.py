@@ -1,0 +1,215 @@
+"""What a client sends is judged by itself before it is used: whoever sends something else is left out, with the reason,
+and the round goes on without it.
+
+Judged are form (names, shapes, type, length), values (finite, no larger than training gives), what is said beside
+them (the weight, the loss), and, where the config asks for it, how far the update moved. One pass over the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from fedray.federation.messages import Answered, Failure, Outcome, Trained
+from fedray.federation.wire import Manifest, Packet, pack
+from fedray.methods import Method, State
+from fedray.methods.shapes import Shapes, answer_shapes, sent_shapes, trained
+from fedray.methods.state import Tensors
+
+#: The largest norm of an update. No training comes near it, and products of four such factors (ABBA's) are still fp32.
+LARGEST = 1e9
+
+#: With fewer norms than these, their median says nothing of which is the odd one.
+FEWEST_NORMS = 3
+
+_BLOCK = 1 << 20  # numbers widened at a time
+
+
+class Expected:
+    """What clients send of the round that starts from a state."""
+
+    def __init__(self, method: Method, state: State):
+        self._method, self._state = method, state
+        self._by_rank: dict[int | None, Shapes] = {}
+
+    def shapes(self, client: str) -> Shapes:
+        """Of a client's upload, by name; one for all clients of a rank."""
+        rank = self._state.spec.ranks.get(client)
+        if rank not in self._by_rank:
+            self._by_rank[rank] = sent_shapes(self._method, self._state, client)
+        return self._by_rank[rank]
+
+    def answer_shapes(self, client: str, question: Tensors) -> Shapes:
+        """Of its answer to the method's second message."""
+        return answer_shapes(self._method, self._state, client, question)
+
+    @cached_property
+    def unmoved(self) -> Tensors:
+        """What a client would send that had not trained."""
+        return self._unmoved(None)
+
+    def unmoved_of(self, client: str) -> Tensors:
+        """The same of one client, where clients start from different factors."""
+        if self._method.personal or self._state.spec.ranks:
+            return self._unmoved(client)
+        return self.unmoved
+
+    def _unmoved(self, client: str | None) -> Tensors:
+        method, state = self._method, self._state
+        view = method.view(state.spec, method.broadcast(state), client)
+        return method.upload(state.spec, client or "", trained(view, state.heads), state.round)
+
+
+class Norms:
+    """How far the updates of one round have moved, over all of its attempts, in Frobenius norm over all tensors.
+
+    None may move further than `most`, or than `ratio` times the median of the round; None: as far as it likes.
+    """
+
+    def __init__(self, most: float | None, ratio: float | None):
+        self.most, self.ratio = most, ratio
+        self._norms: dict[str, float] = {}
+
+    @property
+    def on(self) -> bool:
+        return self.most is not None or self.ratio is not None
+
+    def add(self, client: str, packet: Packet, unmoved: Tensors) -> None:
+        """`unmoved`: what the client would have sent had it not trained."""
+        start = pack(unmoved).vector
+        self._norms[client] = norm(packet.vector, start)
+
+    def flaws(self) -> dict[str, str]:
+        """The clients that moved too far, and how far that was."""
+        most, why = self._most()
+        return {
+            client: f"its update has norm {norm:.3g}, above {why}"
+            for client, norm in self._norms.items()
+            if norm > most
+        }
+
+    def _most(self) -> tuple[float, str]:
+        bounds = [(math.inf, "")]
+        if self.most is not None:
+            bounds.append((self.most, f"federation.max_update_norm {self.most:g}"))
+        # A median of 0 is of clients that did not move; any other would be too far.
+        if self.ratio is not None and len(self._norms) >= FEWEST_NORMS and (median := self._median()) > 0:
+            words = f"federation.max_update_ratio {self.ratio:g} times the cohort's median {median:.3g}"
+            bounds.append((self.ratio * median, words))
+        return min(bounds)
+
+    def _median(self) -> float:
+        return statistics.median_low(self._norms.values())
+
+
+def norm(vector: np.ndarray, start: np.ndarray | None = None) -> float:
+    """Of a vector, or of its distance from another, in fp64; not finite where a value is not."""
+    total = 0.0
+    for first in range(0, len(vector), _BLOCK):
+        block = vector[first : first + _BLOCK].astype(np.float64)
+        if start is not None:
+            block -= start[first : first + _BLOCK]
+        total += float(block @ block)
+    return math.sqrt(total) if total >= 0 else math.nan
+
+
+# --- one update ------------------------------------------------------------------------------------------------------
+
+
+def flaw_of_form(packet: Any, dtype: type, shapes: Shapes | None = None) -> str | None:
+    """Why a packet is none that may be unpacked (as `shapes`, where they are given); None where it is."""
+    if not isinstance(packet, Packet) or not isinstance(packet.vector, np.ndarray) or packet.vector.ndim != 1:
+        return "what it sent is no vector"
+    if packet.vector.dtype != np.dtype(dtype):
+        return f"it sent numbers of type {packet.vector.dtype}, and {np.dtype(dtype)} is due"
+    sizes = _sizes(packet.manifest)
+    if sizes is None:
+        return "it sent a list of tensors that is none"
+    if sum(sizes) != len(packet.vector):
+        return f"it sent {len(packet.vector):,} numbers of tensors that have {sum(sizes):,}"
+    return None if shapes is None else _difference(packet.manifest, shapes)
+
+
+def _sizes(manifest: Any) -> list[int] | None:
+    """How many numbers each tensor has; None for what is no manifest."""
+    if not isinstance(manifest, tuple):
+        return None
+    sizes = []
+    for entry in manifest:
+        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
+            return None
+        if not (isinstance(entry[1], tuple) and all(type(size) is int and size >= 0 for size in entry[1])):
+            return None
+        sizes.append(math.prod(entry[1]))
+    return sizes
+
+
+def _difference(manifest: Manifest, shapes: Shapes) -> str | None:
+    """How the tensors differ from those that are due."""
+    sent = dict(manifest)
+    for name, shape in shapes.items():
+        if name not in sent:
+            return f"its update has no {name}"
+        if sent[name] != shape:
+            return f"its update has {_short(name)} of shape {sent[name]}, and {shape} is due"
+    if extra := next((name for name in sent if name not in shapes), None):
+        return f"its update has {_short(extra)}, which is not asked for"
+    if tuple(manifest) != tuple(shapes.items()):
+        return "its update has its tensors in another order, or twice"
+    return None
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 80 else f"{name[:77]}...")
+
+
+def flaw_of_values(packet: Packet) -> str | None:
+    """Why values of fp32 are none that training gives."""
+    size = norm(packet.vector)
+    if not math.isfinite(size):
+        return f"it sent a value that is not finite in {_first_not_finite(packet)}: lower its learning rate"
+    if size > LARGEST:
+        return f"its update has norm {size:.3g}, and no training gives more than {LARGEST:g}: lower its learning rate"
+    return None
+
+
+def _first_not_finite(packet: Packet) -> str:
+    place = int(np.flatnonzero(~np.isfinite(packet.vector))[0])
+    offset = 0
+    for name, shape in packet.manifest:
+        offset += math.prod(shape)
+        if place < offset:
+            return name
+    raise AssertionError("the manifest is as long as the vector")
+
+
+def flaw_of_report(report: Any, packet: Packet) -> str | None:
+    """Why what is said beside an update is none of it."""
+    if not isinstance(report, (Trained, Answered)):
+        return "what it said of its work is no report"
+    if type(report.nbytes) is not int or report.nbytes != packet.nbytes:
+        return f"it sent {packet.nbytes:,} bytes and said {str(report.nbytes)[:20]}"
+    # Where it may tell of its loss, it tells of its size too.
+    least = 1 if isinstance(report, Trained) and report.train_loss is not None else 0
+    if type(report.examples) is not int or not least <= report.examples < 2**53:
+        return f"it said that it has {str(report.examples)[:20]} examples"
+    if isinstance(report, Trained) and not _are_numbers(report):
+        return "its loss or its times are no numbers"
+    return None
+
+
+def _are_numbers(report: Trained) -> bool:
+    losses = [] if report.train_loss is None else [report.train_loss]
+    return all(
+        type(number) in (int, float) and math.isfinite(number) for number in (*losses, report.base_lost, report.seconds)
+    )
+
+
+def left_out(outcomes: Sequence[Outcome], flaws: Mapping[str, str]) -> list[Outcome]:
+    """The same outcomes, with those of flawed clients as failures."""
+    return [Outcome(o.client, Failure(o.client, flaws[o.client], "")) if o.client in flaws else o for o in outcomes]
