@@ -31,6 +31,8 @@ class Checkpoint:
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     records: tuple[dict[str, Any], ...] = ()
     start: dict[str, Any] | None = None
+    mark: dict[str, Any] | None = None
+    """What the run's channel must find again: how far its ledger had come."""
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -58,6 +60,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "kept": list(checkpoint.kept),
         "records": checkpoint.records,
         "start": checkpoint.start,
+        "mark": checkpoint.mark,
     }
     (part / "state.json").write_text(json.dumps(plain))
     for path in (part / "tensors.safetensors", part / "state.json", part):
@@ -111,4 +114,4 @@ def latest(folder: Path, spec: Spec) -> Checkpoint | None:
         heads=tuple(plain["heads"]),
         memory=by_kind["memory"],
     )
-    return Checkpoint(state, plain["seen"], kept, tuple(plain["records"]), plain["start"])
+    return Checkpoint(state, plain["seen"], kept, tuple(plain["records"]), plain["start"], plain["mark"])

@@ -77,7 +77,7 @@ class Coordinator:
         self.publish(saved.state)
         self._seen, self.records, self.start = dict(saved.seen), list(saved.records), saved.start
         self.kept = {client: pack(tensors) for client, tensors in saved.kept.items()}
-        self.channel.resume(self.records)
+        self.channel.resume(self.records, saved.mark)
 
     # --- the run ---
 
@@ -138,15 +138,16 @@ class Coordinator:
         if self.config.federation.keep_optimizer or self.method.keeps(self.spec):
             self.kept |= {o.client: o.kept for o in outcomes if o.kept is not None}  # SGD has no state
 
-    def count_bytes_down(self, cohort: Sequence[str]) -> int:
-        """What the cohort receives: the packet of every round, and each increment that a client has not had yet, which
-        it has had from now on."""
-        total = 0
-        for client in cohort:
+    def count_bytes_down(self, clients: Sequence[str], share: float) -> int:
+        """What these clients receive: a `share` of them the packet of every round, and each of them every increment
+        that it has not had yet, which it has had from now on."""
+        every = once = 0
+        for client in clients:
             new = [v for v in self.message.increments if v > self._seen[client]]
-            total += self.message.packet_of(client).nbytes + sum(self.message.increments[v].nbytes for v in new)
+            every += self.message.packet_of(client).nbytes
+            once += sum(self.message.increments[v].nbytes for v in new)
             self._seen[client] = max([self._seen[client], *new])
-        return total
+        return round(every * share) + once
 
     def bytes_moved(self) -> int:
         """Of all rounds that are written down, and of the start."""
@@ -163,5 +164,6 @@ class Coordinator:
 
     def _save(self) -> None:
         kept = {client: unpack(self.pool.fetch(handle)) for client, handle in self.kept.items()}
-        saved = checkpoints.Checkpoint(self.state, self._seen, kept, tuple(self.records), self.start)
+        mark = self.channel.mark()
+        saved = checkpoints.Checkpoint(self.state, self._seen, kept, tuple(self.records), self.start, mark)
         checkpoints.save(self._checkpoints, saved)

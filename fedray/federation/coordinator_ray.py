@@ -11,7 +11,9 @@ import ray
 
 from fedray.config.sections import Config
 from fedray.errors import FedrayError
+from fedray.federation.channels.registry import hides_cohort
 from fedray.federation.coordinator import Coordinator
+from fedray.federation.listening import unheard
 from fedray.federation.logs import event, log_lines
 from fedray.federation.placement import Home
 from fedray.federation.pool_ray import RayPool
@@ -32,7 +34,8 @@ class CoordinatorActor:
     ):
         self._done: list[str] = []
         log_lines(Path(folder).name, "coordinator")
-        self._coordinator = Coordinator(config, folder, facts, RayPool(workers, order, self._done.append, homes))
+        progress = unheard if hides_cohort(config) else self._done.append
+        self._coordinator = Coordinator(config, folder, facts, RayPool(workers, order, progress, homes))
 
     def rounds_done(self) -> int:
         return self._coordinator.rounds_done

@@ -12,6 +12,7 @@ from ray.exceptions import RayActorError, RayError
 from fedray.errors import LostError, RoundError
 from fedray.federation.dispatch import Dispatch, Workers, one_line
 from fedray.federation.failures import WORKER_ATTEMPTS
+from fedray.federation.listening import unheard
 from fedray.federation.messages import Orders, Outcome
 from fedray.federation.placement import Home
 from fedray.federation.questions import Question
@@ -31,10 +32,6 @@ class Published:
     def packet_of(self, client: str) -> Any:
         """What a client receives every round."""
         return self.cut[self.ranks[client]] if client in self.ranks else self.packet
-
-
-def unheard(client: str) -> None:
-    """Progress that nobody follows."""
 
 
 class RayPool:

@@ -57,7 +57,7 @@ def run_round(server: Coordinator) -> RoundRecord | None:
             return None
         call = called(server, admission)
         attendance = train(server, call)
-    down = server.count_bytes_down(admission.cohort)  # of this broadcast: the next one is about to be published
+    down = server.count_bytes_down(*server.channel.receivers(admission))  # of this broadcast: the next comes below
 
     # The updates come in and become the next state, which is published.
     with timed(seconds, "aggregate"), threads(AGGREGATION_THREADS):

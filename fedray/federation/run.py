@@ -16,9 +16,10 @@ from ray.util.placement_group import PlacementGroup
 
 from fedray.config.sections import Config
 from fedray.errors import ConfigError
+from fedray.federation.channels.registry import hides_cohort
 from fedray.federation.channels.statement import read_statement, spent
 from fedray.federation.coordinator import Coordinator
-from fedray.federation.listening import Listener, Silent
+from fedray.federation.listening import Listener, Silent, unheard
 from fedray.federation.pool_inline import InlinePool
 from fedray.federation.prepare import Prepared
 from fedray.federation.results import load_checkpoint, summarise, write
@@ -77,7 +78,7 @@ def _inline_rounds(config: Config, prepared: Prepared, listener: Listener) -> It
         done.append(client)
         listener.progress(coordinator.rounds_done + 1, len(done), prepared.cohort)
 
-    pool = InlinePool(worker, progress)
+    pool = InlinePool(worker, unheard if hides_cohort(config) else progress)
     coordinator = Coordinator(config, str(prepared.folder), worker.describe(), pool, prepared.data)
     yield coordinator.evaluate_start()
     yield from list(coordinator.records[1:])

@@ -13,6 +13,7 @@ import os
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,30 @@ class Ledger:
 
     def _has(self, client: str, draw: str) -> bool:
         return any(e.draw == draw for e in self.entries.get(client, []))
+
+    def mark(self) -> dict[str, Any]:
+        """How far the ledger has come: its run, and by name how many entries it has and a digest of them. Costs the new
+        entries alone."""
+        return {"run": self.run, "entries": {name: self._mark(name, len(es)) for name, es in self.entries.items()}}
+
+    def follows(self, mark: dict[str, Any]) -> bool:
+        """Whether the ledger has all that it had when the mark was made."""
+        marks: dict[str, list[Any]] = mark["entries"]
+        return self.run == mark["run"] and all(
+            len(self.entries.get(name, [])) >= count and self._mark(name, count) == [count, digest]
+            for name, (count, digest) in marks.items()
+        )
+
+    def _mark(self, name: str, count: int) -> list[Any]:
+        chain = self._chains.setdefault(name, [""])
+        for entry in self.entries[name][len(chain) - 1 : count]:
+            chain.append(hashlib.sha256(f"{chain[-1]}\n{json.dumps(asdict(entry))}".encode()).hexdigest())
+        return [count, chain[count]]
+
+    @cached_property
+    def _chains(self) -> dict[str, list[str]]:
+        """By name, the digest of its first entries, for none of them on."""
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the file and for `privacy.json`."""

@@ -3,6 +3,7 @@ half of it."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from fedray.federation.channels.plain import UNIT_OPTIONS, Plain, PlainSide, cau
 from fedray.federation.messages import PUBLIC, Answered, Failure, Outcome, Trained
 from fedray.federation.questions import ForgetKeys, Question, Sketch, StartFromWeights, forget_keys
 from fedray.federation.wire import Packet
+from fedray.privacy.journal import digest_of
 from fedray.privacy.keys import KeyStore
-from fedray.privacy.ledger import Ledger, new_ledger
+from fedray.privacy.ledger import Ledger, new_ledger, write_durably
 from fedray.privacy.planning import clip_of, plans_for
 
 if TYPE_CHECKING:
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 
 # --- the config's check ------------------------------------------------------------------------------------------
 
-#: Beside the checkpoints.
-LEDGER = "ledger.json"
+#: Beside the checkpoints: the ledger, and the name of the run that has one.
+LEDGER, BEGUN = "ledger.json", "ledger.run"
 
 
 def check(config: Config) -> None:
@@ -83,8 +85,9 @@ def _check_subspace(config: Config) -> None:
 
 
 def check_ledger(name: str | None, checkpoint: Path) -> None:
-    """Raises ConfigError for checkpoints without their ledger; `name`: of the run directory."""
-    if any(checkpoint.glob("round-*")) and not (checkpoint / LEDGER).is_file():
+    """Raises ConfigError for a run that has begun and is without its ledger; `name`: of the run directory."""
+    begun = (checkpoint / BEGUN).is_file() or any(checkpoint.glob("round-*"))
+    if begun and not (checkpoint / LEDGER).is_file():
         raise ConfigError(
             f"output.dir '{name}' has lost its checkpoint/{LEDGER}, so nobody knows what it has spent: bring the file "
             "back, or start another run"
@@ -102,10 +105,31 @@ class Accounted(Plain):
         super().__init__(context, carrier)
         self.ledger, self._path = ledger, context.folder / LEDGER
         self.store = KeyStore(self.config.privacy.key_dir)
+        # With the keys, so that a run directory that is brought back from a copy does not bring its own witness.
+        self._witness = self.store.folder / "ledgers" / f"{digest_of([ledger.run])[:32]}.json"
+        if self._witness.is_file():
+            self._check_follows(json.loads(self._witness.read_text()))
 
     def save(self) -> None:
         """The ledger is on disk when this returns."""
+        if not (begun := self._path.with_name(BEGUN)).is_file():
+            write_durably(begun, self.ledger.run)
         self.ledger.save(self._path)
+        write_durably(self._witness, json.dumps(self.ledger.mark()))
+
+    def mark(self) -> dict[str, Any] | None:
+        return self.ledger.mark()
+
+    def resume(self, records: Sequence[Mapping[str, Any]], mark: dict[str, Any] | None) -> None:
+        if mark is not None:
+            self._check_follows(mark)
+
+    def _check_follows(self, mark: dict[str, Any]) -> None:
+        if not self.ledger.follows(mark):
+            raise ConfigError(
+                f"'{self._path}' is an older copy of the ledger, or was changed: it does not say what was spent since; "
+                "bring the newest copy back, or start another run"
+            )
 
     # --- before round 1 and after the last ---
 
@@ -217,7 +241,8 @@ class PrivateSide(PlainSide):
         """An error's own words stay here, in the worker's log: they may quote data."""
         if isinstance(error, (PrivacyError, FloatingPointError)):
             return Failure(client, cause_of(error), "")
-        logging.getLogger("fedray").error("client %s failed", client, exc_info=error)
+        who = f"client {client}" if self.logs_clients else "a client"
+        logging.getLogger("fedray").error("%s failed", who, exc_info=error)
         kind = type(error).__name__
         words = "its words are in the log of the worker that served it, since they may quote data"
         return Failure(client, f"{kind}; {words}", "")

@@ -157,14 +157,20 @@ class Carrier(Protocol):
 class Channel(Protocol):
     """The server's half of a guarantee. Rounds count from 0."""
 
-    def resume(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Go on after these records."""
+    def mark(self) -> dict[str, Any] | None:
+        """What a run that goes on from here must find again, for the checkpoint."""
+
+    def resume(self, records: Sequence[Mapping[str, Any]], mark: dict[str, Any] | None) -> None:
+        """Go on after these records. Raises ConfigError where what was marked is not there."""
 
     def begin(self) -> None:
         """Before anything is asked: keys, counts, plans. A second call changes nothing."""
 
     def admit(self, round: int, message: Message) -> Admission | None:
         """The round's cohort; None when no client may take part in another round."""
+
+    def receivers(self, admission: Admission) -> tuple[Sequence[str], float]:
+        """Of which clients the bytes of a broadcast are counted, and what share of them receives it."""
 
     def train(self, call: Training, clients: Sequence[str]) -> list[Outcome]:
         """One attempt: an outcome for each client, charged before anything of it is released, and judged by itself."""
@@ -210,6 +216,9 @@ class Sealer(Protocol):
 
     def seal(self, client: str, tensors: Tensors, orders: Orders) -> Packet:
         """The vector as it travels."""
+
+    def rounding(self, numbers: int) -> float:
+        """How far at most (Frobenius norm) so many numbers are moved by how they travel."""
 
     def answers(self, question: Question) -> bool:
         """Whether the question is one of the carrier's own."""

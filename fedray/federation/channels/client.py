@@ -8,6 +8,7 @@ log names it. Every client is charged for every round, sampled or not.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedray.errors import FedrayError, PrivacyError, RoundError
+from fedray.federation.channels import plain
 from fedray.federation.channels.accounted import Accounted, PrivateSide
 from fedray.federation.channels.base import Admission, Carrier, Context, Intake, Limit, Released, Tensors, Training
 from fedray.federation.messages import Failure, Orders, Outcome
@@ -47,6 +49,11 @@ def check(config: Config, method: Method) -> None:
         raise ValueError(
             f"privacy.unit client noises what is averaged, and {method.name}'s clients keep factors of their own that "
             "it does not reach: use unit example"
+        )
+    if config.federation.keep_optimizer:
+        raise ValueError(
+            "privacy.unit client noises what is averaged, and federation.keep_optimizer would leave the optimizer "
+            "state of each client that was drawn, without noise, in the checkpoint: leave it out"
         )
     if config.privacy.secure_aggregation and config.federation.cohort is not None:
         raise ValueError(
@@ -100,8 +107,8 @@ def limits(config: Config) -> list[Limit]:
         ),
         Limit(
             "medium",
-            "`rounds.jsonl` and `report.html` have bytes and times that tell the size of each round's sample: "
-            "publish the models, not the records",
+            "`rounds.jsonl` and `report.html` have times, which are longer for a larger sample: publish the models, "
+            "not the records",
             "federation/round.py, run_round",
         ),
     ]
@@ -122,8 +129,9 @@ class ClientLevel(Accounted):
         super().__init__(context, carrier, ledger)
         self._clip_used = ledger.clip
 
-    def resume(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def resume(self, records: Sequence[Mapping[str, Any]], mark: dict[str, Any] | None) -> None:
         """The clip is what the last of them left."""
+        super().resume(records, mark)
         if records and "next_clip" in records[-1]:
             self.ledger.clip = records[-1]["next_clip"]
 
@@ -165,6 +173,10 @@ class ClientLevel(Accounted):
         reason = self.beyond_budget(EVERYONE)
         return [{"client": c, "reason": reason} for c in self.context.clients]
 
+    def receivers(self, admission: Admission) -> tuple[Sequence[str], float]:
+        """Of a secret sample only what is expected may be said, and no client is known to have had more than others."""
+        return self.context.clients, self.ledger.plans[EVERYONE].rate
+
     def train(self, call: Training, clients: Sequence[str]) -> list[Outcome]:
         plan, ledger = self.ledger.plans[EVERYONE], self.ledger
         orders = Orders(ledger.run, "", plan.rate, plan.noise, self._clip, plan.expected)
@@ -199,7 +211,13 @@ class ClientLevel(Accounted):
         if intake.rounding is not None:
             rounded = client_level.norm({n: t - sent[n] for n, t in moved.items()})
             lost = (rounded + intake.rounding / self.ledger.plans[EVERYONE].expected) / (client_level.norm(mean) or 1.0)
-        return Intake([Update("(the noised mean)", 1.0, sent)], intake.up, intake.down, intake.rounding, lost)
+        up = intake.up if self.ledger.plans[EVERYONE].rate == 1.0 else self._expected_up(call)
+        return Intake([Update("(the noised mean)", 1.0, sent)], up, intake.down, intake.rounding, lost)
+
+    def _expected_up(self, call: Training) -> int:
+        """Bytes of a sample of the expected size; the true ones would tell its size, which is part of the secret."""
+        numbers = sum(math.prod(shape) for shape in self.shapes(call, self.context.clients[0]).values())
+        return round(self.ledger.plans[EVERYONE].expected * numbers * plain.carriage().width)
 
     def _noised(
         self, round: int, reference: Tensors, updates: Sequence[dict[str, Tensor]], clients: int
@@ -254,10 +272,15 @@ class ClientLevel(Accounted):
         return dict.fromkeys(self.context.clients, self.ledger.epsilon(EVERYONE))
 
     def reason(self, failure: Failure) -> str:
-        return f"a client: {failure.cause}"
+        return f"a client: {failure.cause.replace(_named(failure), 'it')}"
 
     def error(self, round: int, decision: str, failures: Sequence[Failure]) -> FedrayError:
         return RoundError(f"round {round + 1}: {decision}", "\n".join(f.details for f in failures))
+
+
+def _named(failure: Failure) -> str:
+    """As causes name a client."""
+    return f"client '{failure.client}'"
 
 
 # --- the client's half -------------------------------------------------------------------------------------------
@@ -272,7 +295,14 @@ class ClippingSide(PrivateSide):
         """What training changed of what is sent, clipped; and whether it was within the clip, where that is asked."""
         sent = self.method.upload(self.spec, client, dict(trained), round)
         untrained = self.method.upload(self.spec, client, {n: view.tensors[n] for n in trained}, round)
-        update, within = client_level.clipped({n: t - untrained[n] for n, t in sent.items()}, orders.clip)
+        rounding = self.sealer.rounding(sum(t.numel() for t in sent.values()))
+        if not rounding < orders.clip:
+            raise PrivacyError(
+                f"the clip {orders.clip:.3g} is no larger than what the fixed point of a secure sum rounds: it sends "
+                "nothing; raise privacy.clip"
+            )
+        # Rounding is part of what the sum moves by: the clip holds with it.
+        update, within = client_level.clipped({n: t - untrained[n] for n, t in sent.items()}, orders.clip - rounding)
         if self.config.privacy.adaptive_clip:
             update[client_level.WITHIN] = torch.tensor([client_level.HALF if within else -client_level.HALF])
         return update

@@ -159,7 +159,10 @@ class Plain:
 
     # --- before round 1 and after the last ---
 
-    def resume(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def mark(self) -> dict[str, Any] | None:
+        return None
+
+    def resume(self, records: Sequence[Mapping[str, Any]], mark: dict[str, Any] | None) -> None:
         """Nothing of it is in the records."""
 
     def begin(self) -> None:
@@ -191,6 +194,9 @@ class Plain:
         """The admission with what the carrier has agreed with its cohort."""
         agreed, failed = self.carrier.agree(admission.cohort)
         return replace(admission, agreed=agreed, failed=failed)
+
+    def receivers(self, admission: Admission) -> tuple[Sequence[str], float]:
+        return admission.cohort, 1.0
 
     def train(self, call: Training, clients: Sequence[str]) -> list[Outcome]:
         return self.train_by(call, dict.fromkeys(clients, NO_ORDERS))
@@ -287,6 +293,9 @@ class Packed:
 
     def seal(self, client: str, tensors: Tensors, orders: Orders) -> Packet:
         return pack(tensors)
+
+    def rounding(self, numbers: int) -> float:
+        return 0.0
 
     def answers(self, question: Question) -> bool:
         return False

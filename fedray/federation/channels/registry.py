@@ -123,6 +123,11 @@ def words_of(config: Config) -> Words:
     )
 
 
+def hides_cohort(config: Config) -> bool:
+    """Whether who is drawn, and how many, is a secret that epsilon rests on: then nobody may follow who is done."""
+    return config.privacy.on and config.privacy.unit == "client" and config.federation.cohort is not None
+
+
 def quotes_errors(config: Config) -> bool:
     """Whether the words of an error that a client's data raise may leave its machine."""
     return not config.privacy.on

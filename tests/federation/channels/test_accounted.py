@@ -1,10 +1,13 @@
 """The ledger: the same whenever a run is killed, and a run without it does not go on."""
 
+import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from private_runs import CLIENTS, killed_after, ledger, resumed
-from support import run, same_bits
+from support import rounds, run, same_bits
 
 from fedray.cli import main
 from fedray.errors import ConfigError
@@ -12,7 +15,9 @@ from fedray.federation import round as rounds_of
 from fedray.federation.channels.example import ExampleLevel
 from fedray.federation.channels.plain import Plain
 from fedray.federation.coordinator import Coordinator
-from fedray.privacy.keys import TEST_KEY
+from fedray.privacy.accountant import Release
+from fedray.privacy.keys import TEST_KEY, KeyStore
+from fedray.privacy.ledger import Ledger
 
 
 def test_killed_at_any_moment_of_a_round_the_ledger_says_the_same(make_config, monkeypatch):
@@ -65,8 +70,64 @@ def test_a_run_whose_ledger_is_gone_is_not_resumed(make_config, monkeypatch):
         run(resumed(config))
 
 
+@pytest.mark.parametrize("privacy", [{"epsilon": 3.0}, {"epsilon": 8.0, "unit": "client"}])
+def test_a_ledger_from_an_older_copy_is_not_believed(make_config, monkeypatch, privacy):
+    """It would say less than was spent: neither beside newer checkpoints, nor with checkpoints as old."""
+    config = make_config(method__name="ffa", privacy=privacy)
+    checkpoint, copies = Path(config.output.dir) / "checkpoint", Path(config.output.dir).parent / "copies"
+    for again, round in ((config, 1), (resumed(config), 3)):
+        with monkeypatch.context() as patch:
+            killed_after(patch, round)
+            with pytest.raises(KeyboardInterrupt):
+                run(again)
+        if again is config:
+            shutil.copytree(checkpoint, copies)
+    newest = (checkpoint / "ledger.json").read_bytes()
+    shutil.copy(copies / "ledger.json", checkpoint / "ledger.json")
+    with pytest.raises(ConfigError, match="is an older copy of the ledger, or was changed"):
+        run(resumed(config))
+    shutil.move(KeyStore().folder / "ledgers", copies / "witnesses")  # on another machine the checkpoint still knows
+    with pytest.raises(ConfigError, match="is an older copy of the ledger, or was changed"):
+        run(resumed(config))
+    shutil.move(copies / "witnesses", KeyStore().folder / "ledgers")
+    shutil.move(checkpoint, copies / "newer")
+    shutil.copytree(copies, checkpoint, ignore=shutil.ignore_patterns("newer"))  # all of it brought back as it was
+    with pytest.raises(ConfigError, match="is an older copy of the ledger, or was changed"):
+        run(resumed(config))
+    shutil.rmtree(checkpoint)
+    shutil.move(copies / "newer", checkpoint)
+    (checkpoint / "ledger.json").write_bytes(newest)
+    assert len(rounds(run(resumed(config)))) == 3
+
+
+def test_a_ledger_that_is_gone_before_the_first_checkpoint_is_missed(make_config, monkeypatch):
+    config = make_config(privacy={"noise": 1.0})
+    killed_after(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    checkpoint = Path(config.output.dir) / "checkpoint"
+    assert not list(checkpoint.glob("round-*"))
+    (checkpoint / "ledger.json").unlink()
+    with pytest.raises(ConfigError, match="lost its checkpoint/ledger.json, so nobody knows what it has spent"):
+        run(resumed(config))
+
+
+def test_a_ledger_follows_what_it_was_and_nothing_else():
+    old = Ledger("run")
+    for round in range(5):
+        old.charge("a", f"draw-{round}", Release("training", 1.0, 0.5, 2), round)
+    mark = json.loads(json.dumps(old.mark()))
+    newer = Ledger("run")
+    for round in range(9):
+        newer.charge("a", f"draw-{round}", Release("training", 1.0, 0.5, 2), round)
+    assert newer.follows(mark) and old.follows(mark) and not old.follows(newer.mark())
+    changed = Ledger("run", entries={"a": [dataclasses.replace(old.entries["a"][0], draw="x"), *old.entries["a"][1:]]})
+    assert not changed.follows(mark) and not Ledger("other", entries=newer.entries).follows(mark)
+    assert not Ledger("run").follows(mark)
+
+
 def _keys(folder: Path) -> list[Path]:
-    return [path for path in (folder / "keys").rglob("*") if path.is_file() and path.suffix != ".jsonl"]
+    return [path for path in (folder / "keys").rglob("*") if path.is_file() and not path.suffix]
 
 
 def test_forgetting_a_run_that_will_not_go_on_removes_its_keys(make_config, monkeypatch, tmp_path, capsys):
