@@ -8,7 +8,14 @@ from typing import Any
 
 
 def load(package: str, classes: Sequence[str]) -> Iterator[Any]:
-    """The classes of a package, in their order."""
+    """The classes of a package, in their order. Raises TypeError for one that goes by another's name, which it would
+    replace."""
+    met: dict[str, str] = {}
     for path in classes:
         module, name = path.split(".")
-        yield getattr(import_module(f"{package}.{module}"), name)
+        found = getattr(import_module(f"{package}.{module}"), name)
+        label = getattr(found, "name", None) or getattr(found, "kind", path)
+        if label in met:
+            raise TypeError(f"{path} and {met[label]} go by one name, '{label}': state another in its own body")
+        met[label] = path
+        yield found

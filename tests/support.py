@@ -60,15 +60,14 @@ VARIANTS = {
 }
 ALL = PAIRS | VARIANTS
 
-#: Exact in every round, within rounding. The rest states its error (`STATED`), an upper bound of it, or has no global
-#: model.
+#: Exact in every round, within rounding: what says so, unless an option cuts it or folds the rest in. Others state
+#: their error (`STATED`), an upper bound of it, or have no global model.
 EXACT = {
     i
     for i, (_, method, options) in ALL.items()
-    if method in ("ffa", "rolora", "fedsvd", "fed-sb", "ravan")
-    or options.get("residual") == "fold"
-    or (method in ("fedex", "flora") and "residual_rank" not in options)
+    if options.get("residual") == "fold" or (METHODS[method].exact == "yes" and "residual_rank" not in options)
 }
+LINEAR = {i for i, (_, method, _) in ALL.items() if METHODS[method].linear}
 BOUNDED = {i for i, (_, method, _) in ALL.items() if method == "fedask"}
 PERSONAL = {i for i, (_, method, _) in ALL.items() if method == "fedsa"}
 STATED = set(ALL) - EXACT - BOUNDED - PERSONAL

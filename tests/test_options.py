@@ -14,6 +14,7 @@ from fedray.errors import ConfigError
 from fedray.methods import METHODS
 from fedray.methods.fedit import FedIT
 from fedray.options import option, options
+from fedray.registers import load
 
 #: The keys of config.yaml by section, whatever the method.
 KEYS = {
@@ -54,6 +55,17 @@ def test_a_method_states_itself_what_privacy_relies_on(left_out):
     del stated[left_out]
     with pytest.raises(TypeError, match=f"Forgetful must state {left_out} in its own body"):
         type("Forgetful", (FedIT,), stated)
+
+
+@pytest.mark.parametrize("stated", [{"exact": True}, {"linear": "no"}, {"kept": ("C",)}])
+def test_what_a_method_states_is_of_its_kind(stated):
+    with pytest.raises(TypeError, match="exact is a word, linear True or False, kept some of 'B' and 'A'"):
+        type("Vague", (FedIT,), {"exact": "no", "linear": False, "kept": (), **stated})
+
+
+def test_a_class_that_goes_by_anothers_name_does_not_replace_it():
+    with pytest.raises(TypeError, match=r"fedit.FedIT and fedit.FedIT go by one name, 'fedit': state another"):
+        list(load("fedray.methods", ["fedit.FedIT", "ffa.FFA", "fedit.FedIT"]))
 
 
 def test_what_is_kept_are_factors_of_the_adapters_pair():

@@ -8,6 +8,11 @@
 | below the quorum  | the missing clients are tried again once | the run fails, naming clients and causes |
 | a second upload (fedask) fails | as above, with a deadline of its own; below the quorum the run fails at once      |
 | the start before round 1 (lora-sb) fails at a client | the run fails, naming it: bases need every client |
+| an update is not finite, of other shapes, too large (`screening.py`) | as a client that raises, with the reason   |
+| an update is beyond the clip (unit client)     | the same                                         |
+| fewer clients than a secure sum's threshold    | the run fails: the sum stays closed              |
+| a client's budget is spent                     | it is left out of all later rounds               |
+| everybody's budget is spent, or `max_bytes` is | the run ends with the last round's state         |
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from fedray.errors import ConfigError
 from fedray.federation import checkpoint as checkpoints
 from fedray.federation.kept import factors_kept
 from fedray.methods import State, View
+from fedray.methods.state import factor_of
 from fedray.privacy.ledger import worst
 from fedray.training.local import LocalTrainer
 from fedray.training.model import load_base, load_tokenizer, resolve, skeleton
@@ -82,7 +83,7 @@ def views(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str | None
         held = factors_kept(checkpoint.kept.get(client, {}))
         view = method.view(state.spec, state, client)
         result[client] = View(
-            view.tensors | {n: t for n, t in held.items() if n.rsplit(".", 1)[1] in keeps}, view.base, view.trained
+            view.tensors | {n: t for n, t in held.items() if factor_of(n) in keeps}, view.base, view.trained
         )
     return result
 

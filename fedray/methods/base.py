@@ -73,6 +73,8 @@ class Method(ABC):
             raise TypeError(
                 f"{cls.__name__} must state {' and '.join(missing)} in its own body: an inherited one could be false"
             )
+        if not isinstance(cls.exact, str) or not isinstance(cls.linear, bool) or not set(cls.kept) <= set("BA"):
+            raise TypeError(f"{cls.__name__}: exact is a word, linear True or False, kept some of 'B' and 'A'")
 
     # --- from a config -----------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from fedray.data.encoded import Encoded, encode
 from fedray.data.partition import FederatedData, load_data, public_data
 from fedray.data.tasks import TASKS, Example, Task
 from fedray.methods import View
+from fedray.methods.state import factor_of
 from fedray.privacy.private import Private
 from fedray.training.engine import StepEngine, make_engine
 from fedray.training.model import load_model, load_tokenizer
@@ -290,7 +291,7 @@ class LocalTrainer:
         base_key: Any,
     ) -> StepEngine:
         """Make the model what the view says. The engine is rebuilt only when other parameters train."""
-        trained = {n: p for n, p in self._factors.items() if n.rsplit(".", 1)[1] in view.trained} | self._heads
+        trained = {n: p for n, p in self._factors.items() if factor_of(n) in view.trained} | self._heads
         engine = self._engine if self._engine_for == tuple(trained) else None
         engine = engine or self._rebuild(trained)
         self._write({n: p for n, p in self._factors.items() if n not in trained}, view, engine)

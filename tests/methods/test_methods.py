@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from algebra import LAYERS, aggregate, begin, effective, method_of, spec, train
-from support import ALL, EXACT, PAIRS, STATED
+from support import ALL, EXACT, LINEAR, PAIRS, STATED
 
 from fedray.adapters import ADAPTERS, Layer
 from fedray.config.build import make_method
@@ -66,6 +66,25 @@ def play(method, s, k, rounds, dtype, cohorts=None):
             got = effective(method, state, client)
             gap = max(gap, sum((got[n] - want[n]).norm().item() ** 2 for n in want) ** 0.5)
         yield Round(gap, gap / sum(want[n].norm().item() ** 2 for n in want) ** 0.5, diagnostics, state, before)
+
+
+@pytest.mark.parametrize("pair", sorted(LINEAR))
+def test_a_linear_method_makes_of_updates_what_it_makes_of_their_mean(pair):
+    """What secure sums and client-level noise rest on: nothing but the weighted mean of the uploads is used."""
+    kind, method = method_of(pair)
+    state = begin(method, spec(kind))
+    for t in range(3):
+        weights = [1.0, 2.0, 5.0]
+        updates = [train(method, state, f"c{i}", 10 * t + i, torch.float64, w)[0] for i, w in enumerate(weights)]
+        mean = {
+            name: sum(w / 8.0 * u.tensors[name].double() for w, u in zip(weights, updates, strict=True))
+            for name in updates[0].tensors
+        }
+        of_mean, _ = method.aggregate(state, [Update("(the sum)", 8.0, mean)])
+        state, _ = method.aggregate(state, updates)
+        assert of_mean.tensors.keys() == state.tensors.keys() and len(of_mean.increments) == len(state.increments)
+        for name, tensor in state.tensors.items():
+            torch.testing.assert_close(of_mean.tensors[name].double(), tensor.double(), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 7])
