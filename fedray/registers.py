@@ -14,7 +14,7 @@ def load(package: str, classes: Sequence[str]) -> Iterator[Any]:
     for path in classes:
         module, name = path.split(".")
         found = getattr(import_module(f"{package}.{module}"), name)
-        label: str = getattr(found, "name", None) or getattr(found, "kind", path)
+        label = str(getattr(found, "name", None) or getattr(found, "kind", path))
         if label in met:
             raise TypeError(f"{path} and {met[label]} go by one name, '{label}': state another in its own body")
         met[label] = path
