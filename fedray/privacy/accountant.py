@@ -24,13 +24,15 @@ PRV_UP_TO = 200.0
 class Release:
     """`steps` Gaussian mechanisms of sensitivity 1 and standard deviation `noise`, each on a Poisson sample of `rate`.
 
-    `what`: training, subspace, count, ... Raises ValueError for numbers that mean no mechanism.
+    `what`: training, subspace, count, ... `discrete`: the noise is a sum of whole numbers (`privacy/discrete.py`), of
+    which the RDP bound is proven. Raises ValueError for numbers that mean no mechanism.
     """
 
     what: str
     noise: float
     rate: float = 1.0
     steps: int = 1
+    discrete: bool = False
 
     def __post_init__(self) -> None:
         if not (self.noise >= 0 and 0 < self.rate <= 1 and self.steps >= 0):
@@ -44,7 +46,9 @@ def epsilon(releases: Iterable[Release], delta: float) -> float:
     Rounded because sums in NumPy's libraries differ in the last bits from process to process, and a resumed run must
     say the same. Raises ValueError for a delta outside (0, 1).
     """
-    value = _epsilon(_history(releases, delta), delta)
+    releases = list(releases)
+    bound = _rdp if any(release.discrete and release.steps for release in releases) else _epsilon
+    value = bound(_history(releases, delta), delta)
     return math.ceil(value * 1e6 - 1e-3) / 1e6 if math.isfinite(value) else value
 
 
