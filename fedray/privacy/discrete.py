@@ -1,5 +1,5 @@
-"""Noise of whole numbers, for sums whose members trust nobody: each adds its share inside the secure sum's ring, so that
-the exact sum is never seen (distributed differential privacy).
+"""Noise of whole numbers, for sums whose members trust nobody: each adds its share inside the secure sum's ring, so
+that the exact sum is never seen (distributed differential privacy).
 
 A share is discrete Gaussian: P(x) proportional to exp(-x^2 / (2 s^2)) on the integers (Canonne, Kamath, Steinke,
 NeurIPS 2020). A sum of m shares is not itself discrete Gaussian, but as near as no matter: adding it to a sum of
@@ -45,8 +45,8 @@ def effective_noise(noise: float, planned: int, sent: int) -> float:
 
 
 def integers(stream: Stream, deviation: float, count: int) -> np.ndarray:
-    """int64 discrete Gaussians of that standard deviation, by rejection from the discrete Laplace distribution (Canonne,
-    Kamath, Steinke, 2020, algorithm 3), with uniform numbers of 53 bits.
+    """int64 discrete Gaussians of that standard deviation, by rejection from the discrete Laplace distribution
+    (Canonne, Kamath, Steinke, 2020, algorithm 3), with uniform numbers of 53 bits.
 
     Three in four are accepted where the deviation is large: the cost is linear in `count`.
     """
