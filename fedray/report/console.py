@@ -41,7 +41,7 @@ class ConsoleListener:
         self.console = console
         self.progress_bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("clients"),

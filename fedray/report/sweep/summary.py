@@ -28,7 +28,6 @@ def print_sweep(console: Console, out: Path, summary: dict[str, Any], rows: int 
     if best := summary["best"]:
         console.print(
             f"best: {best['trial']}, {best['final']:.4f}; fedray run --config {out / 'best.yaml'} makes it again",
-            markup=False,
             soft_wrap=True,
         )
     console.print(
