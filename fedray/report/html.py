@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError
+from fedray.federation.channels.fixed_masks import NOT_SECURE, were_fixed
 from fedray.federation.results import read_rounds
 from fedray.report.words import share, size, title
 
@@ -37,7 +38,9 @@ def write_report(folder: Path) -> Path:
     if not (folder / "rounds.jsonl").is_file() or not (folder / "config.yaml").is_file():
         raise ConfigError(f"'{folder}' is no run directory with a finished round")
     summary, records = _json(folder / "summary.json"), read_rounds(folder)
-    parts = [_head(summary, records), _curves(summary, records), _rounds(records)]
+    open_sums = were_fixed(folder) or (summary or {}).get("masks_were_fixed")
+    warnings = [_warning(NOT_SECURE)] if open_sums else []
+    parts = [_head(summary, records), *warnings, _curves(summary, records), _rounds(records)]
     if (privacy := _json(folder / "privacy.json")) is not None:
         parts.append(_privacy(privacy))
     parts.append(Markup("<h2>Config</h2><pre>{}</pre>").format((folder / "config.yaml").read_text()))
