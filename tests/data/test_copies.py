@@ -82,5 +82,5 @@ def test_a_folder_of_copies_that_another_could_change_is_refused(secret, cache, 
         monkeypatch.setattr(os, "getuid", lambda: other)
         (cache / there).chmod(0o700)
         assert (cache / there).stat().st_uid != other
-    with pytest.raises(ConfigError, match="HF_DATASETS_CACHE .* give another place"):
+    with pytest.raises(ConfigError, match=r"HF_DATASETS_CACHE\) .* give another place"):
         load_splits(DataSection(source=str(secret)))
