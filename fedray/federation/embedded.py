@@ -17,7 +17,7 @@ from pathlib import Path
 
 import ray
 from ray._private import ray_constants
-from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled, and its stub lacks it
 
 from fedray.errors import FedrayError
 from fedray.stopping import stop_on_sigterm

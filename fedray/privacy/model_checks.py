@@ -62,7 +62,7 @@ def _check_passes(name: str, module: nn.Module) -> None:
 
 def _check_config(model: nn.Module) -> None:
     """Some modules read the config in their pass."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else {}
     for key, value in _given(values, _JITTER):
         raise PrivacyError(
@@ -151,16 +151,20 @@ def each_alone(model: nn.Module) -> Iterator[None]:
             "another"
         )
     now = _buffers(model)
-    if changed := [name for name, before in buffers.items() if now.get(name) != before]:
+    if changed := [name for name, before in buffers.items() if not _same(before, now.get(name))]:
         raise PrivacyError(
             f"{changed[0]} changed in a training pass: what a model remembers of its examples passes from one to "
             "others without a clip; choose a model without it"
         )
 
 
-def _buffers(model: nn.Module) -> dict[str, tuple[int, int]]:
+def _buffers(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
     """Which tensor each buffer is, and how often it was written to."""
-    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
+    return {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+
+
+def _same(before: tuple[Tensor, int], after: tuple[Tensor, int] | None) -> bool:
+    return after is not None and before[0] is after[0] and before[1] == after[1]
 
 
 def _generators(model: nn.Module) -> list[Tensor]:

@@ -102,16 +102,18 @@ def test_jitter_lets_one_example_move_the_sum_by_more_than_the_clip():
 
     assert (total(ids) - total(ids[1:])).norm() > 1.5 * CLIP
     with pytest.raises(
-        PrivacyError, match=r"mlp draws random numbers as it trains \(jitter_noise 0\.9\).* set it to 0"
+        PrivacyError, match=r"draws random numbers as it trains \(router_jitter_noise 0\.9.* set it to 0"
     ):
         check_model(model)
     check_model(mixtral())
 
 
-def test_jitter_that_only_the_config_knows_is_refused():
+def test_jitter_that_only_a_module_knows_is_refused():
     model = mixtral()
-    model.config.input_jitter_noise = 0.1
-    with pytest.raises(PrivacyError, match=r"input_jitter_noise 0\.1.* set it to 0"):
+    model.get_submodule("base_model.model.model.layers.0.mlp").jitter_noise = 0.1
+    with pytest.raises(
+        PrivacyError, match=r"mlp draws random numbers as it trains \(jitter_noise 0\.1\).* set it to 0"
+    ):
         check_model(model)
 
 

@@ -21,6 +21,11 @@ def privacy_of(out: Path) -> dict[str, Any]:
     folder = SweepFolder(out)
     if lost := [trial.name for trial in folder.runs() if trial.lost_ledger]:
         return {"composed": {ANY_CLIENT: math.inf}, "lost": lost}
+    return _told(folder)
+
+
+def _told(folder: SweepFolder) -> dict[str, Any]:
+    """The same, where every ledger is there."""
     trials = [trial for trial in folder.runs() if trial.has_run]
     configs = [trial.config for trial in trials]
     private = [config for config in configs if config.privacy.on]
