@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 import fedray
 from fedray.argv import split, words
 from fedray.errors import ConfigError, FedrayError
+from fedray.report.terminal import make_console
 from fedray.stopping import Terminated, stop_on_sigterm
 
 if TYPE_CHECKING:  # at run time each command imports what it needs: `fedray --help` then answers at once
+    from rich.console import Console
     from rich.table import Table
 
     from fedray.config.sections import Config
@@ -55,10 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # In a file or a pipe a table keeps its columns.
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 170
-    console = Console(highlight=False, width=wide)
+    console = make_console(highlight=False, width=wide)
     _quiet()
     if not argv or argv[0] in ("-h", "--help"):
-        console.print(_USAGE, markup=False)
+        console.print(_USAGE)
         return 0
     if argv[0] in ("-V", "--version"):
         console.print(f"fedray {fedray.__version__}")
@@ -68,13 +68,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _guarded(name: str, argv: list[str], console: Console) -> int:
     """`_command`, where whatever goes wrong is told in one sentence, and is the exit code."""
-    errors = Console(stderr=True, highlight=False)
+    errors = make_console(stderr=True, highlight=False)
     try:
         return _command(name, argv, console)
     except FedrayError as error:
-        errors.print(f"fedray: {error}", style="red", markup=False, soft_wrap=True)
+        errors.print(f"fedray: {error}", style="red", soft_wrap=True)
         if details := getattr(error, "details", ""):
-            errors.print(details, style="dim", markup=False, soft_wrap=True)
+            errors.print(details, style="dim", soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt as stopped:
         errors.print(
@@ -107,11 +107,11 @@ def _quiet() -> None:
 def _help(console: Console) -> None:
     from fedray.config.read import help_groups
 
-    console.print(_USAGE, markup=False, end="")
+    console.print(_USAGE, end="")
     for group, lines in help_groups():
-        console.print(f"\n  {group}:" if group else "", markup=False)
+        console.print(f"\n  {group}:" if group else "")
         for key, default, doc in lines:
-            console.print(f"  --{key:34} {doc}{f' [{default}]' if default else ''}", markup=False, soft_wrap=True)
+            console.print(f"  --{key:34} {doc}{f' [{default}]' if default else ''}", soft_wrap=True)
 
 
 def _run(argv: list[str], console: Console) -> int:
@@ -137,7 +137,7 @@ def _run(argv: list[str], console: Console) -> int:
         for tracker in tracked:
             tracker.close(summary is not None)
             if tracker.broken:
-                console.print(f"note     {tracker.broken}", markup=False, soft_wrap=True)
+                console.print(f"note     {tracker.broken}", soft_wrap=True)
     write_report(prepared.folder)
     listener.finished(summary, str(prepared.folder))
     return 0
@@ -198,7 +198,7 @@ def _methods(argv: list[str], console: Console) -> int:
     console.print(_methods_table())
     console.print("why not")
     for line in _misfits():
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     return 0
 
 
@@ -213,7 +213,6 @@ def _methods_in_markdown() -> str:
 
 
 def _methods_table() -> Table:
-    from rich.markup import escape
     from rich.table import Table
 
     from fedray.adapters import ADAPTERS
@@ -225,7 +224,7 @@ def _methods_table() -> Table:
     for name, method in METHODS.items():
         fits = ["yes" if kind in method.adapters else "no" for kind in ADAPTERS]
         first_paragraph = " ".join((method.__doc__ or "").split("\n\n")[0].split())
-        table.add_row(name, *fits, method.exact, escape(first_paragraph))
+        table.add_row(name, *fits, method.exact, first_paragraph)
     return table
 
 
@@ -244,7 +243,7 @@ def _compare(argv: list[str], console: Console) -> int:
     from fedray.compare import compare
     from fedray.report.comparison import print_comparison
 
-    results, out = compare(argv, lambda line: console.print(line, markup=False, soft_wrap=True))
+    results, out = compare(argv, lambda line: console.print(line, soft_wrap=True))
     print_comparison(console, results)
     console.print(f"written to {out}: compare.json, compare.csv, compare.png", soft_wrap=True)
     return 0
@@ -259,7 +258,7 @@ def _sweep(argv: list[str], console: Console) -> int:
     out = run_sweep(
         read_sweep(argv),
         lambda count, maximise: LiveTable(console, count, maximise),
-        lambda line: console.print(line, markup=False, soft_wrap=True),
+        lambda line: console.print(line, soft_wrap=True),
     )
     summary = write_sweep(out)
     print_sweep(console, out, summary)

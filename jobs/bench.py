@@ -25,6 +25,8 @@ from benches.step import step
 from benches.whole_model import whole_model
 from rich.console import Console
 
+from fedray.report.terminal import make_console
+
 
 def privacy(console: Console, repeats: int) -> None:
     """What a DP-SGD step and a secure sum cost a client."""
@@ -45,7 +47,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     if flags and args.part != "sharing":
         parser.error(f"unknown: {' '.join(flags)} (only `sharing` takes a run's own flags)")
-    console = Console(width=150)
+    console = make_console(width=150)
     for name in BENCHES if args.part == "all" else (args.part,):
         BENCHES[name](console, args, flags)
 

@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -18,8 +17,8 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from fedray.data.owned import owned_folder
 from fedray.data.tasks import Example, Task
-from fedray.errors import ConfigError
 
 _ARRAYS = ("ids", "id_ends", "labels", "label_ends", "sizes", "groups")
 
@@ -107,14 +106,7 @@ def encode(task: Task, rows: Dataset, folder: str | None = None) -> Encoded:
     if anywhere; it is made for this user alone."""
     if folder is None:
         return Encoded.of(task.encode(rows))
-    path = Path(folder) / f"{_fingerprint(task, rows)}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    there = path.parent.lstat()
-    if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid() or there.st_mode & 0o022:
-        raise ConfigError(
-            f"worker.cache '{folder}' is not a folder of this user's alone: "
-            "another could change the training data in it; give another place"
-        )
+    path = owned_folder(Path(folder), "worker.cache") / f"{_fingerprint(task, rows)}.safetensors"
     if not path.is_file():
         Encoded.of(task.encode(rows)).save(path)
     return Encoded.load(path)

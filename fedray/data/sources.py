@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset
 
 from fedray.config.sections import BUILTIN, DataSection
 from fedray.data import builtin
+from fedray.data.owned import owned_folder
 from fedray.errors import ConfigError
 
 _LOADERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -87,10 +90,20 @@ def _read(file: Path) -> Dataset:
         options["keep_default_na"] = False  # "null" and "NA" are words
     if file.suffix == ".tsv":
         options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    options["cache_dir"] = str(_copies())
     try:
         return load_dataset(_LOADERS[file.suffix], data_files=str(file), split="train", **options)
     except Exception as error:  # the readers below raise their own many kinds
         raise ConfigError(f"data source '{file}' cannot be read: {_first_line(error)}") from error
+
+
+def _copies() -> Path:
+    """Where local files are kept in the form that is mapped: closed to others, since the copies outlive the run and are
+    made for all to read, whatever their source allows."""
+    place = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / f"fedray-{os.getuid()}"
+    folder = owned_folder(place, "the data sets' cache (HF_DATASETS_CACHE)")
+    folder.chmod(0o700)
+    return folder
 
 
 def _from_hub(name: str, subset: str | None) -> DatasetDict:

@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from fedray.config.sections import Config
 from fedray.errors import FedrayError
+from fedray.federation.embedded import embedded_ray, guard_token_file
 from fedray.federation.placement import Node
 from fedray.stopping import stop_on_sigterm
 
@@ -55,18 +56,8 @@ def ray_session() -> Iterator[None]:
     if connect():
         yield
         return
-    ray.init(
-        address="local",
-        num_cpus=len(os.sched_getaffinity(0)),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    stop_on_sigterm()
-    try:
+    with embedded_ray():
         yield
-    finally:
-        ray.shutdown()
 
 
 def connect() -> bool:
@@ -78,6 +69,7 @@ def connect() -> bool:
     address = os.environ.get("RAY_ADDRESS") or _started_here()
     if address is None:
         return False
+    guard_token_file()
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
@@ -90,10 +82,14 @@ def connect() -> bool:
 
 
 def _started_here() -> str | None:
-    """The address of a cluster that `ray start` has begun here and that answers; embedded ones leave no such file."""
+    """The address of a cluster that this user has begun here by `ray start` and that answers; embedded ones leave no
+    such file. One that another user has left is theirs: a run that joined it would hand them its data."""
     file = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
     try:
-        address = file.read_text().strip()
+        with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as handle:
+            if os.fstat(handle.fileno()).st_uid != os.getuid():
+                return None
+            address = handle.read().strip()
         host, _, port = address.rpartition(":")
         with socket.create_connection((host, int(port)), timeout=2):
             return address

@@ -16,6 +16,7 @@ from ray.util.placement_group import PlacementGroup
 
 from fedray.config.sections import Config
 from fedray.errors import ConfigError
+from fedray.federation.channels import fixed_masks
 from fedray.federation.channels.registry import hides_cohort
 from fedray.federation.channels.statement import read_statement, spent
 from fedray.federation.coordinator import Coordinator
@@ -72,6 +73,8 @@ def _rounds(prepared: Prepared, listener: Listener, group: PlacementGroup | None
 
 def _inline_rounds(config: Config, prepared: Prepared, listener: Listener) -> Iterator[dict[str, Any]]:
     worker = Worker(config, prepared.placement.device, prepared.placement.cpus, prepared.data)
+    if words := fixed_masks.warning(config, prepared.folder, lambda: [fixed_masks.fixed_here()]):
+        listener.note(words)
     done: list[str] = []
 
     def progress(client: str) -> None:
@@ -110,7 +113,7 @@ def _finish(prepared: Prepared, records: list[dict[str, Any]], wall_seconds: flo
         return json.loads((folder / "summary.json").read_text())  # it was finished
     write(config, load_checkpoint(folder, config, classes), folder / "adapter", "peft", classes)
     summary = summarise(config, prepared.trainable, len(prepared.data.clients), records, wall_seconds)
-    summary |= spent(config, folder)
+    summary |= spent(config, folder) | fixed_masks.masks(config, folder)
     _write(folder / "summary.json", json.dumps(summary, indent=2))
     return summary
 

@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.config.sections import Config
 from fedray.errors import FedrayError
+from fedray.federation.channels import fixed_masks
 from fedray.federation.cluster import answer_of, last_line, ray_session
 from fedray.federation.coordinator_ray import CoordinatorActor
 from fedray.federation.listening import Listener
@@ -39,6 +40,7 @@ class RayRun:
             group, self._workers = start_workers(self._config, self._prepared.placement, self._given)
             try:
                 facts = self._facts()
+                self._warn()
                 self._coordinator = self._coordinate(facts)
                 deaths = 0
                 while not (yield from self._go_on()):
@@ -56,6 +58,16 @@ class RayRun:
         references = [worker.describe.remote() for worker in workers]
         facts = [answer_of(reference, "a worker could not start") for reference in references]
         return facts[0]
+
+    def _warn(self) -> None:
+        """Say what the workers' keys make of the run's guarantee."""
+
+        def fixed() -> list[bool]:
+            references = [worker.masks_are_fixed.remote() for worker in self._workers]
+            return [answer_of(reference, "a worker could not start") for reference in references]
+
+        if words := fixed_masks.warning(self._config, self._prepared.folder, fixed):
+            self._listener.note(words)
 
     def _coordinate(self, facts: tuple) -> Any:
         """A coordinator on the driver's node, where the run directory is."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from fedray.adapters.base import Layer
 from fedray.config.sections import Config
 from fedray.errors import FedrayError
+from fedray.federation.channels import fixed_masks
 from fedray.federation.channels.registry import quotes_errors
 from fedray.federation.logs import event, log_lines
 from fedray.federation.messages import Answered, Failure, Orders, Trained
@@ -51,6 +52,10 @@ class WorkerActor:
 
     def describe(self) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:
         return self.worker.describe()
+
+    def masks_are_fixed(self) -> bool:
+        """Whether its clients' keys are those of a test."""
+        return fixed_masks.fixed_here()
 
     def ready(self) -> bool:
         """Answers when the actor is up, after a restart too."""

@@ -17,12 +17,12 @@ from typing import Any, Protocol
 
 import torch
 from opacus.grad_sample import GradSampleHooks, register_grad_sampler
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedray.adapters.modules import CoreProduct, HadamardProduct, Product, whole_shape
 from fedray.errors import PrivacyError
 from fedray.privacy.keys import Stream
+from fedray.privacy.model_checks import check_model, each_alone
 from fedray.privacy.plan import Mechanism
 
 Losses = Callable[[Callable, dict], Tensor]
@@ -43,54 +43,6 @@ class Engine(Protocol):
     def backward(self, value: Tensor, last: bool) -> None: ...
     def apply(self, gradients: dict[str, Tensor], lr: float) -> dict[str, Tensor]: ...
     def read(self) -> dict[str, Tensor]: ...
-
-
-def check_model(model: nn.Module) -> None:
-    """Raises PrivacyError, with the reason, for a model whose per-sample gradients would be missing or wrong."""
-    for name, module in model.named_modules():
-        if getattr(module, "p", 0) and "Dropout" in type(module).__name__:
-            raise PrivacyError(
-                f"{name} drops out {module.p:g}: one example more would shift the masks of all others, "
-                "so that no clip bounds what it changes; set it to 0"
-            )
-        if isinstance(module, LoraLayer):
-            _check_lora(name, module)
-        if getattr(module, "gradient_checkpointing", False):
-            _check_checkpointing(name, module)
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
-            _check_trained(name, module)
-
-
-def _check_lora(name: str, module: LoraLayer) -> None:
-    if any(getattr(module, "use_dora", {}).values()):
-        raise PrivacyError(
-            f"{name} is a DoRA layer: its norm mixes samples, and it has no per-sample gradient; use plain LoRA"
-        )
-    if len(module.lora_embedding_A):
-        raise PrivacyError(
-            f"{name} adapts an embedding, which has no per-sample gradient in opacus: leave it out of adapter.targets"
-        )
-
-
-def _check_checkpointing(name: str, module: nn.Module) -> None:
-    options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-    if not options.get("use_reentrant", False):
-        raise PrivacyError(
-            f"{name} checkpoints with use_reentrant=False, which runs the forward pass where opacus's "
-            "hooks do not see it: set it to True"
-        )
-
-
-def _check_trained(name: str, module: nn.Module) -> None:
-    if any(True for _ in module.buffers(recurse=False)):
-        raise PrivacyError(
-            f"{name} trains and keeps statistics over the batch ({type(module).__name__}), which are not "
-            "private: leave it out of adapter.heads"
-        )
-    if type(module) not in GradSampleHooks.GRAD_SAMPLERS:
-        raise PrivacyError(
-            f"{name} ({type(module).__name__}) trains and has no per-sample gradient: leave it out of adapter.heads"
-        )
 
 
 class SampleHooks:
@@ -219,7 +171,8 @@ def private_step(
     clipped = ClippedSum(engine.parameters, mechanism.clip)
     with hooks.awake():
         for i, batch in enumerate(micro_batches):
-            each = losses(engine.forward, batch)
+            with each_alone(engine.model):
+                each = losses(engine.forward, batch)
             if not torch.isfinite(each).all():
                 raise FloatingPointError("a loss is not finite: lower federation.lr")
             engine.backward(each.sum(), i == len(micro_batches) - 1)

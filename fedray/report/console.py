@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from fedray.data.tasks import TASKS
+from fedray.federation.channels.fixed_masks import NOT_SECURE
 from fedray.federation.channels.statement import WEAK
 from fedray.federation.prepare import Prepared
 from fedray.plan import plan
@@ -41,7 +42,7 @@ class ConsoleListener:
         self.console = console
         self.progress_bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("clients"),
@@ -129,6 +130,8 @@ class ConsoleListener:
             )
         if summary["epsilon"] is not None:
             self.console.print(run_privacy(summary), soft_wrap=True)
+        if summary.get("masks_were_fixed"):
+            self.console.print(NOT_SECURE, soft_wrap=True)
         self.console.print(f"results in {folder} (adapter/ loads with plain PEFT; report.html)", soft_wrap=True)
 
     def close(self) -> None:

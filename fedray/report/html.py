@@ -1,21 +1,27 @@
 """`report.html`: one run on one page that needs nothing else: result, curves, rounds, and for a private run what left
-each client."""
+each client.
+
+Every page is put together by `Markup.format` and `Markup.join`, which escape whatever is no `Markup` itself: a run
+directory may come from others, and so may each string in it. Attributes are always quoted.
+"""
 
 from __future__ import annotations
 
-import html
 import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError
+from fedray.federation.channels.fixed_masks import NOT_SECURE, were_fixed
 from fedray.federation.results import read_rounds
 from fedray.report.words import share, size, title
 
-_STYLE = """
+_STYLE = Markup("""
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #1b1f24; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #d5d9de; }
 table { border-collapse: collapse; font-size: 0.92em; display: block; overflow-x: auto; } \
@@ -23,7 +29,7 @@ td, th { padding: 0.25em 0.8em 0.25em 0; text-align: left; vertical-align: top; 
 th { border-bottom: 1px solid #9aa1a9; } .n { text-align: right !important; font-variant-numeric: tabular-nums; }
 .big { font-size: 1.25em; } .warn { background: #fff1d6; padding: 0.6em 1em; border-left: 4px solid #d9870b; } \
 .high { color: #a61b1b; font-weight: 600; } svg { max-width: 100%; height: auto; }
-"""
+""")
 
 
 def write_report(folder: Path) -> Path:
@@ -32,15 +38,16 @@ def write_report(folder: Path) -> Path:
     if not (folder / "rounds.jsonl").is_file() or not (folder / "config.yaml").is_file():
         raise ConfigError(f"'{folder}' is no run directory with a finished round")
     summary, records = _json(folder / "summary.json"), read_rounds(folder)
-    parts = [_head(summary, records), _curves(summary, records), _rounds(records)]
+    open_sums = were_fixed(folder) or (summary or {}).get("masks_were_fixed")
+    warnings = [_warning(NOT_SECURE)] if open_sums else []
+    parts = [_head(summary, records), *warnings, _curves(summary, records), _rounds(records)]
     if (privacy := _json(folder / "privacy.json")) is not None:
         parts.append(_privacy(privacy))
-    parts += ["<h2>Config</h2><pre>", html.escape((folder / "config.yaml").read_text()), "</pre>"]
-    run = html.escape(folder.name)
-    page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>fedray {run}</title><style>{_STYLE}</style>"
-        f"<h1>{run}</h1>{''.join(parts)}</html>"
-    )
+    parts.append(Markup("<h2>Config</h2><pre>{}</pre>").format((folder / "config.yaml").read_text()))
+    page = Markup(
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>fedray {run}</title><style>{style}</style>'
+        "<h1>{run}</h1>{parts}</html>"
+    ).format(run=folder.name, style=_STYLE, parts=_joined(parts))
     out, part = folder / "report.html", folder / ".report.html.part"
     part.write_text(page)
     part.replace(out)
@@ -52,34 +59,48 @@ def _json(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable[int] = ()) -> str:
+def _joined(parts: Iterable[Markup]) -> Markup:
+    return Markup("").join(parts)
+
+
+def _warning(text: str) -> Markup:
+    return Markup('<p class="warn">{}.</p>').format(text)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable[int] = ()) -> Markup:
     """`numbers`: the columns that are aligned to the right."""
     right = set(numbers)
-    names = "".join(f"<th{_align(i in right)}>{html.escape(name)}</th>" for i, name in enumerate(head))
-    cells = "".join(
-        "<tr>" + "".join(f"<td{_align(i in right)}>{html.escape(str(c))}</td>" for i, c in enumerate(row)) + "</tr>"
+    names = _joined(Markup("<th{}>{}</th>").format(_align(i in right), name) for i, name in enumerate(head))
+    cells = _joined(
+        Markup("<tr>{}</tr>").format(
+            _joined(Markup("<td{}>{}</td>").format(_align(i in right), cell) for i, cell in enumerate(row))
+        )
         for row in rows
     )
-    return f"<table><tr>{names}</tr>{cells}</table>"
+    return Markup("<table><tr>{}</tr>{}</table>").format(names, cells)
 
 
-def _align(number: bool) -> str:
-    return " class=n" if number else ""
+def _align(number: bool) -> Markup:
+    return Markup(' class="n"' if number else "")
 
 
-def _head(summary: dict | None, records: list[dict]) -> str:
+def _head(summary: dict | None, records: list[dict]) -> Markup:
     if summary is None:
-        return f"<p class=warn>This run is not finished: {len(records)} rounds so far.</p>"
-    metric = title(summary["metric"])
-    text = (
-        f"<p class=big>{html.escape(summary['method'])} on {html.escape(summary['adapter'])}: "
-        f"{metric} {summary['initial']:.4f} before, "
-        f"<b>{summary['final']:.4f}</b> after {summary['rounds']} rounds with {summary['clients']} clients.</p>"
-        f"<p>{summary['trainable_params']:,} numbers train. "
-        f"{size(summary['bytes_up'])} up and {size(summary['bytes_down'])} down, "
-        f"{summary['wall_seconds']:.0f} s. Factor averaging would have lost up to "
-        f"{share(summary['aggregation_error'], '.2%')} of a round's update; "
-        f"this method lost at most {share(summary['exactness'], '.1e')}.</p>"
+        return _warning(f"This run is not finished: {len(records)} rounds so far")
+    text = Markup(
+        '<p class="big">{method} on {adapter}: {metric} {initial:.4f} before, '
+        "<b>{final:.4f}</b> after {rounds} rounds with {clients} clients.</p>"
+    ).format(**summary | {"metric": title(summary["metric"])})
+    text += Markup(
+        "<p>{:,} numbers train. {} up and {} down, {:.0f} s. Factor averaging would have lost up to {} of a round's "
+        "update; this method lost at most {}.</p>"
+    ).format(
+        summary["trainable_params"],
+        size(summary["bytes_up"]),
+        size(summary["bytes_down"]),
+        summary["wall_seconds"],
+        share(summary["aggregation_error"], ".2%"),
+        share(summary["exactness"], ".1e"),
     )
     if summary["final_by_group"]:
         rows = [
@@ -93,7 +114,7 @@ def _head(summary: dict | None, records: list[dict]) -> str:
 Curve = tuple[str, list[tuple[int, float]]]
 
 
-def _curves(summary: dict | None, records: list[dict]) -> str:
+def _curves(summary: dict | None, records: list[dict]) -> Markup:
     """Metric, loss and epsilon by round, those that there are, as one SVG."""
     losses = [(r["round"], r["train_loss"]) for r in records if r["train_loss"] is not None]
     spent = [(r["round"], max(r["epsilon"].values())) for r in records if r.get("epsilon")]
@@ -103,7 +124,7 @@ def _curves(summary: dict | None, records: list[dict]) -> str:
         ("epsilon spent, largest of the clients", spent),
     ]
     curves = [curve for curve in candidates if curve[1]]
-    return _drawn(curves) if curves else ""
+    return _drawn(curves) if curves else Markup("")
 
 
 def _metric(summary: dict | None, records: list[dict]) -> Curve:
@@ -119,8 +140,8 @@ def _metric(summary: dict | None, records: list[dict]) -> Curve:
     return title(name), start + [(round, metrics[name]) for round, metrics in evaluated]
 
 
-def _drawn(curves: Sequence[Curve]) -> str:
-    """One plot a curve, side by side, as SVG."""
+def _drawn(curves: Sequence[Curve]) -> Markup:
+    """One plot a curve, side by side, as SVG (matplotlib escapes what it writes)."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -129,7 +150,8 @@ def _drawn(curves: Sequence[Curve]) -> str:
     figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3), squeeze=False)
     for axis, (name, points) in zip(axes[0], curves, strict=True):
         axis.plot(*zip(*points, strict=True), marker="o", markersize=3)
-        axis.set(title=name, xlabel="round")
+        axis.set(xlabel="round")
+        axis.set_title(name, parse_math=False)
         axis.grid(alpha=0.3)
         axis.ticklabel_format(useOffset=False)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -137,10 +159,10 @@ def _drawn(curves: Sequence[Curve]) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     pyplot.close(figure)
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    return Markup(buffer.getvalue()[buffer.getvalue().index("<svg") :])
 
 
-def _rounds(records: list[dict]) -> str:
+def _rounds(records: list[dict]) -> Markup:
     rows = [
         (
             r["round"],
@@ -156,44 +178,41 @@ def _rounds(records: list[dict]) -> str:
         for r in records
     ]
     head = ("round", "cohort", "left out", "loss", "up", "down", "averaging would lose", "lost", "s")
-    return "<h2>Rounds</h2>" + _table(head, rows, range(3, 9))
+    return Markup("<h2>Rounds</h2>") + _table(head, rows, range(3, 9))
 
 
-def _privacy(statement: dict) -> str:
+def _privacy(statement: dict) -> Markup:
     """What `privacy.json` says."""
     guarantee = statement["guarantee"]
-    return "".join(
+    return _joined(
         (
-            "<h2>Privacy</h2>",
+            Markup("<h2>Privacy</h2>"),
             _guarantee(guarantee),
             _spent(guarantee, statement["releases"]),
-            "<h2>Mechanisms</h2>",
+            Markup("<h2>Mechanisms</h2>"),
             _mechanisms(statement["plans"]),
-            "<h2>What left each client</h2>",
+            Markup("<h2>What left each client</h2>"),
             _table(
                 ("what", "when", "under which guarantee", "where in the code"),
                 [(e["what"], e["when"], e["guarantee"], e["place"]) for e in statement["left_each_client"]],
             ),
-            "<h2>What is not guaranteed</h2>",
+            Markup("<h2>What is not guaranteed</h2>"),
             _not_guaranteed(statement["not_guaranteed"]),
         )
     )
 
 
-def _guarantee(given: dict) -> str:
-    if given["void"]:
-        text = f"<p class=warn>{html.escape(given['void'])}.</p>"
-    elif given.get("weak"):
-        text = f"<p class=warn>{html.escape(given['weak'])}.</p>"
+def _guarantee(given: dict) -> Markup:
+    if warning := given["void"] or given.get("weak"):
+        text = _warning(warning)
     else:
-        text = f"<p class=big>epsilon {given['epsilon']:.4g} at delta {given['delta']:g}, by {given['unit']}.</p>"
-    return (
-        f"{text}<p>A unit is {html.escape(given['what_a_unit_is'])}. Neighbouring relation: {given['relation']}. "
-        f"Holds {html.escape(given['trust'])}. Accountant: {html.escape(given['accountant'])}.</p>"
-    )
+        text = Markup('<p class="big">epsilon {epsilon:.4g} at delta {delta:g}, by {unit}.</p>').format(**given)
+    return text + Markup(
+        "<p>A unit is {what_a_unit_is}. Neighbouring relation: {relation}. Holds {trust}. Accountant: {accountant}.</p>"
+    ).format(**given)
 
 
-def _spent(given: dict, releases: dict) -> str:
+def _spent(given: dict, releases: dict) -> Markup:
     counts = {client: len(entries) for client, entries in releases.items()}
     every = counts.get("(every client)", 0)
     rows = [
@@ -203,7 +222,7 @@ def _spent(given: dict, releases: dict) -> str:
     return _table(("client", "epsilon spent", "budget", "releases"), rows, (1, 2, 3))
 
 
-def _mechanisms(plans: dict) -> str:
+def _mechanisms(plans: dict) -> Markup:
     rows = [
         (
             client,
@@ -224,11 +243,16 @@ def _release(release: dict) -> str:
     return f"{release['what']}: noise {release['noise']:.4g}, rate {release['rate']:g}, {release['steps']} times"
 
 
-def _not_guaranteed(entries: list[dict]) -> str:
-    """The severest first, by colour too."""
-    rows = "".join(
-        f"<tr><td class={entry['severity']}>{entry['severity']}</td><td>{html.escape(entry['what'])}</td>"
-        f"<td>{html.escape(entry['place'])}</td></tr>"
-        for entry in sorted(entries, key=lambda entry: ("high", "medium", "low").index(entry["severity"]))
+_SEVERITIES = ("high", "medium", "low")
+
+
+def _not_guaranteed(entries: list[dict]) -> Markup:
+    """The severest first, by colour too; a word that is no severity of ours comes before all."""
+    row = Markup('<tr><td class="{severity}">{severity}</td><td>{what}</td><td>{place}</td></tr>')
+    unknown = Markup("<tr><td>{severity}</td><td>{what}</td><td>{place}</td></tr>")
+    ranks = {severity: rank for rank, severity in enumerate(_SEVERITIES)}
+    rows = _joined(
+        (row if entry["severity"] in ranks else unknown).format(**entry)
+        for entry in sorted(entries, key=lambda entry: ranks.get(entry["severity"], -1))
     )
-    return f"<table><tr><th>severity</th><th>what</th><th>where in the code</th></tr>{rows}</table>"
+    return Markup("<table><tr><th>severity</th><th>what</th><th>where in the code</th></tr>{}</table>").format(rows)

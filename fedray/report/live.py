@@ -9,8 +9,8 @@ from ray import tune
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
+from fedray.report.terminal import make_console
 from fedray.report.words import size
 
 ENDED = ("ended", "failed")
@@ -21,7 +21,7 @@ class LiveTable(tune.Callback):
     checkpoints."""
 
     def __init__(self, console: Console | None = None, count: int = 0, maximise: bool = True, rows: int = 14):
-        self.console, self.count, self.maximise, self.rows = console or Console(), count, maximise, rows
+        self.console, self.count, self.maximise, self.rows = console or make_console(), count, maximise, rows
         self.seen: dict[str, dict[str, Any]] = {}
         self._live: Live | None = None
         self._began = time.monotonic()
@@ -82,7 +82,6 @@ class LiveTable(tune.Callback):
             value = f"{row['objective']:.4f} after round {row['round']}" if "objective" in row else "no result"
             self.console.print(
                 f"[{ended}/{max(self.count, len(self.seen))}] {row['name']}  {state}: {value}",
-                markup=False,
                 soft_wrap=True,
             )
         self._show()
@@ -104,7 +103,7 @@ class LiveTable(tune.Callback):
         ended = sorted((row for row in self.seen.values() if row["state"] in ENDED), key=self._rank)
         for row in [*running, *ended][: self.rows]:
             table.add_row(*_cells(row))
-        return Group(table, Text(f"{self._counts()}; {time.monotonic() - self._began:.0f} s"))
+        return Group(table, f"{self._counts()}; {time.monotonic() - self._began:.0f} s")
 
     def _rank(self, row: dict[str, Any]) -> float:
         """The best first, those without a result last."""
@@ -128,9 +127,9 @@ def _name(trial: Any) -> str:
     return f"{trial.trial_id} " + ", ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in trial.config.items())
 
 
-def _cells(row: dict[str, Any]) -> tuple[Text, str, str, str, str, str]:
+def _cells(row: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
     return (
-        Text(row["name"]),
+        row["name"],
         row["state"],
         f"{row.get('round', '-')}",
         f"{row['objective']:.4f}" if "objective" in row else "-",

@@ -137,12 +137,30 @@ class TrialFolder:
         return Ledger.load(self.run / "checkpoint" / "ledger.json")
 
     @property
+    def is_public(self) -> bool:
+        """Whether it is known to be a run without privacy."""
+        return self.has_run and not self.config.privacy.on
+
+    @property
+    def lost_ledger(self) -> bool:
+        """Whether it has released something, as its rounds or states show, and what that was is gone."""
+        if self.is_public or self.ledger is not None:
+            return False
+        return self.finished or bool(self.records) or any((self.run / "checkpoint").glob("round-*"))
+
+    @property
     def released(self) -> Releases | None:
-        """What it has released so far, from its ledger; {} before the first release, None of a run without privacy."""
+        """What it has released so far, from its ledger; {} before the first release, None of a run without privacy.
+        Raises ConfigError where it has lost its ledger: what nobody knows must not count as nothing."""
+        if self.lost_ledger:
+            raise ConfigError(
+                f"trial '{self.name}' has lost its checkpoint/ledger.json, so nobody knows what it has told of the "
+                f"data: bring the file back to {self.run}, or make another sweep"
+            )
         ledger = self.ledger
         if ledger is not None:
             return {client: [entry.release for entry in entries] for client, entries in ledger.entries.items()}
-        return None if self.has_run and not self.config.privacy.on else {}
+        return None if self.is_public else {}
 
     # --- what is written ---
 

@@ -59,7 +59,10 @@ ENGINES = {
 
 @pytest.mark.parametrize("name", [n if n == "secure" else pytest.param(n, marks=pytest.mark.slow) for n in ENGINES])
 def test_private_runs_have_the_same_bits_on_ray(make_config, ray_session, name):
-    same_bits(run(make_config(**ENGINES[name])), run(make_config(**ENGINES[name], engine="ray")))
+    inline, on_ray = run(make_config(**ENGINES[name])), run(make_config(**ENGINES[name], engine="ray"))
+    same_bits(inline, on_ray)
+    said = [json.loads((folder / "summary.json").read_text()).get("masks_were_fixed") for folder in (inline, on_ray)]
+    assert said == [True if name == "secure" else None] * 2  # tests fix the keys
 
 
 @pytest.mark.parametrize("secure", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "secure"])

@@ -14,8 +14,9 @@ from fedray.config.build import make_method, make_spec
 from fedray.errors import PrivacyError
 from fedray.methods import Update
 from fedray.privacy import dpsgd
-from fedray.privacy.dpsgd import ClippedSum, Mechanism, SampleHooks, check_model, noised, private_step
+from fedray.privacy.dpsgd import ClippedSum, Mechanism, SampleHooks, noised, private_step
 from fedray.privacy.keys import Key
+from fedray.privacy.model_checks import check_model
 from fedray.training.engine import TorchEngine
 from fedray.training.local import Private, learning_rate
 

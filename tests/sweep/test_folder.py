@@ -1,6 +1,8 @@
 """What a trial's files say of it: every status, and what is written and read back."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +10,9 @@ from fedray.config.read import from_dict
 from fedray.errors import ConfigError
 from fedray.privacy.accountant import Release
 from fedray.privacy.ledger import Entry, Ledger
+from fedray.report.sweep.privacy import privacy_of
+from fedray.report.sweep.summary import sweep_privacy
+from fedray.sweep.budget import check_affordable
 from fedray.sweep.folder import STATUSES, SweepFolder
 
 NAME = "000,ffa,lr=0.01,seed=0"
@@ -116,12 +121,67 @@ def test_what_was_released_is_what_the_ledger_says(trial):
     assert trial.ledger is None and trial.released == {}  # nobody knows yet whether it is private
     run(trial)
     assert trial.released is None  # without privacy: nothing bounds it
-    run(trial, noise=1.25)
+    run(trial, 0, noise=1.25)
     assert trial.released == {} and trial.has_run
     ledger = Ledger("run", 1e-5, entries={"a": [Entry("draw", release, 1) for release in RELEASES["a"]]})
     (trial.run / "checkpoint").mkdir()
     ledger.save(trial.run / "checkpoint" / "ledger.json")
     assert trial.released == RELEASES
+
+
+def private_done(trial) -> None:
+    run(trial, noise=1.25, delta=1e-5, sweep_epsilon=9.0)
+    finish(trial)
+
+
+def private_stopped(trial) -> None:
+    run(trial, noise=1.25, delta=1e-5, sweep_epsilon=9.0)
+    trial.stop()
+
+
+def private_with_a_state_alone(trial) -> None:
+    run(trial, 0, noise=1.25, delta=1e-5, sweep_epsilon=9.0)
+    (trial.run / "checkpoint" / "round-0000").mkdir(parents=True)
+    trial.fail("it was tried 3 times")
+
+
+LOST = [private_done, private_stopped, private_with_a_state_alone]
+
+
+@pytest.mark.parametrize("steps", LOST)
+def test_a_trial_that_has_lost_its_ledger_has_not_released_nothing(steps, trial):
+    steps(trial)
+    with pytest.raises(ConfigError, match=f"trial '{NAME}' .*ledger.json.* bring the file back"):
+        _ = trial.released
+
+
+@pytest.mark.parametrize("steps", LOST)
+def test_no_trial_begins_beside_one_that_has_lost_its_ledger(steps, sweep, trial):
+    steps(trial)
+    new = sweep.trial("001,ffa,lr=0.1,seed=0")
+    new.begin({"seed": 0}, "one split", RELEASES)
+    prepared = SimpleNamespace(config=trial.config)  # all that is asked of it
+    with pytest.raises(ConfigError, match=f"trial '{NAME}'"):
+        check_affordable(prepared, new)
+    Ledger("run", 1e-5).save(trial.run / "checkpoint" / "ledger.json")
+    check_affordable(prepared, new)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("steps", LOST)
+def test_what_a_sweep_has_told_is_not_known_where_a_ledger_is_lost(steps, others, sweep, trial):
+    steps(trial)
+    sweep.write_settings({"random_stopping": None})
+    if others:
+        other = sweep.trial("001,ffa,lr=0.1,seed=0")
+        other.begin({"seed": 0}, "one split", RELEASES)
+        private_done(other)
+        entries = {"a": [Entry("draw", release, 1) for release in RELEASES["a"]]}
+        Ledger("run", 1e-5, entries=entries).save(other.run / "checkpoint" / "ledger.json")
+    told = privacy_of(sweep.out)
+    assert set(told["composed"].values()) == {math.inf} and told["lost"] == [NAME]
+    words = sweep_privacy(told)
+    assert words.startswith("privacy: not known") and f"'{NAME}'" in words and "ledger.json" in words
 
 
 def test_a_sweep_lists_what_has_begun_what_is_planned_and_what_has_run(sweep):

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from ray import cloudpickle, tune
 from ray.tune.experiment import Trial
 from ray.util import placement_group_table
-from rich.console import Console
 from support import ROOT
 
 from fedray.cli import main
@@ -41,6 +40,7 @@ from fedray.report.live import LiveTable
 from fedray.report.sweep.effects import effects, pareto, tied
 from fedray.report.sweep.summary import sweep_privacy
 from fedray.report.sweep.tables import points_table
+from fedray.report.terminal import make_console
 from fedray.sweep import Sweep
 from fedray.sweep.budget import check_budget
 from fedray.sweep.resources import bundles, cache_folder, check_placeable
@@ -819,7 +819,7 @@ def test_the_live_table_stays_in_place_and_counts_every_trial():
 
     screen = Terminal()
     live, trials = (
-        LiveTable(Console(file=screen, width=100, height=40, force_terminal=True), 30, maximise=True),
+        LiveTable(make_console(file=screen, width=100, height=40, force_terminal=True), 30, maximise=True),
         [Fake(i) for i in range(20)],
     )
     for i, trial in enumerate(trials):
@@ -840,7 +840,7 @@ def test_the_live_table_stays_in_place_and_counts_every_trial():
     )
     assert again.count == 30 and not again.seen
     plain = io.StringIO()
-    live = LiveTable(Console(file=plain, width=100), 2)
+    live = LiveTable(make_console(file=plain, width=100), 2)
     live.on_trial_result(0, trials, trials[0], {"round": 2, "objective": 0.5})
     live.on_trial_complete(0, trials, trials[0])
     assert plain.getvalue() == "[1/2] 000,ffa  ended: 0.5000 after round 2\n"

@@ -16,8 +16,16 @@ from fedray.sweep.folder import Releases, SweepFolder, TrialFolder
 def privacy_of(out: Path) -> dict[str, Any]:
     """What all trials together have told of each client's data: `composed` epsilon by client at `delta`, `trials` and
     how many were without privacy; with random stopping also what the best alone tells. Empty for a sweep without any
-    private trial, or before anything has been released."""
+    private trial, or before anything has been released. `lost`: the trials whose ledgers are gone, so that
+    nothing bounds what was told."""
     folder = SweepFolder(out)
+    if lost := [trial.name for trial in folder.runs() if trial.lost_ledger]:
+        return {"composed": {ANY_CLIENT: math.inf}, "lost": lost}
+    return _told(folder)
+
+
+def _told(folder: SweepFolder) -> dict[str, Any]:
+    """The same, where every ledger is there."""
     trials = [trial for trial in folder.runs() if trial.has_run]
     configs = [trial.config for trial in trials]
     private = [config for config in configs if config.privacy.on]

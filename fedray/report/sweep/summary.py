@@ -28,7 +28,6 @@ def print_sweep(console: Console, out: Path, summary: dict[str, Any], rows: int 
     if best := summary["best"]:
         console.print(
             f"best: {best['trial']}, {best['final']:.4f}; fedray run --config {out / 'best.yaml'} makes it again",
-            markup=False,
             soft_wrap=True,
         )
     console.print(
@@ -77,6 +76,11 @@ def _knob(value: Any) -> str:
 
 def sweep_privacy(privacy: Mapping[str, Any]) -> str:
     """What all trials together have told, in a sentence that a privacy officer can use."""
+    if lost := privacy.get("lost"):
+        return (
+            f"privacy: not known, since trial '{lost[0]}' has lost its checkpoint/ledger.json, which says what it has "
+            "told of the data; bring the file back, and call fedray report again"
+        )
     if privacy["void"]:
         return "privacy: none, since the noise keys were fixed for a test"
     if privacy["without_privacy"]:
