@@ -1,0 +1,116 @@
+"""A certificate for this pod, signed by an authority: what Ray's RAY_TLS_ variables point to.
+
+    python certify.py [--head] [--days 30] [--authority /tls-ca] [--trust FILE] [--out /tls]
+
+Ray reads its certificate when a process starts and checks the address that it speaks to, so each pod makes one for its
+own address before Ray starts, and the pod is replaced before the certificate ends (the manifests' activeDeadlineSeconds).
+"""
+
+import argparse
+import datetime
+import ipaddress
+import os
+import socket
+import sys
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+PEM = serialization.Encoding.PEM
+
+
+class Refused(Exception):
+    """No certificate is made, and why: a sentence for the one who runs the cluster."""
+
+
+def trusted(authority: x509.Certificate, trust: Path | None) -> bytes:
+    """PEM of the authorities that this pod believes: those of the file `trust`, or its own alone.
+
+    Raises Refused where its own is not among them: nobody would believe what it signs."""
+    if trust is None:
+        return authority.public_bytes(PEM)
+    bundle = trust.read_bytes()
+    own = (authority.subject, authority.public_key())
+    if own not in [(c.subject, c.public_key()) for c in x509.load_pem_x509_certificates(bundle)]:
+        raise Refused(
+            f"{trust} lacks this pod's own authority ({authority.subject.rfc4514_string()}): add its certificate to the "
+            "config map fedray-trust"
+        )
+    return bundle
+
+
+def leaf(authority: x509.Certificate, secret, key, names: list[x509.GeneralName], days: int) -> x509.Certificate:
+    """A certificate over `key` for a node of Ray's, which is server and client, for so many days from now.
+
+    Raises Refused where the authority ends before it: the pod would outlive what it is believed by."""
+    now = datetime.datetime.now(datetime.UTC)
+    end = now + datetime.timedelta(days=days)
+    if authority.not_valid_after_utc < end:
+        raise Refused(
+            f"the authority ends on {authority.not_valid_after_utc:%Y-%m-%d}, before this pod's certificate would "
+            f"({end:%Y-%m-%d}): renew it over the same key (k8s/README.md, TLS)"
+        )
+    usage = dict.fromkeys(
+        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "key_cert_sign", "crl_sign",
+         "encipher_only", "decipher_only"),
+        False,
+    )  # fmt: skip
+    return (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedray-node")]))
+        .issuer_name(authority.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(minutes=5))
+        .not_valid_after(end)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.KeyUsage(digital_signature=True, **usage), critical=True)
+        .add_extension(
+            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
+        )
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
+        .sign(secret, hashes.SHA256())
+    )
+
+
+def own_names(address: str, service: str | None) -> list[x509.GeneralName]:
+    """What this pod is called: its addresses, its host's name and, of the head, the service's name."""
+    called = ["localhost", socket.gethostname(), *([service] if service else [])]
+    addresses = ["127.0.0.1", address]
+    return [*map(x509.DNSName, called), *(x509.IPAddress(ipaddress.ip_address(a)) for a in addresses)]
+
+
+def main(argv: list[str]) -> int:
+    """See the module's docstring. Writes ca.crt, tls.crt and tls.key (P-256); 1 where it refuses."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--authority", type=Path, default=Path("/tls-ca"), help="a folder with tls.crt and tls.key")
+    parser.add_argument("--trust", type=Path, help="certificates of all parties' authorities, where each has its own")
+    parser.add_argument("--out", type=Path, default=Path("/tls"))
+    parser.add_argument("--days", type=int, default=30)
+    # A worker whose certificate held the service's name could stand for the head.
+    parser.add_argument("--head", action="store_true", help="the service's name too, which the operator gives")
+    args = parser.parse_args(argv)
+    authority = x509.load_pem_x509_certificate((args.authority / "tls.crt").read_bytes())
+    secret = serialization.load_pem_private_key((args.authority / "tls.key").read_bytes(), None)
+    key = ec.generate_private_key(ec.SECP256R1())
+    names = own_names(os.environ["POD_IP"], os.environ["FQ_RAY_IP"] if args.head else None)
+    try:
+        believed, made = trusted(authority, args.trust), leaf(authority, secret, key, names, args.days)
+    except Refused as why:
+        print(why, file=sys.stderr)
+        return 1
+    (args.out / "ca.crt").write_bytes(believed)
+    (args.out / "tls.crt").write_bytes(made.public_bytes(PEM))
+    # A container that is started again finds the files of its first start.
+    handle = os.open(args.out / "tls.key", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
