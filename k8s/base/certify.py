@@ -2,8 +2,8 @@
 
     python certify.py [--head] [--days 30] [--authority /tls-ca] [--trust FILE] [--out /tls]
 
-Ray reads its certificate when a process starts and checks the address that it speaks to, so each pod makes one for its
-own address before Ray starts, and the pod is replaced before the certificate ends (the manifests' activeDeadlineSeconds).
+Ray reads its certificate when a process starts and checks the address that it speaks to. So each pod makes one for its
+own address before Ray starts, and is replaced before the certificate ends (the manifests' activeDeadlineSeconds).
 """
 
 import argparse
@@ -36,8 +36,8 @@ def trusted(authority: x509.Certificate, trust: Path | None) -> bytes:
     own = (authority.subject, authority.public_key())
     if own not in [(c.subject, c.public_key()) for c in x509.load_pem_x509_certificates(bundle)]:
         raise Refused(
-            f"{trust} lacks this pod's own authority ({authority.subject.rfc4514_string()}): add its certificate to the "
-            "config map fedray-trust"
+            f"{trust} lacks this pod's own authority ({authority.subject.rfc4514_string()}): add its certificate to "
+            "the config map fedray-trust"
         )
     return bundle
 
@@ -53,11 +53,8 @@ def leaf(authority: x509.Certificate, secret, key, names: list[x509.GeneralName]
             f"the authority ends on {authority.not_valid_after_utc:%Y-%m-%d}, before this pod's certificate would "
             f"({end:%Y-%m-%d}): renew it over the same key (k8s/README.md, TLS)"
         )
-    usage = dict.fromkeys(
-        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "key_cert_sign", "crl_sign",
-         "encipher_only", "decipher_only"),
-        False,
-    )  # fmt: skip
+    refused = "content_commitment key_encipherment data_encipherment key_agreement key_cert_sign crl_sign"
+    usage = dict.fromkeys([*refused.split(), "encipher_only", "decipher_only"], False)
     return (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedray-node")]))
