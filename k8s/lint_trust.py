@@ -103,8 +103,9 @@ def _object(thing: Object, rendered: bool) -> Iterator[str]:
         yield "the service account gives every pod an API token: automountServiceAccountToken: false"
     cluster = ray_cluster(thing)
     for pod in pods(thing):
-        faults = [*_images(pod, rendered), *_token(pod), *(_ray_pod(pod) if pod.ray else ())]
+        faults = [*_images(pod, rendered), *_token(pod), *(_ray_pod(pod) if pod.ray else _renewed(pod))]
         yield from (f"{pod.where}: {fault}" for fault in faults)
+    yield from _redis(cluster)
     yield from _operators_tls(cluster)
     if cluster.get("enableInTreeAutoscaling"):
         yield from (f"the autoscaler: {fault}" for fault in _autoscaler(part(cluster, "autoscalerOptions")))
@@ -176,6 +177,12 @@ def _speaks_tls(container: Object) -> Iterator[str]:
             yield f"Ray speaks without TLS: {name} is in no volume of its container"
 
 
+def _redis(cluster: Object) -> Iterator[str]:
+    address = part(cluster, "gcsFaultToleranceOptions").get("redisAddress")
+    if address and not address.startswith("rediss://"):
+        yield f"what the head keeps in Redis, code among it, travels in clear: rediss:// and not '{address}'"
+
+
 def _operators_tls(cluster: Object) -> Iterator[str]:
     if part(cluster, "tlsOptions").get("enabled"):
         yield "tlsOptions gives all workers one key and renews no certificate of a pod that runs: certify.py instead"
@@ -184,7 +191,7 @@ def _operators_tls(cluster: Object) -> Iterator[str]:
 def _ray_pod(pod: Pod) -> Iterator[str]:
     for container in pod.containers("containers")[:1]:
         yield from _speaks_tls(container)
-    certify = next((c for c in pod.containers("initContainers") if "certify.py" in " ".join(_command(c))), None)
+    certify = _certify(pod)
     if certify is None:
         yield "no init container makes the pod's certificate (certify.py)"
         return
@@ -207,9 +214,28 @@ def _authority(pod: Pod, certify: Object) -> Iterator[str]:
             yield f"'{container['name']}' mounts the authority's key, which is for certify.py alone"
 
 
+def _certify(pod: Pod) -> Object | None:
+    return next((c for c in pod.containers("initContainers") if "certify.py" in " ".join(_command(c))), None)
+
+
+def _given(container: Object, option: str, default: int) -> int:
+    """The number that a container's command gives an option."""
+    words = _command(container)
+    return int(words[words.index(option) + 1]) if option in words else default
+
+
+def _renewed(pod: Pod) -> Iterator[str]:
+    """A pod that is not Ray's may live on: its certificate is made again beside it."""
+    certify = _certify(pod)
+    if certify is None:
+        return
+    days, every = _given(certify, "--days", 30), _given(certify, "--every", 0)
+    if not 0 < every < days:
+        yield f"its certificate ends after {days} days and no new one is made before: certify.py --every"
+
+
 def _lifetime(pod: Pod, certify: Object) -> Iterator[str]:
-    words, lives = _command(certify), pod.spec.get("activeDeadlineSeconds")
-    days = int(words[words.index("--days") + 1]) if "--days" in words else 30
+    days, lives = _given(certify, "--days", 30), pod.spec.get("activeDeadlineSeconds")
     if lives is None:
         yield f"its certificate ends after {days} days and the pod may live on: activeDeadlineSeconds"
     elif lives > (days - 1) * DAY:

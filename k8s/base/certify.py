@@ -1,9 +1,10 @@
 """A certificate for this pod, signed by an authority: what Ray's RAY_TLS_ variables point to.
 
-    python certify.py [--head] [--days 30] [--authority /tls-ca] [--trust FILE] [--out /tls]
+    python certify.py [--head] [--name NAME] [--days 30] [--every DAYS] [--trust FILE] [--authority /tls-ca] [--out /tls]
 
 Ray reads its certificate when a process starts and checks the address that it speaks to. So each pod makes one for its
 own address before Ray starts, and is replaced before the certificate ends (the manifests' activeDeadlineSeconds).
+Beside Redis, which can read a new one while it runs, it stays and makes one from time to time (`--every`).
 """
 
 import argparse
@@ -12,6 +13,7 @@ import ipaddress
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 from cryptography import x509
@@ -20,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 PEM = serialization.Encoding.PEM
+DAY = 86400  # seconds
 
 
 class Refused(Exception):
@@ -69,43 +72,62 @@ def leaf(authority: x509.Certificate, secret, key, names: list[x509.GeneralName]
             x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
         )
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
+        .add_extension(_issuer(authority), critical=False)
         .sign(secret, hashes.SHA256())
     )
 
 
-def own_names(address: str, service: str | None) -> list[x509.GeneralName]:
-    """What this pod is called: its addresses, its host's name and, of the head, the service's name."""
-    called = ["localhost", socket.gethostname(), *([service] if service else [])]
+def _issuer(authority: x509.Certificate) -> x509.AuthorityKeyIdentifier:
+    """The authority's key as it is called in its own certificate: there are several ways to make that name."""
+    try:
+        named = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+    except x509.ExtensionNotFound:
+        return x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(named.value)
+
+
+def own_names(address: str, called: list[str]) -> list[x509.GeneralName]:
+    """What this pod is called: its addresses, its host's name, and further names."""
+    names = ["localhost", socket.gethostname(), *called]
     addresses = ["127.0.0.1", address]
-    return [*map(x509.DNSName, called), *(x509.IPAddress(ipaddress.ip_address(a)) for a in addresses)]
+    return [*map(x509.DNSName, names), *(x509.IPAddress(ipaddress.ip_address(a)) for a in addresses)]
 
 
-def main(argv: list[str]) -> int:
-    """See the module's docstring. Writes ca.crt, tls.crt and tls.key (P-256); 1 where it refuses."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--authority", type=Path, default=Path("/tls-ca"), help="a folder with tls.crt and tls.key")
-    parser.add_argument("--trust", type=Path, help="certificates of all parties' authorities, where each has its own")
-    parser.add_argument("--out", type=Path, default=Path("/tls"))
-    parser.add_argument("--days", type=int, default=30)
-    # A worker whose certificate held the service's name could stand for the head.
-    parser.add_argument("--head", action="store_true", help="the service's name too, which the operator gives")
-    args = parser.parse_args(argv)
+def certify(args: argparse.Namespace) -> None:
+    """Write ca.crt, tls.crt and tls.key (P-256) to the folder `args.out`, or raise Refused and write nothing."""
     authority = x509.load_pem_x509_certificate((args.authority / "tls.crt").read_bytes())
     secret = serialization.load_pem_private_key((args.authority / "tls.key").read_bytes(), None)
     key = ec.generate_private_key(ec.SECP256R1())
-    names = own_names(os.environ["POD_IP"], os.environ["FQ_RAY_IP"] if args.head else None)
-    try:
-        believed, made = trusted(authority, args.trust), leaf(authority, secret, key, names, args.days)
-    except Refused as why:
-        print(why, file=sys.stderr)
-        return 1
+    # A worker whose certificate held the service's name could stand for the head. The operator gives the name to both.
+    names = own_names(os.environ["POD_IP"], [*args.name, *([os.environ["FQ_RAY_IP"]] if args.head else [])])
+    believed, made = trusted(authority, args.trust), leaf(authority, secret, key, names, args.days)
     (args.out / "ca.crt").write_bytes(believed)
     (args.out / "tls.crt").write_bytes(made.public_bytes(PEM))
     # A container that is started again finds the files of its first start.
     handle = os.open(args.out / "tls.key", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "wb") as file:
         file.write(key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+
+
+def main(argv: list[str]) -> int:
+    """See the module's docstring; 1 where it refuses."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--authority", type=Path, default=Path("/tls-ca"), help="a folder with tls.crt and tls.key")
+    parser.add_argument("--trust", type=Path, help="certificates of all parties' authorities, where each has its own")
+    parser.add_argument("--out", type=Path, default=Path("/tls"))
+    parser.add_argument("--days", type=int, default=30, help="how long the certificate lasts")
+    parser.add_argument("--every", type=int, metavar="DAYS", help="stay, and make a new one after so many days")
+    parser.add_argument("--name", action="append", default=[], help="a further name of this pod")
+    parser.add_argument("--head", action="store_true", help="the service's name too, which the operator gives")
+    args = parser.parse_args(argv)
+    try:
+        certify(args)
+        while args.every:
+            time.sleep(args.every * DAY)
+            certify(args)
+    except Refused as why:
+        print(why, file=sys.stderr)
+        return 1
     return 0
 
 

@@ -46,6 +46,22 @@ def core_kinds() -> list[Path]:
     )
 
 
+def test_an_authority_of_cert_managers_outlives_every_pods_certificate():
+    """It is renewed earlier before its end than any certificate lasts, and over the same key."""
+    issuer, made = things(K8S / "components/authority/certificate.yaml")
+    assert issuer["spec"] == {"selfSigned": {}} and made["spec"]["issuerRef"]["name"] == issuer["metadata"]["name"]
+    days = [
+        int(words[words.index("--days") + 1])
+        for path in MANIFESTS
+        for group in groups(things(path)[0])
+        for words in [group["template"]["spec"]["initContainers"][0]["command"]]
+    ]
+    hours = {k: int(made["spec"][k].removesuffix("h")) for k in ("duration", "renewBefore")}
+    assert max(days) * 24 < hours["renewBefore"] < hours["duration"]
+    assert made["spec"]["isCA"] and made["spec"]["privateKey"]["rotationPolicy"] == "Never"
+    assert made["spec"]["secretName"] == "fedray-ca"  # what the pods mount
+
+
 @pytest.mark.parametrize("path", core_kinds(), ids=lambda p: str(p.relative_to(K8S)))
 def test_core_kinds_fit_kubernetes(path):
     kubernetes_validate = pytest.importorskip(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import shutil
 import ssl
 import subprocess
 import sys
@@ -20,11 +21,21 @@ NOW = datetime.datetime.now(datetime.UTC)
 ADDRESS, SERVICE = "10.1.2.3", "fedray-head-svc.fedray.svc.cluster.local"
 
 
-def authority(folder: Path, name: str, days: int = 365, key: ec.EllipticCurvePrivateKey | None = None) -> Path:
-    """A folder with an authority as the secret holds it. With `key` it is one that is renewed over its own."""
+def authority(
+    folder: Path,
+    name: str,
+    days: int = 365,
+    key: ec.EllipticCurvePrivateKey | None = None,
+    called_key: bytes | None = None,
+) -> Path:
+    """A folder with an authority as the secret holds it. With `key` it is one that is renewed over its own.
+
+    `called_key`: its subject key identifier, where it is not the usual SHA-1."""
     folder.mkdir()
     key = key or ec.generate_private_key(ec.SECP256R1())
     called = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    usual = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    identifier = x509.SubjectKeyIdentifier(called_key) if called_key else usual
     made = (
         x509.CertificateBuilder()
         .subject_name(called)
@@ -34,7 +45,7 @@ def authority(folder: Path, name: str, days: int = 365, key: ec.EllipticCurvePri
         .not_valid_before(NOW - datetime.timedelta(days=1))
         .not_valid_after(NOW + datetime.timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(identifier, critical=False)
         .sign(key, hashes.SHA256())
     )
     plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -110,6 +121,26 @@ def test_no_certificate_outlives_its_authority(tmp_path, monkeypatch, capsys):
     assert certify.main(["--authority", str(signer), "--out", str(tmp_path / "out"), "--days", "19"]) == 0
 
 
+def test_beside_a_process_that_reads_it_again_a_certificate_is_renewed(tmp_path, monkeypatch):
+    """Every 30 days, until the authority would end first."""
+    monkeypatch.setenv("POD_IP", ADDRESS)
+    out, made, slept = tmp_path / "out", [], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        made.append(x509.load_pem_x509_certificate((out / "tls.crt").read_bytes()))
+        if len(made) == 2:
+            shutil.copytree(ending, signer, dirs_exist_ok=True)
+
+    ending, signer = authority(tmp_path / "ends", "fedray-ca", days=20), authority(tmp_path / "ca", "fedray-ca")
+    out.mkdir()
+    monkeypatch.setattr(certify.time, "sleep", sleep)
+    assert certify.main(["--authority", str(signer), "--out", str(out), "--name", "redis", "--every", "30"]) == 1
+    assert slept == [30 * 86400] * 2 and made[0].serial_number != made[1].serial_number
+    names = made[1].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert "redis" in names.get_values_for_type(x509.DNSName)
+
+
 def test_silos_believe_each_others_authorities_and_none_signs_with_anothers_key(tmp_path, pod, capsys):
     own = {name: authority(tmp_path / name, f"{name}-ca") for name in ("fedray", "silo-a", "stranger")}
     bundle = tmp_path / "ca.crt"
@@ -130,6 +161,12 @@ def test_an_authority_that_is_renewed_over_its_key_parts_nobody(tmp_path, pod):
     before, after, apart = pod(first), pod(renewed), pod(replaced)
     assert believe(before, after) and believe(after, before)
     assert not believe(before, apart) and not believe(apart, before)
+
+
+def test_an_authority_may_call_its_key_as_it_likes(tmp_path, pod):
+    """cert-manager's libraries make the identifier in ways that change with their version."""
+    signer = authority(tmp_path / "ca", "fedray-ca", called_key=b"7" * 20)
+    assert believe(pod(signer), pod(signer))
 
 
 # --- Ray ------------------------------------------------------------------------------------------------------------

@@ -201,6 +201,21 @@ BROKEN: list[tuple[str, Changes, str]] = [
         "the head: its certificate ends after 7 days and the pod may live 28",
     ),
     ("rayjob", job(put("spec.activeDeadlineSeconds", 40 * 86400)), "the run may last 40 days and its pods 28"),
+    (
+        "raycluster",
+        of("RayCluster", put("spec.gcsFaultToleranceOptions.redisAddress", "redis:6379")),
+        "what the head keeps in Redis, code among it, travels in clear",
+    ),
+    (
+        "raycluster",
+        of("StatefulSet", put("spec.template.spec.initContainers.0.command", ["python", "/tls-script/certify.py"])),
+        "its certificate ends after 30 days and no new one is made before",
+    ),
+    (
+        "raycluster",
+        of("StatefulSet", put("spec.template.spec.initContainers.0.command", ["certify.py", "--every", "30"])),
+        "its certificate ends after 30 days and no new one is made before",
+    ),
     # Keys.
     (
         "rayjob-silos",
