@@ -5,10 +5,11 @@ silos the port of objects alone.
 from __future__ import annotations
 
 import ipaddress
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lint_schemas import Object, part
+from lint_schemas import Object, listed, part
 
 if TYPE_CHECKING:
     from lint_trust import Pod
@@ -24,6 +25,8 @@ PORTS = (
     "max-worker-port",
 )
 ANY = "any"
+#: What names peers that are not pods of this namespace.
+STRANGERS = frozenset({"ipBlock", "namespaceSelector"})
 
 
 def network(made: list[tuple[Object, Pod]], things: list[Object]) -> Iterator[tuple[Object, str]]:
@@ -40,23 +43,23 @@ def network(made: list[tuple[Object, Pod]], things: list[Object]) -> Iterator[tu
 
 def outside(policy: Object) -> list[str]:
     """The address blocks that a policy lets pods reach."""
-    rules = part(part(policy, "spec"), "egress") or []
-    return [str(peer["ipBlock"].get("cidr")) for r in rules for peer in part(r, "to") or [] if "ipBlock" in peer]
+    rules = listed(part(policy, "spec"), "egress")
+    return [str(peer["ipBlock"].get("cidr")) for r in rules for peer in listed(r, "to") if "ipBlock" in peer]
 
 
 def _covers(policy: Object, way: str, labels: Object) -> bool:
     spec = part(policy, "spec")
-    return way in (part(spec, "policyTypes") or []) and matches(part(spec, "podSelector"), labels)
+    return way in (listed(spec, "policyTypes")) and matches(part(spec, "podSelector"), labels)
 
 
 def matches(selector: Object, labels: Object) -> bool:
     """Whether a label selector takes a pod of these labels."""
     wanted = part(selector, "matchLabels").items() <= labels.items()
-    return wanted and all(_holds(e, labels) for e in part(selector, "matchExpressions") or [])
+    return wanted and all(_holds(e, labels) for e in listed(selector, "matchExpressions"))
 
 
 def _holds(expression: Object, labels: Object) -> bool:
-    key, values = expression["key"], part(expression, "values") or []
+    key, values = expression["key"], listed(expression, "values")
     holds = {
         "In": labels.get(key) in values,
         "NotIn": labels.get(key) not in values,
@@ -71,10 +74,10 @@ def _holds(expression: Object, labels: Object) -> bool:
 
 def _wide(policy: Object) -> Iterator[str]:
     for way, peers in (("egress", "to"), ("ingress", "from")):
-        for rule in part(part(policy, "spec"), way) or []:
+        for rule in listed(part(policy, "spec"), way):
             if not rule.get(peers):
                 yield f"an {way} rule without '{peers}' is open to everybody"
-            for peer in rule.get(peers) or []:
+            for peer in listed(rule, peers):
                 yield from (f"an {way} rule {fault}" for fault in _wide_peer(peer, rule, way))
 
 
@@ -82,10 +85,14 @@ def _wide_peer(peer: Object, rule: Object, way: str) -> Iterator[str]:
     block = part(peer, "ipBlock").get("cidr")
     if block and ipaddress.ip_network(block).num_addresses > WIDEST:
         yield f"takes in {block}: name single addresses"
-    if ("ipBlock" in peer or "namespaceSelector" in peer) and not rule.get("ports"):
+    if not rule.get("ports") and not STRANGERS.isdisjoint(peer):
         yield "lets every port through to others than fedray's pods"
-    if way == "egress" and "namespaceSelector" in peer and not peer.get("podSelector"):
+    if way == "egress" and _whole_namespace(peer):
         yield "takes in every pod of a namespace: say which with podSelector"
+
+
+def _whole_namespace(peer: Object) -> bool:
+    return "namespaceSelector" in peer and not peer.get("podSelector")
 
 
 # --- between silos --------------------------------------------------------------------------------------------------
@@ -95,21 +102,18 @@ def _silos(made: list[tuple[Object, Pod]], policies: list[Object]) -> Iterator[t
     silos = {pod.party: (thing, pod) for thing, pod in made if pod.party.startswith("silo ")}
     for thing in {id(thing): thing for thing, _ in silos.values()}.values():
         yield from ((thing, fault) for fault in _random_ports(thing))
-    for name, (thing, pod) in silos.items():
-        for other, (_, there) in silos.items():
-            if other == name:
-                continue
-            for way, me, them in (("egress", pod, there), ("ingress", there, pod)):
-                if more := _ports(policies, way, me.labels, them.labels) - {_objects(thing)}:
-                    said = ", ".join(sorted(map(str, more)))
-                    yield thing, f"{name} reaches {other} on port {said} by an {way} rule: objects' alone is needed"
+    for (name, (thing, pod)), (other, (_, there)) in itertools.permutations(silos.items(), 2):
+        for way, me, them in (("egress", pod, there), ("ingress", there, pod)):
+            if more := _ports(policies, way, me.labels, them.labels) - {_objects(thing)}:
+                said = ", ".join(sorted(more))
+                yield thing, f"{name} reaches {other} on port {said} by an {way} rule: objects' alone is needed"
 
 
 def _groups(thing: Object) -> list[Object]:
     """The head's group and the workers' of a RayJob or RayCluster."""
     spec = part(thing, "spec")
     cluster = spec.get("rayClusterSpec") or spec
-    return [part(cluster, "headGroupSpec"), *(part(cluster, "workerGroupSpecs") or [])]
+    return [part(cluster, "headGroupSpec"), *(listed(cluster, "workerGroupSpecs"))]
 
 
 def _objects(thing: Object) -> str:
@@ -131,7 +135,7 @@ def _ports(policies: list[Object], way: str, mine: Object, theirs: Object) -> se
         rule
         for policy in policies
         if _covers(policy, way.capitalize(), mine)
-        for rule in part(part(policy, "spec"), way) or []
+        for rule in listed(part(policy, "spec"), way)
         if any(_is_peer(peer, theirs) for peer in rule.get("to" if way == "egress" else "from") or [{}])
     ]
     return {_span(port) for rule in rules for port in rule.get("ports") or [{}]}
@@ -139,9 +143,7 @@ def _ports(policies: list[Object], way: str, mine: Object, theirs: Object) -> se
 
 def _is_peer(peer: Object, labels: Object) -> bool:
     """Whether a peer takes in a pod of this namespace; an empty one takes in everybody."""
-    if "ipBlock" in peer or "namespaceSelector" in peer:
-        return False
-    return matches(part(peer, "podSelector"), labels)
+    return STRANGERS.isdisjoint(peer) and matches(part(peer, "podSelector"), labels)
 
 
 def _span(port: Object) -> str:

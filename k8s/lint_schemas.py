@@ -21,6 +21,11 @@ def part(whole: Object, key: str) -> Any:
     return whole.get(key) or {}
 
 
+def listed(whole: Object, key: str) -> list[Any]:
+    """What is listed under a key; nothing where it is not there, or null."""
+    return whole.get(key) or []
+
+
 def load_schemas(folder: Path) -> dict[str, Object]:
     """By kind: the v1 schema of each CRD in a folder, strict about unknown keys."""
     schemas = {}

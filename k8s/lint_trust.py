@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lint_network import network, outside
-from lint_schemas import Object, part
+from lint_schemas import Object, listed, part
 
 #: Names that stand in the sources for images, until components/image gives them a digest.
 PLACEHOLDERS = ("fedray", "redis")
@@ -43,7 +43,7 @@ class Pod:
         return str(self.labels.get("app.kubernetes.io/component", self.where))
 
     def containers(self, *kinds: str) -> list[Object]:
-        return [c for kind in kinds or ("initContainers", "containers") for c in part(self.spec, kind) or []]
+        return [c for kind in kinds or ("initContainers", "containers") for c in listed(self.spec, kind)]
 
 
 def ray_cluster(thing: Object) -> Object:
@@ -72,7 +72,7 @@ def pods(thing: Object) -> Iterator[Pod]:
     if cluster:
         scaled = bool(cluster.get("enableInTreeAutoscaling"))
         yield _pod("the head", part(part(cluster, "headGroupSpec"), "template"), ray=True, scaled=scaled)
-        for group in part(cluster, "workerGroupSpecs") or []:
+        for group in listed(cluster, "workerGroupSpecs"):
             yield _pod(f"worker group '{group.get('groupName')}'", part(group, "template"), ray=True)
     if "submitterPodTemplate" in spec:
         yield _pod("the submitter", spec["submitterPodTemplate"])
@@ -105,11 +105,20 @@ def _object(thing: Object, rendered: bool) -> Iterator[str]:
     for pod in pods(thing):
         faults = [*_images(pod, rendered), *_token(pod), *(_ray_pod(pod) if pod.ray else _renewed(pod))]
         yield from (f"{pod.where}: {fault}" for fault in faults)
+    yield from _labels(cluster)
     yield from _redis(cluster)
     yield from _operators_tls(cluster)
     if cluster.get("enableInTreeAutoscaling"):
         yield from (f"the autoscaler: {fault}" for fault in _autoscaler(part(cluster, "autoscalerOptions")))
     yield from _deadline(thing)
+
+
+def _labels(cluster: Object) -> Iterator[str]:
+    """A silo is called the same by Ray, which places clients, and by Kubernetes, whose policies part the pods."""
+    for group in listed(cluster, "workerGroupSpecs"):
+        ray, pod = part(group, "labels").get("silo"), _pod("", part(group, "template")).labels.get(SILO)
+        if ray != pod:
+            yield f"worker group '{group.get('groupName')}': its silo is {ray} for Ray and {pod} in its pods' {SILO}"
 
 
 # --- images ---------------------------------------------------------------------------------------------------------
@@ -140,25 +149,29 @@ def recipe(text: str) -> Iterator[str]:
 # --- tokens of the API server ---------------------------------------------------------------------------------------
 
 
+def _mounted(container: Object) -> set[str]:
+    return {mount["name"] for mount in listed(container, "volumeMounts")}
+
+
 def _token(pod: Pod) -> Iterator[str]:
     if pod.spec.get("automountServiceAccountToken") is not False:
         yield "every container gets an API token: automountServiceAccountToken: false"
-    volumes = [v["name"] for v in part(pod.spec, "volumes") or [] if _has_token(v)]
+    volumes = [v["name"] for v in listed(pod.spec, "volumes") if _has_token(v)]
     if volumes and not pod.scaled:
         yield "there is an API token in it, and nothing scales from here"
     for container in pod.containers():
-        if {m["name"] for m in part(container, "volumeMounts") or []} & set(volumes):
+        if _mounted(container) & set(volumes):
             yield f"'{container['name']}' mounts the API token: the autoscaler's container alone needs it"
 
 
 def _has_token(volume: Object) -> bool:
-    return any("serviceAccountToken" in source for source in part(part(volume, "projected"), "sources") or [])
+    return any("serviceAccountToken" in source for source in listed(part(volume, "projected"), "sources"))
 
 
 def _autoscaler(options: Object) -> Iterator[str]:
     """The container that the operator adds to the head."""
     yield from _speaks_tls(options)
-    if API_TOKEN not in {m.get("mountPath") for m in part(options, "volumeMounts") or []}:
+    if API_TOKEN not in {m.get("mountPath") for m in listed(options, "volumeMounts")}:
         yield f"no API token is mounted at {API_TOKEN}: it could bring no nodes"
     if (image := options.get("image")) and not BY_DIGEST.fullmatch(image):
         yield f"image '{image}' is not named by its digest"
@@ -168,8 +181,8 @@ def _autoscaler(options: Object) -> Iterator[str]:
 
 
 def _speaks_tls(container: Object) -> Iterator[str]:
-    env = {e.get("name"): str(e.get("value")) for e in part(container, "env") or []}
-    mounts = [str(m.get("mountPath")) for m in part(container, "volumeMounts") or []]
+    env = {e.get("name"): str(e.get("value")) for e in listed(container, "env")}
+    mounts = [str(m.get("mountPath")) for m in listed(container, "volumeMounts")]
     if env.get("RAY_USE_TLS") != "1":
         yield "Ray speaks without TLS: RAY_USE_TLS is not 1"
     for name in TLS_FILES:
@@ -202,15 +215,15 @@ def _ray_pod(pod: Pod) -> Iterator[str]:
 
 
 def _command(container: Object) -> list[str]:
-    return [str(word) for kind in ("command", "args") for word in part(container, kind) or []]
+    return [str(word) for kind in ("command", "args") for word in listed(container, kind)]
 
 
 def _authority(pod: Pod, certify: Object) -> Iterator[str]:
     """The key that signs certificates is for the init container: code that gets into Ray's must not have it."""
-    secrets = {v["name"] for v in part(pod.spec, "volumes") or [] if "secret" in v}
-    keys = secrets & {m["name"] for m in part(certify, "volumeMounts") or []}
+    secrets = {v["name"] for v in listed(pod.spec, "volumes") if "secret" in v}
+    keys = secrets & _mounted(certify)
     for container in pod.containers():
-        if container is not certify and keys & {m["name"] for m in part(container, "volumeMounts") or []}:
+        if container is not certify and keys & _mounted(container):
             yield f"'{container['name']}' mounts the authority's key, which is for certify.py alone"
 
 
@@ -267,8 +280,8 @@ def _keys(things: list[Object]) -> Iterator[tuple[Object, str]]:
 
 def _key_place(pod: Pod, mounted: dict[str, set[str]]) -> Iterator[str]:
     container = next(iter(pod.containers("containers")), {})
-    place = {e.get("name"): e.get("value") for e in part(container, "env") or []}.get("XDG_STATE_HOME")
-    volume = {m.get("mountPath"): m["name"] for m in part(container, "volumeMounts") or []}.get(place)
+    place = {e.get("name"): e.get("value") for e in listed(container, "env")}.get("XDG_STATE_HOME")
+    volume = {m.get("mountPath"): m["name"] for m in listed(container, "volumeMounts")}.get(place)
     claim = _claims(pod).get(str(volume))
     if claim is None:
         yield f"its keys ({place}) lie on no claim of their own: XDG_STATE_HOME is where one is mounted"
@@ -278,5 +291,5 @@ def _key_place(pod: Pod, mounted: dict[str, set[str]]) -> Iterator[str]:
 
 def _claims(pod: Pod) -> dict[str, Any]:
     """By volume: the claim behind it."""
-    volumes = part(pod.spec, "volumes") or []
+    volumes = listed(pod.spec, "volumes")
     return {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v}

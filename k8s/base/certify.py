@@ -1,6 +1,6 @@
 """A certificate for this pod, signed by an authority: what Ray's RAY_TLS_ variables point to.
 
-    python certify.py [--head] [--name NAME] [--days 30] [--every DAYS] [--trust FILE] [--authority /tls-ca] [--out /tls]
+    python certify.py [--head] [--name NAME] [--days 30] [--every DAYS] [--trust FILE] [--out /tls]
 
 Ray reads its certificate when a process starts and checks the address that it speaks to. So each pod makes one for its
 own address before Ray starts, and is replaced before the certificate ends (the manifests' activeDeadlineSeconds).

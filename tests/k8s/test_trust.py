@@ -254,6 +254,11 @@ BROKEN: list[tuple[str, Changes, str]] = [
     ("rayjob", policy("fedray-all", put(PORTS, "-")), "an egress rule lets every port through"),
     ("rayjob", policy("fedray-all", put(f"{DNS}.to", "-")), "an egress rule without 'to' is open to everybody"),
     ("rayjob", policy("fedray-job-api", put("spec.ingress.0.from", [])), "an ingress rule without 'from' is open"),
+    (
+        "rayjob-silos",
+        job(put(f"{CLUSTER}.workerGroupSpecs.1.template.metadata.labels", {"app.kubernetes.io/name": "fedray"})),
+        "worker group 'silo-b': its silo is b for Ray and None in its pods' fedray.io/silo",
+    ),
     ("rayjob-silos", one_partys_policy, "silo a reaches silo b on port any by an egress rule"),
     (
         "rayjob-silos",
