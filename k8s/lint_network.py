@@ -83,7 +83,7 @@ def _wide(policy: Object) -> Iterator[str]:
 
 def _wide_peer(peer: Object, rule: Object, way: str) -> Iterator[str]:
     block = part(peer, "ipBlock").get("cidr")
-    if block and ipaddress.ip_network(block).num_addresses > WIDEST:
+    if block and ipaddress.ip_network(block, strict=False).num_addresses > WIDEST:
         yield f"takes in {block}: name single addresses"
     if not rule.get("ports") and not STRANGERS.isdisjoint(peer):
         yield "lets every port through to others than fedray's pods"

@@ -215,7 +215,9 @@ def _ray_pod(pod: Pod) -> Iterator[str]:
 
 
 def _command(container: Object) -> list[str]:
-    return [str(word) for kind in ("command", "args") for word in listed(container, kind)]
+    """The words of a container's command, `--option=value` as two."""
+    words = [str(word) for kind in ("command", "args") for word in listed(container, kind)]
+    return [piece for word in words for piece in (word.split("=", 1) if word.startswith("--") else [word])]
 
 
 def _authority(pod: Pod, certify: Object) -> Iterator[str]:

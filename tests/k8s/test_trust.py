@@ -197,7 +197,7 @@ BROKEN: list[tuple[str, Changes, str]] = [
     ),
     (
         "rayjob",
-        job(put(f"{HEAD}.initContainers.0.command", ["certify.py", "--head", "--days", "7"])),
+        job(put(f"{HEAD}.initContainers.0.command", ["certify.py", "--head", "--days=7"])),
         "the head: its certificate ends after 7 days and the pod may live 28",
     ),
     ("rayjob", job(put("spec.activeDeadlineSeconds", 40 * 86400)), "the run may last 40 days and its pods 28"),
