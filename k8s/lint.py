@@ -3,22 +3,25 @@ its CRDs.
 
     python k8s/lint.py k8s/overlays/*/*.yaml                       the rules of KubeRay v1.7.0, and fedray's own
     python k8s/lint.py --crds ../shared/kuberay k8s/overlays/...   the CRDs' schemas too, with their defaults applied
-    kubectl kustomize k8s/overlays/rayjob | python k8s/lint.py -   what kustomize makes of them
+    python k8s/lint.py k8s/Dockerfile                              nothing taken in without its hash
+    kubectl kustomize k8s/overlays/rayjob | python k8s/lint.py -   what kustomize makes of them: network policies too
 
-Prints a line for each fault and exits with 1 where there is any. Rules: validation.go of ray-operator v1.7.0
-(ray-operator/controllers/ray/utils).
+Prints a line for each fault and exits with 1 where there is any. What is still to be filled in is said beside that, and
+is a fault with --filled. Rules: validation.go of ray-operator v1.7.0 (ray-operator/controllers/ray/utils); fedray's own
+are in lint_trust.py and lint_network.py.
 """
 
 from __future__ import annotations
 
-import copy
+import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+from lint_schemas import Object, documents, load_schemas, part, validate
+from lint_trust import recipe, to_fill, trust
 
 LONGEST = {"RayCluster": 53, "RayJob": 47, "RayService": 47, "RayCronJob": 36}
 SUBMISSION_MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
@@ -26,18 +29,6 @@ MANAGERS = ("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
 RESOURCE_PARAMS = {"num-cpus": "CPU", "num-gpus": "GPU", "memory": "memory"}
 NEVER = (None, "Never")
 REDIS_VARIABLES = ("REDIS_PASSWORD", "RAY_REDIS_ADDRESS")
-
-Object = dict[str, Any]
-
-
-def documents(text: str) -> list[Object]:
-    """The objects of a YAML text."""
-    return [d for d in yaml.load_all(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if d]
-
-
-def _part(whole: Object, key: str) -> Any:
-    """What lies under a key; an empty object where nothing does, or null."""
-    return whole.get(key) or {}
 
 
 def lint(thing: Object) -> list[str]:
@@ -58,7 +49,7 @@ def _ray_service(thing: Object) -> Iterator[str]:
     cluster = spec.get("rayClusterConfig", {})
     yield from _managed(spec)
     kinds = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
-    upgrade = _part(spec, "upgradeStrategy").get("type")
+    upgrade = part(spec, "upgradeStrategy").get("type")
     if upgrade is not None and upgrade not in kinds:
         yield f"upgradeStrategy '{upgrade}' is none of a RayService's: {', '.join(kinds)}"
     if upgrade == "NewClusterWithIncrementalUpgrade" and not cluster.get("enableInTreeAutoscaling"):
@@ -126,7 +117,7 @@ def _submission(spec: Object) -> Iterator[str]:
 def _sidecar(spec: Object) -> Iterator[str]:
     if spec.get("submitterPodTemplate") or spec.get("submitterConfig"):
         yield "SidecarMode takes no submitterPodTemplate and no submitterConfig"
-    if _pod(_part(spec, "rayClusterSpec").get("headGroupSpec", {})).get("restartPolicy") not in NEVER:
+    if _pod(part(spec, "rayClusterSpec").get("headGroupSpec", {})).get("restartPolicy") not in NEVER:
         yield "SidecarMode needs the head's restartPolicy Never"
 
 
@@ -140,11 +131,11 @@ def _end(spec: Object) -> Iterator[str]:
 
 
 def _deletion(spec: Object) -> Iterator[str]:
-    strategy, selector = _part(spec, "deletionStrategy"), spec.get("clusterSelector")
-    rules = list(_part(strategy, "deletionRules"))
-    scaled = _part(spec, "rayClusterSpec").get("enableInTreeAutoscaling")
+    strategy, selector = part(spec, "deletionStrategy"), spec.get("clusterSelector")
+    rules = list(part(strategy, "deletionRules"))
+    scaled = part(spec, "rayClusterSpec").get("enableInTreeAutoscaling")
     for old in ("onSuccess", "onFailure"):
-        if scaled and _part(strategy, old).get("policy") == "DeleteWorkers":
+        if scaled and part(strategy, old).get("policy") == "DeleteWorkers":
             yield "DeleteWorkers does not go with autoscaling"
     if rules:
         if spec.get("shutdownAfterJobFinishes"):
@@ -175,7 +166,7 @@ def _deletion_rules(rules: list[Object], refused: list[tuple[str, str]]) -> Iter
 
 
 def _queued(thing: Object) -> bool:
-    return "kueue.x-k8s.io/queue-name" in _part(thing.get("metadata", {}), "labels")
+    return "kueue.x-k8s.io/queue-name" in part(thing.get("metadata", {}), "labels")
 
 
 def _kueue(cluster: Object, thing: Object) -> Iterator[str]:
@@ -212,13 +203,13 @@ def _cluster(cluster: Object, thing: Object) -> Iterator[str]:
         yield from (f"worker group '{group.get('groupName')}': {fault}" for fault in _replicas(group, cluster))
     yield from _auth(cluster, thing)
     yield from _fault_tolerance(cluster, thing, head)
-    upgrade = _part(cluster, "upgradeStrategy").get("type")
+    upgrade = part(cluster, "upgradeStrategy").get("type")
     if thing["kind"] == "RayCluster" and upgrade not in (None, "Recreate", "None"):
         yield f"upgradeStrategy '{upgrade}' is none of a RayCluster's: Recreate, None"
 
 
 def _start_parameters(group: Object, cluster: Object) -> Iterator[str]:
-    params, resources = _part(group, "rayStartParams"), _part(group, "resources")
+    params, resources = part(group, "rayStartParams"), part(group, "resources")
     for key, value in params.items():
         yield from _start_parameter(key, value, resources)
     if "resources" in params and resources:
@@ -238,7 +229,7 @@ def _start_parameter(key: str, value: Any, resources: Object) -> Iterator[str]:
 
 def _group_scaling(group: Object, cluster: Object) -> Iterator[str]:
     scaled = cluster.get("enableInTreeAutoscaling", False)
-    version = _part(cluster, "autoscalerOptions").get("version") if scaled else None
+    version = part(cluster, "autoscalerOptions").get("version") if scaled else None
     if group.get("idleTimeoutSeconds") is not None and version != "v2":
         yield "idleTimeoutSeconds needs autoscaler v2"
     if version == "v2" and _pod(group).get("restartPolicy") not in NEVER:
@@ -264,7 +255,7 @@ def _replicas(group: Object, cluster: Object) -> Iterator[str]:
 
 
 def _auth(cluster: Object, thing: Object) -> Iterator[str]:
-    auth = _part(cluster, "authOptions")
+    auth = part(cluster, "authOptions")
     version = tuple(int(p) for p in re.findall(r"\d+", str(cluster.get("rayVersion", "")))[:2])
     if auth.get("mode") == "token" and version < (2, 52):
         yield "authOptions token needs rayVersion 2.52.0 or newer, written out"
@@ -279,7 +270,7 @@ def _fault_tolerance(cluster: Object, thing: Object, head: Object) -> Iterator[s
     options = cluster.get("gcsFaultToleranceOptions")
     if options is None:
         return
-    if "ray.io/ft-enabled" in _part(thing.get("metadata", {}), "annotations"):
+    if "ray.io/ft-enabled" in part(thing.get("metadata", {}), "annotations"):
         yield "GCS fault tolerance is asked for by annotation and by options"
     if given := [v for v in REDIS_VARIABLES if v in _environment(head)]:
         yield f"{given[0]} does not go with gcsFaultToleranceOptions"
@@ -308,91 +299,41 @@ def _environment(group: Object) -> set[str]:
     return {e.get("name") for c in _pod(group).get("containers") or [] for e in c.get("env") or []}
 
 
-# --- the CRDs' schemas ----------------------------------------------------------------------------------------------
+def faults(text: str, schemas: dict[str, Object], rendered: bool) -> list[str]:
+    """What is wrong with the objects of a YAML text: each with its kind and name. See `trust` for `rendered`."""
+    things = documents(text)
+    each = [(thing, fault) for thing in things for fault in (*lint(thing), *validate(thing, schemas))]
+    return [_said(thing, fault) for thing, fault in (*each, *trust(things, rendered))]
 
 
-def load_schemas(folder: Path) -> dict[str, Object]:
-    """By kind: the v1 schema of each CRD in a folder, strict about unknown keys."""
-    schemas = {}
-    for path in sorted(Path(folder).glob("*.yaml")):
-        for crd in documents(path.read_text()):
-            version = next(v for v in crd["spec"]["versions"] if v["name"] == "v1")
-            schemas[crd["spec"]["names"]["kind"]] = _strict(version["schema"]["openAPIV3Schema"])
-    return schemas
+def _said(thing: Object, fault: str) -> str:
+    return f"{thing.get('kind')} {thing.get('metadata', {}).get('name')}: {fault}"
 
 
-def _strict(schema: Any) -> Any:
-    """No unknown keys wherever keys are listed; formats that JSON schema has not become their types."""
-    if isinstance(schema, list):
-        return [_strict(s) for s in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made = {k: _strict_value(k, v) for k, v in schema.items()}
-    if schema.get("x-kubernetes-int-or-string"):
-        made["type"] = ["integer", "string"]
-        made.pop("anyOf", None)
-    if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
-        made.setdefault("additionalProperties", False)
-    return made
-
-
-def _strict_value(key: str, value: Any) -> Any:
-    """The value of a schema's key: names of properties, defaults and choices are no schemas."""
-    if key == "properties":
-        return {name: _strict(inner) for name, inner in value.items()}
-    return value if key in ("default", "enum") else _strict(value)
-
-
-def _defaulted(value: Any, schema: Object) -> Any:
-    """The value without nulls that the API server drops, and with the schema's defaults."""
-    if isinstance(value, list):
-        return [_defaulted(v, _part(schema, "items")) for v in value]
-    return _defaulted_object(value, schema) if isinstance(value, dict) else value
-
-
-def _defaulted_object(value: Object, schema: Object) -> Object:
-    inner, others = schema.get("properties", {}), schema.get("additionalProperties")
-    there = {k: v for k, v in value.items() if v is not None or inner.get(k, {}).get("nullable")}
-    made = {k: _defaulted(v, inner.get(k) or (others if isinstance(others, dict) else {})) for k, v in there.items()}
-    return made | _defaults(inner, there)
-
-
-def _defaults(properties: Object, there: Object) -> Object:
-    """Copies of the defaults of those properties that are not there."""
-    missing = {name: sub for name, sub in properties.items() if name not in there}
-    return {name: copy.deepcopy(sub["default"]) for name, sub in missing.items() if "default" in sub}
-
-
-def validate(thing: Object, schemas: dict[str, Object]) -> list[str]:
-    """What the CRD's schema has against an object of ray.io; nothing for other kinds."""
-    import jsonschema
-
-    ours = str(thing.get("apiVersion", "")).startswith("ray.io/")
-    schema = schemas.get(thing.get("kind", "")) if ours else None
-    if schema is None:
-        return []
-    schema = {**schema, "properties": {**schema["properties"], "metadata": {"type": "object"}}}
-    errors = jsonschema.Draft202012Validator(schema).iter_errors(_defaulted(thing, schema))
-    return [f"{'.'.join(map(str, e.absolute_path)) or 'the object'}: {e.message[:200]}" for e in errors]
+def _of_place(place: str, schemas: dict[str, Object], filled: bool) -> list[str]:
+    """What is wrong in a file, or in what comes from standard input, which is what a cluster would get."""
+    text = sys.stdin.read() if place == "-" else Path(place).read_text()
+    if Path(place).name == "Dockerfile":
+        return list(recipe(text))
+    found, open_ends = faults(text, schemas, rendered=place == "-"), []
+    if place == "-":
+        open_ends = [_said(thing, what) for thing, what in to_fill(documents(text))]
+    if not filled:
+        print(*(f"{place}: to do: {what}" for what in open_ends), sep="\n", end="\n" * bool(open_ends), file=sys.stderr)
+    return [*found, *(open_ends if filled else ())]
 
 
 def main(argv: list[str]) -> int:
     """See the module's docstring."""
-    schemas: dict[str, Object] = {}
-    if "--crds" in argv:
-        at = argv.index("--crds")
-        schemas = load_schemas(Path(argv[at + 1]))
-        argv = argv[:at] + argv[at + 2 :]
-    if not argv:
-        print(__doc__)
-        return 2
-    faulty = False
-    for place in argv:
-        for thing in documents(sys.stdin.read() if place == "-" else Path(place).read_text()):
-            for fault in [*lint(thing), *validate(thing, schemas)]:
-                faulty = True
-                print(f"{place}: {thing.get('kind')} {thing.get('metadata', {}).get('name')}: {fault}")
-    return int(faulty)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("places", nargs="+", metavar="FILE", help="manifests or a Dockerfile; - is standard input")
+    parser.add_argument("--crds", type=Path, metavar="DIR", help="KubeRay's CRDs")
+    parser.add_argument("--filled", action="store_true", help="placeholders that are not filled in are faults")
+    args = parser.parse_args(argv)
+    schemas = load_schemas(args.crds) if args.crds else {}
+    found = [f"{place}: {fault}" for place in args.places for fault in _of_place(place, schemas, args.filled)]
+    print(*found, sep="\n", end="\n" * bool(found))
+    return int(bool(found))
 
 
 if __name__ == "__main__":
