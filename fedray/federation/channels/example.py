@@ -9,7 +9,7 @@ its own config and its true count, whoever gives them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,30 +20,25 @@ from torch import Tensor
 
 from fedray.data.tasks import TASKS
 from fedray.errors import ClientError, ConfigError, PrivacyError
-from fedray.federation.channels.accounted import Accounted, PrivateSide
 from fedray.federation.channels.base import Admission, Answer, Limit, Released, Training
+from fedray.federation.channels.keyed import Keyed, KeyedSide
 from fedray.federation.channels.orders import Budget
-from fedray.federation.channels.plain import raised, start_error
-from fedray.federation.failures import WORKER_ATTEMPTS
-from fedray.federation.messages import NO_ORDERS, PUBLIC, Answered, Failure, Orders, Outcome
+from fedray.federation.channels.plain import start_error
+from fedray.federation.messages import PUBLIC, Answered, Failure, Orders, Outcome
 from fedray.federation.questions import (
-    ForgetKeys,
     MethodQuestion,
     Question,
     Sketch,
 )
 from fedray.federation.wire import Message, Packet, broadcast_digest
 from fedray.privacy.accountant import Release
-from fedray.privacy.journal import Journal, Said, digest_of
-from fedray.privacy.keys import Key
-from fedray.privacy.ledger import draw_of
+from fedray.privacy.journal import Said, digest_of
 from fedray.privacy.plan import Mechanism
 from fedray.privacy.planning import SKETCH_CLIP, count_noise
 from fedray.privacy.private import Private, SketchNoise
 
 if TYPE_CHECKING:
     from fedray.config.sections import Config
-    from fedray.federation.channels.base import ClientSide
 
 
 # --- the config's check ------------------------------------------------------------------------------------------
@@ -152,18 +147,6 @@ def limits(config: Config) -> list[Limit]:
 
 
 @dataclass(frozen=True)
-class KeyIdentity(Question):
-    """Which key the client's noise will come from; the identity comes beside the answer, as with every private
-    answer."""
-
-    name = "KEY"
-    what = "the identity of its noise key"
-
-    def answer(self, side: ClientSide, client: str, kept: Packet | None) -> Mapping[str, Tensor]:
-        return {}
-
-
-@dataclass(frozen=True)
 class NoisedCount(Question):
     """How many training examples the client has, with Gaussian noise, rounded."""
 
@@ -177,19 +160,16 @@ class NoisedCount(Question):
 # --- the server's half -------------------------------------------------------------------------------------------
 
 
-class ExampleLevel(Accounted):
+class ExampleLevel(Keyed):
     """Each client has an account: what it has released, of which draws of noise."""
 
     def counts(self) -> Mapping[str, float]:
         """Each client's noised number of examples, asked for once and charged before it is told."""
         ledger, clients = self.ledger, self.context.clients
-        self.save()  # the run's name first: the keys that the question makes are filed under it
-        orders = {client: Orders(ledger.run) for client in clients}
-        for client, report in self._asked(KeyIdentity(orders=orders)):
-            ledger.keys[client], ledger.fixed = report.key, ledger.fixed or report.key_is_fixed
+        self.ask_keys()
         noise = count_noise(self.config)
         for client in clients:
-            ledger.charge(client, self._draw(client, "count"), Release("count", noise), 0)
+            ledger.charge(client, self.draw(client, "count"), Release("count", noise), 0)
         self.save()
         orders = {client: Orders(ledger.run, ledger.keys[client], noise=noise) for client in clients}
         for answer in self.carrier.ask(NoisedCount(orders=orders), clients, self):
@@ -198,11 +178,6 @@ class ExampleLevel(Accounted):
                 raise start_error(Failure(answer.client, "its number of examples is none", ""))
             ledger.counts[answer.client] = max(least, said.item())
         return ledger.counts
-
-    def _asked(self, question: Question) -> Iterator[tuple[str, Answered]]:
-        """What every client says beside its answer. Raises ClientError when one fails."""
-        for outcome in self.context.pool.ask(question, self.context.clients, {}, None):
-            yield outcome.client, raised(outcome)
 
     def ask(self, question: Question, clients: Sequence[str]) -> list[Answer]:
         if isinstance(question, Sketch) and PUBLIC not in clients:
@@ -215,7 +190,7 @@ class ExampleLevel(Accounted):
         for client in self.context.clients:
             (both,) = (r for r in ledger.plans[client].before if r.what == "subspace")
             release = replace(both, steps=1)
-            draw = self._draw(client, "subspace", question.name, digest)
+            draw = self.draw(client, "subspace", question.name, digest)
             if not ledger.affords(client, draw, release):
                 raise ClientError(client, self.beyond_budget(client))
             ledger.charge(client, draw, release, 0)
@@ -241,21 +216,7 @@ class ExampleLevel(Accounted):
         ]
         return [{"client": client, "reason": self.beyond_budget(client)} for client in out]
 
-    def train(self, call: Training, clients: Sequence[str]) -> list[Outcome]:
-        """A client that has lost its noise key is charged for another draw, if it can afford it, and asked again."""
-        outcomes: dict[str, Outcome] = {}
-        for attempt in range(WORKER_ATTEMPTS):
-            orders, refused = self._orders(call, [c for c in clients if c not in outcomes])
-            outcomes |= refused
-            trained = self.train_by(call, orders)
-            lost = self.note(trained)
-            again = lost if attempt < WORKER_ATTEMPTS - 1 else []
-            outcomes |= {o.client: o for o in trained if o.client not in again}
-            if not again:
-                break
-        return [outcomes[c] for c in clients]
-
-    def _orders(self, call: Training, clients: Sequence[str]) -> tuple[dict[str, Orders], dict[str, Outcome]]:
+    def orders(self, call: Training, clients: Sequence[str]) -> tuple[dict[str, Orders], dict[str, Outcome]]:
         """What each client is told for its round, charged and on disk before it is told, and who cannot afford it."""
         ledger, orders, refused = self.ledger, {}, {}
         for client in clients:
@@ -274,10 +235,7 @@ class ExampleLevel(Accounted):
         return self.ledger.plans[client].release(self.config.client(client).local_steps)
 
     def _round_draw(self, client: str, round: int, message: Message) -> str:
-        return self._draw(client, "round", round, broadcast_digest(message.header, message.packet_of(client)))
-
-    def _draw(self, client: str, *inputs: str | int) -> str:
-        return draw_of(self.ledger.keys[client], self.ledger.run, client, *inputs)
+        return self.draw(client, "round", round, broadcast_digest(message.header, message.packet_of(client)))
 
     # --- what clients count with, and have spent ---
 
@@ -299,14 +257,8 @@ class ExampleLevel(Accounted):
 # --- the client's half -------------------------------------------------------------------------------------------
 
 
-class ExampleSide(PrivateSide):
+class ExampleSide(KeyedSide):
     """A client that clips and noises what its examples say, whoever asks."""
-
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self._run = ""  # the one that its first orders named
-        self._fingerprints: dict[str, bytes] = {}
-        self._journals: dict[str, Journal] = {}
 
     def admitted(self, client: str) -> tuple[type[Question], ...]:
         questions = super().admitted(client)
@@ -314,24 +266,7 @@ class ExampleSide(PrivateSide):
             return questions
         sketches = (Sketch,) if self.config.adapter.subspace == "private" else ()
         second = (MethodQuestion,) if self.method.asks else ()
-        return (*questions, KeyIdentity, NoisedCount, *sketches, *second)
-
-    def key(self, client: str, orders: Orders) -> Key:
-        """The key of the client's noise. Raises KeyLostError where it is not the one that the ledger knows,
-        PrivacyError for another run than this worker's."""
-        self._run = self._run or orders.run
-        if orders.run != self._run:
-            raise PrivacyError("the coordinator named another run than the one this worker is for: it sends nothing")
-        # Changed data are met like a lost key: other noise, and a new charge.
-        key = self.keys.key(orders.run, client).bound(self._fingerprint(client))
-        if orders.key and key.identity != orders.key:
-            raise KeyLostError(key.identity)
-        return key
-
-    def _fingerprint(self, client: str) -> bytes:
-        if client not in self._fingerprints:
-            self._fingerprints[client] = self.trainer.examples("train", client).digest()
-        return self._fingerprints[client]
+        return (*questions, NoisedCount, *sketches, *second)
 
     def protect(self, client: str, round: int, inputs: Callable[[], str], orders: Orders) -> Private:
         key, budget = self.key(client, orders), self.budget(client, orders)
@@ -371,35 +306,9 @@ class ExampleSide(PrivateSide):
         self.journal(client, orders).answer(said, lambda releases: None)
         return count
 
-    def journal(self, client: str, orders: Orders) -> Journal:
-        """Of the client in this worker's run."""
-        if client not in self._journals:
-            self._journals[client] = Journal(self.keys.folder, orders.run, client)
-        return self._journals[client]
-
     def budget(self, client: str, orders: Orders) -> Budget:
         """What the client may release in this run, as far as what it has said allows."""
         journal = self.journal(client, orders)
         if not any(said.what == "count" for said in journal.said):
             self.noised_count(client, orders)  # on another machine, or before its journal was lost
         return Budget(self.config, client, journal.said)
-
-    def answered(self, client: str, question: Question, packet: Packet) -> Answered:
-        orders = question.orders.get(client, NO_ORDERS)
-        if not orders.run or isinstance(question, ForgetKeys):
-            return Answered(client, 0, packet.nbytes)
-        key = self.key(client, orders)
-        return Answered(client, 0, packet.nbytes, key.identity, key.fixed)
-
-    def failure(self, client: str, error: Exception) -> Failure:
-        if isinstance(error, KeyLostError):
-            return Failure(client, "its noise key was lost, or its data are others", "", error.identity)
-        return super().failure(client, error)
-
-
-class KeyLostError(Exception):
-    """The client's key, bound to its data, is not the one that the ledger knows."""
-
-    def __init__(self, identity: str):
-        super().__init__(identity)
-        self.identity = identity

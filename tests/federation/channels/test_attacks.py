@@ -225,7 +225,7 @@ def test_orders_that_lie_about_the_count_spend_no_more_than_the_budget(make_conf
     config = make_config(**overrides, privacy={"epsilon": 3.0, "count_noise": 2.0, "subspace_fraction": 0.5})
     accepted = []
 
-    def lies(self, call, clients, real=ExampleLevel._orders):
+    def lies(self, call, clients, real=ExampleLevel.orders):
         orders, refused = real(self, call, clients)
         plan = self.ledger.plans[CLIENT]
         for share in (1.0, 0.999, 0.99, 0.97, 0.9):
@@ -248,7 +248,7 @@ def test_orders_that_lie_about_the_count_spend_no_more_than_the_budget(make_conf
             assert checked and len(checked) < len(accepted) and max(checked) <= 3.0
         return done
 
-    monkeypatch.setattr(ExampleLevel, "_orders", lies)
+    monkeypatch.setattr(ExampleLevel, "orders", lies)
     monkeypatch.setattr(Worker, "train", tried)
     run(config)
 

@@ -150,12 +150,12 @@ def test_a_loss_that_is_not_finite_reaches_nobody(make_config):
 def test_a_client_does_not_follow_orders_that_its_own_config_does_not_allow(make_config, monkeypatch):
     for change in ({"noise": 0.3}, {"clip": 50.0}, {"rate": 1.0}):
 
-        def generous(self, call, clients, real=ExampleLevel._orders, change=change):
+        def generous(self, call, clients, real=ExampleLevel.orders, change=change):
             orders, refused = real(self, call, clients)
             return {c: dataclasses.replace(o, **change) for c, o in orders.items()}, refused
 
         with monkeypatch.context() as patch:
-            patch.setattr(ExampleLevel, "_orders", generous)
+            patch.setattr(ExampleLevel, "orders", generous)
             with pytest.raises(RoundError, match="the coordinator ordered .* it sends nothing"):
                 run(make_config(method__name="ffa", privacy={"epsilon": 3.0, "count_noise": 2.0}))
     subspace = {"method__name": "fed-sb", "adapter": {"kind": "lora-sb", "rank": 2, "subspace": "private"}}
@@ -175,7 +175,7 @@ def test_a_client_does_not_follow_orders_that_its_own_config_does_not_allow(make
                 run(make_config(**subspace, privacy=privacy | {"count_noise": 2.0}))
 
     # Noise that would be enough if the bases had cost nothing is not enough after them.
-    def as_if_free(self, call, clients, real=ExampleLevel._orders):
+    def as_if_free(self, call, clients, real=ExampleLevel.orders):
         orders, refused = real(self, call, clients)
         plan = self.ledger.plans["client-0"]
         noise = calibrate(plan.rate, plan.steps, plan.delta, plan.budget, [r for r in plan.before if r.what == "count"])
@@ -183,7 +183,7 @@ def test_a_client_does_not_follow_orders_that_its_own_config_does_not_allow(make
         return {c: dataclasses.replace(o, noise=noise) for c, o in orders.items()}, refused
 
     with monkeypatch.context() as patch:
-        patch.setattr(ExampleLevel, "_orders", as_if_free)
+        patch.setattr(ExampleLevel, "orders", as_if_free)
         with pytest.raises(
             RoundError,
             match="the coordinator ordered noise with which the run would spend epsilon .* of 3: it sends nothing",
@@ -246,14 +246,14 @@ def test_data_that_changed_before_a_run_goes_on_never_meet_the_same_noise(make_c
         privacy={"noise": 1.0},
     )
 
-    def dies(self, call, clients, real=ExampleLevel._orders):  # after the round is charged, before its answer is kept
+    def dies(self, call, clients, real=ExampleLevel.orders):  # after the round is charged, before its answer is kept
         told = real(self, call, clients)
         if call.round == 1:
             raise KeyboardInterrupt
         return told
 
     with monkeypatch.context() as patch:
-        patch.setattr(ExampleLevel, "_orders", dies)
+        patch.setattr(ExampleLevel, "orders", dies)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     before = prepare(resumed(config)).data.train
