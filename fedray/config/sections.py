@@ -310,6 +310,9 @@ class PrivacySection(Section):
     unit: Literal["example", "client"] = "example"
     """What is protected: each sequence, by noise at its client; or each client with all it has, by noise at a trusted
     coordinator."""
+    trust: Literal["coordinator", "nobody"] = "coordinator"
+    """unit client: who adds the noise: a trusted coordinator, or each client its share inside a secure sum, so that
+    nobody sees the exact sum (needs secure_aggregation)."""
     clip: float | None = Field(None, gt=0)
     """Norm to which each example's gradient (example) or each client's whole update (client) is clipped (default 1)."""
     count_noise: float | None = Field(None, gt=0)

@@ -36,8 +36,8 @@ class PrivacyPlan:
     `unit`: what may be added or removed, one example (a sequence as the task cuts it) or one client with all it has.
     `rate`: the Poisson rate of a step; `expected`: how many units that is, the divisor of the sum. `steps`: of the
     whole run for a client that is in every cohort (example), or rounds (client). `before`: what else is released of
-    the same data. `budget`: epsilon at `delta` that may not be passed; None: no limit. Raises ValueError for what is
-    no plan.
+    the same data. `budget`: epsilon at `delta` that may not be passed; None: no limit. `discrete`: whether the
+    noise is of whole numbers. Raises ValueError for what is no plan.
     """
 
     unit: str
@@ -49,6 +49,7 @@ class PrivacyPlan:
     delta: float
     budget: float | None = None
     before: tuple[Release, ...] = ()
+    discrete: bool = False
     relation: str = RELATION
     sampling: str = SAMPLING
 
@@ -62,7 +63,7 @@ class PrivacyPlan:
 
     def release(self, steps: int) -> Release:
         """So many of its steps as an event of the ledger."""
-        return Release("training", self.noise, self.rate, steps)
+        return Release("training", self.noise, self.rate, steps, self.discrete)
 
     @property
     def epsilon(self) -> float:
@@ -83,19 +84,23 @@ class PrivacyPlan:
         return cls(**values | {"before": tuple(Release(**r) for r in values["before"])})
 
 
-def calibrate(rate: float, steps: int, delta: float, budget: float, before: Iterable[Release] = ()) -> float:
+def calibrate(
+    rate: float, steps: int, delta: float, budget: float, before: Iterable[Release] = (), discrete: bool = False
+) -> float:
     """The least noise multiplier (within PRECISION, from above, and rounded up to five digits after the point) with
     which `steps` steps and `before` stay within the budget.
 
     Raises ValueError when `before` alone spends it.
     """
-    return math.ceil(_calibrate(rate, steps, delta, budget, tuple(before)) * 1e5) / 1e5
+    return math.ceil(_calibrate(rate, steps, delta, budget, tuple(before), discrete) * 1e5) / 1e5
 
 
 @lru_cache(maxsize=1024)
-def _calibrate(rate: float, steps: int, delta: float, budget: float, before: tuple[Release, ...]) -> float:
+def _calibrate(
+    rate: float, steps: int, delta: float, budget: float, before: tuple[Release, ...], discrete: bool
+) -> float:
     def releases(noise: float) -> list[Release]:
-        return [*before, Release("training", noise, rate, steps)]
+        return [*before, Release("training", noise, rate, steps, discrete)]
 
     if before and epsilon(before, delta) >= budget:
         raise ValueError(

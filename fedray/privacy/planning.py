@@ -4,6 +4,7 @@
 |---------|----------------------------------|-----------------------------------|---------------------------------|
 | example | the client, from its own key     | each example, with rate batch / n | to the client that trains       |
 | client  | the coordinator, from its key    | each client, with rate cohort / k | to every client, sampled or not |
+| client, trust nobody | each client, its share | nobody: all take part              | to every client                 |
 """
 
 from __future__ import annotations
@@ -75,18 +76,21 @@ def _client_plan(config: Config, counts: Mapping[str, float]) -> dict[str, Priva
     clients, rounds = len(counts), config.federation.rounds
     cohort = min(config.federation.cohort or clients, clients)
     delta, rate = _delta(config, clients, "the number of clients"), cohort / clients
-    noise, budget = _noise(config, rate, rounds, delta, []), config.privacy.epsilon
-    plan = PrivacyPlan("client", rate, float(cohort), clip_of(config), noise, rounds, delta, budget)
+    discrete, budget = config.privacy.trust == "nobody", config.privacy.epsilon
+    noise = _noise(config, rate, rounds, delta, [], discrete)
+    plan = PrivacyPlan("client", rate, float(cohort), clip_of(config), noise, rounds, delta, budget, discrete=discrete)
     _check_first_round(plan, 1, "every client")
     return {EVERYONE: plan}
 
 
-def _noise(config: Config, rate: float, steps: int, delta: float, before: list[Release]) -> float:
+def _noise(
+    config: Config, rate: float, steps: int, delta: float, before: list[Release], discrete: bool = False
+) -> float:
     """The multiplier that is given, or the least one that keeps the budget."""
     if config.privacy.noise is not None:
         return config.privacy.noise
     assert config.privacy.epsilon is not None, "a private run has a budget or a noise multiplier"
-    return calibrate(rate, steps, delta, config.privacy.epsilon, before)
+    return calibrate(rate, steps, delta, config.privacy.epsilon, before, discrete)
 
 
 def _check_first_round(plan: PrivacyPlan, steps: int, who: str) -> None:

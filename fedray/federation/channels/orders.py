@@ -46,12 +46,7 @@ class Budget:
     def check_round(self, round: int, orders: Orders) -> None:
         """Of orders for a round (from 0): its number, clip, noise and rate, and that the whole run at that noise stays
         within the budget. Raises PrivacyError."""
-        rounds = self._config.federation.rounds
-        if type(round) is not int or not 0 <= round < rounds:
-            raise PrivacyError(
-                f"the coordinator asked for a round that is none of the {rounds} of the client's own config: it sends "
-                "nothing"
-            )
+        check_round_number(self._config, round)
         most = round_up(self._section.batch_size / self._least)
         _check_shape(orders, clip_of(self._config), self._privacy.noise, most)
         if self._privacy.noise is None:
@@ -82,6 +77,16 @@ class Budget:
         """That all of these together stay within the budget, where there is one. Raises PrivacyError."""
         if self._privacy.epsilon is not None:
             _check_spent(epsilon(releases, self._delta), self._privacy.epsilon)
+
+
+def check_round_number(config: Config, round: int) -> None:
+    """Raises PrivacyError for a round (from 0) that the client's own config does not have."""
+    rounds = config.federation.rounds
+    if type(round) is not int or not 0 <= round < rounds:
+        raise PrivacyError(
+            f"the coordinator asked for a round that is none of the {rounds} of the client's own config: it sends "
+            "nothing"
+        )
 
 
 def _check_shape(orders: Orders, clip: float, noise: float | None, most: float) -> None:
