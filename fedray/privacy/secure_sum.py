@@ -6,19 +6,20 @@ hides a client that drops out (its key of pairwise masks) or one that stays (the
 its neighbours, so that enough of them can take away the masks that would otherwise remain: one or the other of a client
 and never both. Sums are in the integers modulo 2^64, so the masks cancel to the last bit.
 
-| step      | a client sends                                              | needs                              |
-|-----------|-------------------------------------------------------------|------------------------------------|
-| advertise | two X25519 public keys, signed; whom it drew as neighbours  | the session                        |
-| share     | for each it drew, encrypted, shares of its two secrets      | its neighbours' keys               |
-| mask      | its vector in fixed point, masked                           | who shared                         |
-| sign      | its signature (Ed25519) of who shared and who sent          | who sent                           |
-| reveal    | one share for each client whose shares it holds: of the seed of who sent a vector, of the key of who did not | the signatures of at least as many as the threshold, all of the same list |
+| step      | a client sends                                             | needs                                 |
+|-----------|------------------------------------------------------------|---------------------------------------|
+| advertise | two X25519 public keys, signed; whom it drew as neighbours | the session                           |
+| share     | for each it drew, encrypted, shares of its two secrets     | its neighbours' keys                  |
+| mask      | its vector in fixed point, masked                          | who shared                            |
+| sign      | its signature (Ed25519) of who shared and who sent         | who sent                              |
+| reveal    | one share for each client whose shares it holds: of the    | signatures of the very same list, as  |
+|           | seed of who sent a vector, of the key of who did not       | many as the threshold or more         |
 
-Whom a client has for neighbours is in `sums/neighbours.py`, how many must stay and why in `sums/rules.py`, who signs in
-`sums/identity.py`. A client's secrets follow from its own key and the session, and it writes down what it was told and
-has answered before it answers (`sums/book.py`): a step that is repeated gives the same bytes, one with other inputs is
-refused. Protects against a coordinator that lies in any way where identities were exchanged before the run; else against
-one that passes on the clients' keys unchanged.
+Whom a client has for neighbours is in `sums/neighbours.py`, how many must stay and why in `sums/rules.py`, who signs
+in `sums/identity.py`. A client's secrets follow from its own key and the session, and it writes down what it was told
+and has answered before it answers (`sums/book.py`): a step that is repeated gives the same bytes, one with other inputs
+is refused. Protects against a coordinator that lies in any way where identities were exchanged before the run; else
+against one that passes on the clients' keys unchanged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Secure aggregation: sums are right whoever drops out, below the threshold they stay closed, and what is seen says
 nothing."""
 
-import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from secure_sums import KEYS, NAMES, UNSIGNED, Coordinator, parties, session_of
 
 from fedray.errors import PrivacyError
 from fedray.privacy import secure_sum as secure
@@ -16,60 +16,6 @@ from fedray.privacy.keys import Key, Stream
 from fedray.privacy.sums import keys as sum_keys
 from fedray.privacy.sums import neighbours as graph
 from fedray.privacy.sums import shamir
-
-NAMES = [f"client {i}" for i in range(200)]
-KEYS = {name: Key(hashlib.sha256(name.encode()).digest()) for name in NAMES}
-UNSIGNED = secure.Rule()
-
-
-def session_of(count, name="session", rule=UNSIGNED, **more):
-    return secure.Session(name, tuple(NAMES[:count]), rule.threshold(count), "run", **{"round": 1, "what": "w"} | more)
-
-
-def parties(folder, members, rule=UNSIGNED, identities=None):
-    return {
-        c: secure.Party(c, KEYS[c], rule, secure.Identities(folder, identities), folder / c, "run") for c in members
-    }
-
-
-class Coordinator:
-    """An honest one, a step at a time."""
-
-    def __init__(self, session, rule, who):
-        self.session, self.rule, self.who = session, rule, who
-
-    def advertise(self, there):
-        self.adverts = {c: self.who[c].advertise(self.session) for c in there}
-        self.roster = {} if self.rule.signed else {c: a.verify for c, a in self.adverts.items()}
-
-    def told(self, client):
-        return {o: self.adverts[o].public() for o in secure.edges(self.session, self.adverts)[client]}
-
-    def share(self, there):
-        self.sealed = {c: self.who[c].share(self.session.name, self.told(c), self.roster) for c in there}
-        self.shared = secure.bits(self.session, self.sealed)
-
-    def mask(self, there, values):
-        self.masked = {c: self.mask_one(c, values[c]) for c in there}
-        self.sent = secure.bits(self.session, self.masked)
-
-    def mask_one(self, client, values, terms=""):
-        vector = secure.encode(values, len(self.session.members))
-        session = self.session
-        return self.who[client].mask(session.name, self.shared, session.round, session.what, vector, terms)
-
-    def sign(self, there):
-        self.signatures = {c: self.who[c].sign(self.session.name, self.sent) for c in there}
-
-    def mine(self, client):
-        return {o: texts[client] for o, texts in self.sealed.items() if client in texts}
-
-    def reveal(self, there):
-        self.revealed = {c: self.who[c].reveal(self.session.name, self.signatures, self.mine(c)) for c in there}
-
-    def open(self):
-        shared = {c: self.adverts[c] for c in self.sealed}
-        return secure.decode(secure.unmask(self.session, self.rule, shared, self.masked, self.revealed))
 
 
 def play(folder, count, size, drops=(), values=None, name="session", rule=UNSIGNED):
@@ -110,7 +56,7 @@ def test_the_sum_is_right_when_a_sixth_of_who_is_left_drops_at_every_stage(tmp_p
     assert len(left) < len(masked) < count
     assert np.abs(total - wanted).max() <= count * secure.STEP / 2 + 1e-12
     # To the last bit: the masks cancel.
-    exact = sum((secure.encode(np.random.default_rng(NAMES.index(c)).normal(size=100), count) for c in masked))
+    exact = sum(secure.encode(np.random.default_rng(NAMES.index(c)).normal(size=100), count) for c in masked)
     assert np.array_equal(total, secure.decode(exact))
 
 
@@ -174,7 +120,10 @@ def test_one_mask_alone_is_left_when_the_coordinator_knows_all_but_the_clients_o
     server = Coordinator(session_of(3), UNSIGNED, parties(tmp_path, members))
     server.advertise(members)
     server.share(members)
-    seen, own = server.mask_one(members[0], np.zeros(100_000)), sum_keys.Secrets(KEYS[NAMES[0]], NAMES[0], session_of(3))
+    seen, own = (
+        server.mask_one(members[0], np.zeros(100_000)),
+        sum_keys.Secrets(KEYS[NAMES[0]], NAMES[0], session_of(3)),
+    )
     for other in members[1:]:
         theirs = sum_keys.Secrets(KEYS[other], other, session_of(3))
         seen = seen + theirs.pairwise(members[0], server.adverts[members[0]].mask, len(seen))

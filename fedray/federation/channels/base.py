@@ -125,6 +125,9 @@ class Intake:
 class Carrier(Protocol):
     """How vectors travel from clients to the server."""
 
+    def announce(self, round: int, message: Message) -> None:
+        """Which round (from 0), from which broadcast, the next agreement is for."""
+
     def agree(self, cohort: Sequence[str]) -> tuple[Any, list[Failure]]:
         """Before the clients work: what was agreed with them, and who could not."""
 
@@ -153,6 +156,9 @@ class Channel(Protocol):
 
     def begin(self) -> None:
         """Before anything is asked: keys, counts, plans. A second call changes nothing."""
+
+    def announce(self, round: int, message: Message) -> None:
+        """The round that comes next, before its cohort is admitted."""
 
     def admit(self, round: int, message: Message) -> Admission | None:
         """The round's cohort; None when no client may take part in another round."""
@@ -196,8 +202,12 @@ class Channel(Protocol):
 class Sealer(Protocol):
     """The client's half of a carrier."""
 
-    def seal(self, client: str, tensors: Tensors, orders: Orders) -> Packet:
-        """The vector as it travels."""
+    def expect(self, client: str, inputs: Callable[[], str], orders: Orders) -> None:
+        """Before a client trains: what it trains from. `inputs`: gives a digest of it."""
+
+    def seal(self, client: str, tensors: Tensors, orders: Orders, asked: Question | int) -> Packet:
+        """The vector as it travels. `asked`: the round that it is of (from 0), or the question that it answers. Raises
+        PrivacyError for orders that would show it where the client's own config hides it."""
 
     def answers(self, question: Question) -> bool:
         """Whether the question is one of the carrier's own."""

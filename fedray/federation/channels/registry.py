@@ -3,7 +3,6 @@ it."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +21,13 @@ def make_channel(context: Context) -> Channel:
     """The server's half of a run: its guarantee over its carrier."""
     privacy = context.config.privacy
     if not privacy.on:
-        return plain.Plain(context, _carrier(context, secrets.token_hex(8)))
+        return plain.Plain(context, _carrier(context, None))
     ledger = accounted.open_ledger(context)
     guarantee = client.ClientLevel if privacy.unit == "client" else example.ExampleLevel
     return guarantee(context, _carrier(context, ledger.run), ledger)
 
 
-def _carrier(context: Context, run: str) -> Carrier:
+def _carrier(context: Context, run: str | None) -> Carrier:
     return secure.SecureSums(context, run) if context.config.privacy.secure_aggregation else plain.AsIs(context)
 
 
@@ -38,7 +37,7 @@ def make_side(trainer: Any, method: Method, spec: Spec) -> ClientSide:
     keys = KeyStore(privacy.key_dir)
     sealer: Sealer = plain.Packed()
     if privacy.secure_aggregation:
-        sealer = secure.Masked(keys, lambda name: len(trainer.examples("train", name)))
+        sealer = secure.Masked(trainer.config, keys, lambda name: len(trainer.examples("train", name)))
     sides = {"client": client.ClippingSide, "example": example.ExampleSide}
     return (sides[privacy.unit] if privacy.on else plain.PlainSide)(trainer, method, spec, keys, sealer)
 
@@ -46,8 +45,9 @@ def make_side(trainer: Any, method: Method, spec: Spec) -> ClientSide:
 def check(config: Config, method: Method) -> None:
     """Raises ValueError, with the reason, for what would not be private, or would say so and not be."""
     privacy = config.privacy
-    if privacy.secure_threshold is not None and not privacy.secure_aggregation:
-        raise ValueError("privacy.secure_threshold belongs to privacy.secure_aggregation: switch it on")
+    given = [name for name in secure.OPTIONS if getattr(privacy, name) is not None]
+    if given and not privacy.secure_aggregation:
+        raise ValueError(f"privacy.{given[0]} belongs to privacy.secure_aggregation: switch it on")
     if privacy.secure_aggregation:
         secure.check(config, method)
     if not privacy.on:
@@ -71,7 +71,7 @@ def check_clients(config: Config, least: int, rows: Mapping[str, int]) -> None:
 
 def carriage_of(config: Config, members: int) -> Carriage:
     """What the config's channel makes of each client's numbers in a cohort of so many."""
-    by_carrier = secure.carriage(members) if config.privacy.secure_aggregation else plain.carriage()
+    by_carrier = secure.carriage(config, members) if config.privacy.secure_aggregation else plain.carriage()
     clipped = config.privacy.on and config.privacy.unit == "client"
     return replace(by_carrier, more=client.more_numbers(config) if clipped else 0)
 

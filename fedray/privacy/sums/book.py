@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Pages:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        pages = {name: asdict(page) for name, page in self.sessions.items()}
+        pages = {name: vars(page) | {"session": vars(page.session)} for name, page in self.sessions.items()}
         return {"round": self.round, "opened": self.opened, "sessions": pages}
 
     def begin(self, session: Session, key: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -35,10 +35,8 @@ def write(path: Path, content: bytes, new: bool = False) -> None:
 def make_secret(path: Path) -> bytes:
     """The 32 secret bytes of a file, drawn from the operating system's randomness where there is none."""
     if not path.is_file():
-        try:
+        with suppress(FileExistsError):  # then the other process's secret holds
             write(path, os.urandom(32), new=True)
-        except FileExistsError:
-            pass  # then the other process's secret holds
     return path.read_bytes()
 
 

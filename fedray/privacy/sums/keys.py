@@ -27,8 +27,8 @@ class Advert:
     """A client's public keys: for pairwise masks (`mask`), for what others encrypt to it (`share`), and what it signs
     with (`verify`); `signature` binds the first two to the client and the session.
 
-    For the coordinator alone: `seed`, the hash of the seed of its own mask, so that a wrong one is noticed, and `drawn`,
-    the points of its neighbours as bits (empty: all others).
+    For the coordinator alone: `seed`, the hash of the seed of its own mask, so that a wrong one is noticed, and
+    `drawn`, whom it drew as neighbours, as bits (empty: all others).
     """
 
     mask: bytes
@@ -93,7 +93,8 @@ class Secrets:
 
 
 def agreed(private: X25519PrivateKey, public: bytes, digest: str, *purpose: str) -> bytes:
-    """32 bytes that only the two owners of the keys know, for the session of that digest. Raises PrivacyError for a key that is none."""
+    """32 bytes that only the two owners of the keys know, for the session of that digest. Raises PrivacyError for a key
+    that is none."""
     try:
         secret = private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:

@@ -78,16 +78,16 @@ class _Bounds:
         hits = np.arange(max(least, 0, drawn - others + marked), min(marked, drawn) + 1)
         if not len(hits):
             return -math.inf
-        terms = (
-            self._choose(marked, hits) + self._choose(others - marked, drawn - hits) - self._choose(others, drawn)
-        )
+        terms = self._choose(marked, hits) + self._choose(others - marked, drawn - hits) - self._choose(others, drawn)
         return float(terms.max() + np.log2(np.exp2(terms - terms.max()).sum()))
 
     def needed(self, drawn: int) -> int | None:
         """The holders that must open a secret; None where no number meets the bounds."""
         everyone = math.log2(self.members)
         # One bit for either of the two promises of security.
-        corrupt = next(c for c in range(drawn + 1) if everyone + self.tail(self.colluding, drawn, c + 1) < -SECURITY - 1)
+        corrupt = next(
+            c for c in range(drawn + 1) if everyone + self.tail(self.colluding, drawn, c + 1) < -SECURITY - 1
+        )
         dropped = int(DROPPED * self.members)
         gone = next(g for g in range(drawn + 1) if everyone + self.tail(dropped, drawn, g + 1) <= -CORRECTNESS)
         needed = drawn - gone
@@ -97,5 +97,7 @@ class _Bounds:
         """Whether no small group has members who each drew `within` others of it."""
         total = 0.0
         for size in range(2, math.ceil(GROUP * self.members)):
-            total += 2.0 ** min(0.0, float(self._choose(self.members, size)) + size * self.tail(size - 1, drawn, within))
+            total += 2.0 ** min(
+                0.0, float(self._choose(self.members, size)) + size * self.tail(size - 1, drawn, within)
+            )
         return total <= 2.0 ** -(SECURITY + 1)

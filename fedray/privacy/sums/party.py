@@ -81,9 +81,7 @@ class Party:
         for other, advert in others.items():
             advert.check(other, digest, self._verify(other, roster))
 
-    def mask(
-        self, name: str, shared: bytes, round: int, what: str, vector: np.ndarray, terms: str = ""
-    ) -> np.ndarray:
+    def mask(self, name: str, shared: bytes, round: int, what: str, vector: np.ndarray, terms: str = "") -> np.ndarray:
         """Its vector (uint64) masked against its neighbours among those who `shared`. `round`, `what`: of the vector
         itself; `terms`: what it follows from beside the client's data, which must be the same for all."""
         with self.book.opened() as pages:

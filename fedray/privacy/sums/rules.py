@@ -58,7 +58,7 @@ class Session:
     @property
     def digest(self) -> str:
         """SHA-256 of all of it: what is signed and derived for one session fits no other."""
-        parts = (self.name, self.run, self.round, self.what, self.threshold, *self.members)
+        parts: tuple[str | int, ...] = (self.name, self.run, self.round, self.what, self.threshold, *self.members)
         return hashlib.sha256(words(*parts)).hexdigest()
 
     def point(self, client: str) -> int:
