@@ -45,6 +45,8 @@ Pareto fronts, what mattered, best.yaml
 unfinished run too; or a sweep's tables and pictures
   fedray forget   RUN_DIR                                       remove this machine's noise keys of \
 a private run that will not go on
+  fedray identity --client NAME [--key_dir DIR]                 draw this machine's key of a client, and print its \
+line of privacy.identities
   fedray export   RUN_DIR OUT --format lora|peft|merged         write its result for others to load
   fedray run --help                                             every key, its default and what it means
 """
@@ -314,6 +316,17 @@ def _forget(argv: list[str], console: Console) -> int:
     return 0
 
 
+def _identity(argv: list[str], console: Console) -> int:
+    from fedray.privacy.keys import KeyStore
+    from fedray.privacy.sums.identity import identity_command
+
+    given, rest = split(argv, lambda name: name in ("client", "key_dir"))
+    if rest or "client" not in given:
+        raise ConfigError("fedray identity takes --client NAME, and --key_dir DIR where privacy.key_dir is set")
+    print(identity_command(given["client"], KeyStore(given.get("key_dir")).folder))
+    return 0
+
+
 def _report(argv: list[str], console: Console) -> int:
     folder = _run_directory("report", argv)
     if (folder / "sweep.json").is_file():
@@ -345,6 +358,7 @@ _COMMANDS = {
     "export": _export,
     "report": _report,
     "forget": _forget,
+    "identity": _identity,
 }
 
 if __name__ == "__main__":

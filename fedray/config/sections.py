@@ -324,7 +324,14 @@ class PrivacySection(Section):
     secure_aggregation: bool = False
     """Let the coordinator see only the sum of the clients' updates (Bonawitz et al., CCS 2017)."""
     secure_threshold: float | None = Field(None, gt=0, le=1)
-    """Share of a round's clients that must stay to the end for the sum to be opened (default: more than half)."""
+    """Share of a round's clients that must stay to the end for the sum to be opened (default: more than half; with
+    identities: more than two thirds); clients refuse less than their own config has."""
+    secure_colluding: float | None = Field(None, ge=0, lt=1 / 3)
+    """Share of the clients that may work with the coordinator (default 0.05): decides how many neighbours a client of a
+    large cohort needs (Bell et al., CCS 2020)."""
+    identities: str | None = None
+    """File on each client's own machine with all clients' public keys, a line a client as `fedray identity` prints it,
+    exchanged before the run: no coordinator can then stand in for a client in a secure sum."""
     sweep_epsilon: float | None = Field(None, gt=0)
     """`fedray sweep`: budget of all trials together, which are releases of the same data; a single run is one trial."""
     key_dir: str | None = None

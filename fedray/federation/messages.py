@@ -15,14 +15,18 @@ PUBLIC = "(public data)"
 
 @dataclass(frozen=True)
 class SumStep:
-    """What clients know at a step of a secure sum: the run that their keys are filed under, the session, the keys of
-    who takes part, to each client what others encrypted to it, and who sent a masked vector."""
+    """What one client learns at a step of a secure sum: the run that its keys are filed under and the session's `name`;
+    then the session itself, its neighbours' keys and what everyone signs with (`roster`), who shared or sent (`listed`,
+    as bits in the members' order), and who signed that and what others encrypted to this client."""
 
     run: str
-    session: Session
+    name: str
+    session: Session | None = None
     adverts: Mapping[str, Advert] = field(default_factory=dict)
-    sealed: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
-    sent: tuple[str, ...] = ()
+    roster: Mapping[str, bytes] = field(default_factory=dict)
+    listed: bytes = b""
+    signatures: Mapping[str, bytes] = field(default_factory=dict)
+    sealed: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,11 @@ class RayPool:
     def ask(
         self, question: Question, clients: Sequence[str], kept: Mapping[str, Any], deadline: float | None
     ) -> list[Outcome]:
-        shared = ray.put(question)
+        shared = ray.put(question) if question.common else None
 
         def call(worker: Any, client: str) -> tuple[Any, Any, Any]:
-            return worker.ask.options(num_returns=3).remote(client, shared, kept.get(client))
+            asked = question.of(client) if shared is None else shared
+            return worker.ask.options(num_returns=3).remote(client, asked, kept.get(client))
 
         return Dispatch(self.workers, clients, call, deadline, unheard).run()
 

@@ -31,8 +31,14 @@ class Question:
     name: ClassVar[str]
     what: ClassVar[str]
     tells_size: ClassVar[bool] = True
+    #: Whether all clients get the same of it.
+    common: ClassVar[bool] = True
 
     orders: Mapping[str, Orders] = field(default_factory=dict, kw_only=True)
+
+    def of(self, client: str) -> Question:
+        """What one client gets of it."""
+        return self
 
     def answer(self, side: ClientSide, client: str, kept: Packet | None) -> Mapping[str, Tensor]:
         """Named tensors, which travel as an update does. `kept`: what the client kept from its round."""

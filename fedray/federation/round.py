@@ -53,6 +53,7 @@ def run_round(server: Coordinator) -> RoundRecord | None:
 
     # Who takes part; then the broadcast goes out, and each client of the cohort trains.
     with timed(seconds, "train"):
+        server.channel.announce(server.state.round, server.message)
         if (admission := server.channel.admit(server.state.round, server.message)) is None:
             return None
         call = called(server, admission)

@@ -1,9 +1,8 @@
-"""What privacy costs a client: a DP-SGD step, and its part in a secure sum."""
+"""What privacy costs a client: a DP-SGD step."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -20,19 +19,14 @@ from benches.measure import (
     standing_bytes,
     table,
     threads,
-    timed,
     timed_once,
 )
 from benches.models import encoder
 from fedray.adapters import ADAPTERS, attach
 from fedray.config.read import from_dict
-from fedray.federation.wire import pack
-from fedray.privacy import secure_sum
 from fedray.privacy.dpsgd import Mechanism, SampleHooks, private_step
 from fedray.privacy.keys import Key
 from fedray.training.engine import TorchEngine
-
-# --- DP-SGD ------------------------------------------------------------------------------------------------------
 
 
 def private(console: Console, repeats: int) -> None:
@@ -103,58 +97,3 @@ def _private_row(kind: str, repeats: int) -> list[str]:
         f"{noisy_peak / MIB:.1f}",
         f"{(standing + noisy_peak) / (standing + plain_peak):.3f}",
     ]
-
-
-# --- the secure sum ----------------------------------------------------------------------------------------------
-
-
-def secure(console: Console, repeats: int) -> None:
-    """One client's work and bytes in a secure sum, against packing the same vector in the clear."""
-    shown = table(
-        f"a client in a secure sum ({threads()}, median of {repeats})",
-        (
-            "clients",
-            "numbers",
-            "advertise and share, s",
-            "mask, s",
-            "reveal, s",
-            "pack in the clear, s",
-            "bytes up, times the clear",
-            "coordinator, s (a third dropped)",
-        ),
-    )
-    for members, numbers in ((10, 10_000), (10, 1_000_000), (31, 1_000_000)):
-        shown.add_row(f"{members:,}", f"{numbers:,}", *_secure_row(members, numbers, repeats))
-    console.print(shown)
-
-
-def _secure_row(members: int, numbers: int, repeats: int) -> list[str]:
-    names = [f"client {i}" for i in range(members)]
-    keys = {name: Key(os.urandom(32)) for name in names}
-    session = secure_sum.Session("bench", tuple(names), secure_sum.default_threshold(members))
-    adverts = {name: secure_sum.advertise(keys[name], session) for name in names}
-    values, mine = torch.randn(numbers, dtype=torch.float64), names[0]
-
-    def share() -> None:
-        secure_sum.advertise(keys[mine], session)
-        secure_sum.share(keys[mine], mine, session, adverts)
-
-    def masked(name: str) -> Any:
-        return secure_sum.mask(keys[name], name, session, adverts, secure_sum.encode(values.numpy(), members))
-
-    sharing, _ = timed(share, repeats)
-    masking, _ = timed(lambda: masked(mine), repeats)
-    sealed = {name: secure_sum.share(keys[name], name, session, adverts) for name in names}
-    sent = names[: members - members // 3]
-
-    def reveal(name: str) -> dict[str, int]:
-        received = {other: sealed[other][name] for other in names}
-        return secure_sum.reveal(keys[name], name, session, adverts, received, sent)
-
-    revealing, _ = timed(lambda: reveal(mine), repeats)
-    revealed, vectors = {name: reveal(name) for name in sent}, {name: masked(name) for name in sent}
-    opening, total = timed(lambda: secure_sum.unmask(session, names, adverts, vectors, revealed), 1)
-    assert abs(secure_sum.decode(total) - len(sent) * values.numpy()).max() < members * secure_sum.STEP
-    packing, _ = timed(lambda: pack({"x": values}), repeats)
-    up = (8 * numbers + secure_sum.overhead(members)[0]) / (4 * numbers)
-    return [*(f"{v:.4f}" for v in (sharing, masking, revealing, packing)), f"{up:.2f}", f"{opening:.3f}"]

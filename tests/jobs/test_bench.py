@@ -8,7 +8,10 @@ sys.path.insert(0, str(ROOT / "jobs"))
 
 import bench
 import pytest
+from benches import secure_sums
 from rich.console import Console
+
+from fedray.privacy.secure_sum import STEP
 
 
 def test_the_ways_of_aggregating_agree(capsys):
@@ -28,3 +31,12 @@ def test_the_sharing_benchmark_measures_less_where_a_file_is_mapped(capsys):
     bench.sharing(Console(width=140), ["--data.max_length", "64"])
     rows = [line for line in capsys.readouterr().out.splitlines() if "examples" in line or "weights" in line]
     assert len(rows) == 4 and all(float(row.split("│")[2]) > 0 for row in rows)
+
+
+def test_a_clients_bytes_in_a_secure_sum_grow_less_than_twofold_from_50_to_200_clients():
+    """Bytes are counted, not timed: the same on every machine. A third of the clients drops out."""
+    few, many = (secure_sums.cohort_sum(count, 10, signed=True) for count in (50, 200))
+    for one, count in ((few, 50), (many, 200)):
+        assert len(one.costs) == count - (count - 1) // 3 and one.error <= count * STEP / 2
+    both = [one.median(lambda cost: cost.up) + one.median(lambda cost: cost.down) for one in (few, many)]
+    assert both[0] > 20_000 and both[1] < 2 * both[0]

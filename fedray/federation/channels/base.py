@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from fedray.federation.messages import Answered, Failure, Orders, Outcome, Trained
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from fedray.privacy.private import Private, SketchNoise
 
 Tensors = Mapping[str, Tensor]
+#: So many whole numbers (int64) in steps of a ring.
+Noise = Callable[[int], np.ndarray]
 
 
 class Pool(Protocol):
@@ -130,6 +133,9 @@ class Intake:
 class Carrier(Protocol):
     """How vectors travel from clients to the server."""
 
+    def announce(self, round: int, message: Message) -> None:
+        """Which round (from 0), from which broadcast, the next agreement is for."""
+
     def agree(self, cohort: Sequence[str]) -> tuple[Any, list[Failure]]:
         """Before the clients work: what was agreed with them, and who could not."""
 
@@ -165,6 +171,9 @@ class Channel(Protocol):
 
     def begin(self) -> None:
         """Before anything is asked: keys, counts, plans. A second call changes nothing."""
+
+    def announce(self, round: int, message: Message) -> None:
+        """The round that comes next, before its cohort is admitted."""
 
     def admit(self, round: int, message: Message) -> Admission | None:
         """The round's cohort; None when no client may take part in another round."""
@@ -214,8 +223,19 @@ class Channel(Protocol):
 class Sealer(Protocol):
     """The client's half of a carrier."""
 
-    def seal(self, client: str, tensors: Tensors, orders: Orders) -> Packet:
-        """The vector as it travels."""
+    def expect(self, client: str, inputs: Callable[[], str], orders: Orders) -> None:
+        """Before a client trains: what it trains from. `inputs`: gives a digest of it."""
+
+    @property
+    def step(self) -> float:
+        """What numbers are rounded to a multiple of. Raises PrivacyError where they are not."""
+
+    def seal(
+        self, client: str, tensors: Tensors, orders: Orders, asked: Question | int, noise: Noise | None = None
+    ) -> Packet:
+        """The vector as it travels. `asked`: the round that it is of (from 0), or the question that it answers.
+        `noise`: to be added, in steps. Raises PrivacyError for orders that would show it where the client's own config
+        hides it."""
 
     def rounding(self, numbers: int) -> float:
         """How far at most (Frobenius norm) so many numbers are moved by how they travel."""

@@ -1,5 +1,5 @@
-"""Client-level differential privacy that trusts nobody: each client adds its share of the noise itself, in whole numbers
-inside the secure sum, so that no one ever sees the exact sum (Kairouz, Liu, Steinke, ICML 2021).
+"""Client-level differential privacy that trusts nobody: each client adds its share of the noise itself, in whole
+numbers inside the secure sum, so that no one ever sees the exact sum (Kairouz, Liu, Steinke, ICML 2021).
 
 One account for all clients, as with a trusted coordinator. The shares are for all clients together: where fewer send,
 the noise of their sum is short, which is charged before the sum is opened. A client takes clip and noise from its own
@@ -80,14 +80,14 @@ def limits(config: Config) -> list[Limit]:
     return [
         Limit(
             "medium",
-            "Clients that work with the coordinator, or add no noise: they can take their shares away, and of k clients "
-            "with t of them the noise is that of k - t",
+            "Clients that work with the coordinator, or add no noise: they can take their shares away, and of k "
+            "clients with t of them the noise is that of k - t",
             "privacy/discrete.py, effective_noise",
         ),
         Limit(
             "medium",
-            "A coordinator that has a sum opened of fewer clients and does not charge for it: clients refuse fewer than "
-            "their threshold, with which epsilon is at most `epsilon_against_a_lying_coordinator`",
+            "A coordinator that has a sum opened of fewer clients and does not charge for it: clients refuse fewer "
+            "than their threshold, with which epsilon is at most `epsilon_against_a_lying_coordinator`",
             "federation/channels/distributed.py, against_liars",
         ),
         Limit(
@@ -212,7 +212,7 @@ class DistributedSide(KeyedSide, ClippingSide):
             raise PrivacyError(
                 "the coordinator ordered another clip or noise than the client's own config gives: it sends nothing"
             )
-        purpose = ("round", client, round, inputs(), *orders.shape())
+        purpose: tuple[str | int, ...] = ("round", client, round, inputs(), *orders.shape())
         said = Said(f"round {round + 1}", key.identity, digest_of(purpose), plan.release(1))
         self.journal(client, orders).answer(said, self._check)
         self._purposes[client] = purpose

@@ -39,6 +39,7 @@ class Budget:
         assert count is not None, "a count is told with its value"
         # The coordinator plans with a count that was noised under this key, or under one that was lost since: the
         # difference of the two is taken to be within nine standard deviations.
+        self._count = max(float(self._section.batch_size), count)
         self._least = max(float(self._section.batch_size), count - 9 * 2**0.5 * count_noise(config))
         delta = config.privacy.delta
         self._delta = delta if delta is not None else default_delta(self._least)
@@ -47,6 +48,7 @@ class Budget:
         """Of orders for a round (from 0): its number, clip, noise and rate, and that the whole run at that noise stays
         within the budget. Raises PrivacyError."""
         check_round_number(self._config, round)
+        self._check_weight(orders)
         most = round_up(self._section.batch_size / self._least)
         _check_shape(orders, clip_of(self._config), self._privacy.noise, most)
         if self._privacy.noise is None:
@@ -65,6 +67,7 @@ class Budget:
 
     def check_sketch(self, orders: Orders) -> None:
         """Of orders for the sketches of a private subspace. Raises PrivacyError."""
+        self._check_weight(orders)
         share = subspace_share(self._config)
         # With both given, epsilon shares out what the subspace may spend, and the noise is of training alone.
         noise = self._privacy.noise if share is None else None
@@ -72,6 +75,17 @@ class Budget:
         if share is not None:
             both = Release("subspace", orders.noise, orders.rate, SUBSPACE_RELEASES)
             _check_spent(epsilon([both], self._delta), share)
+
+    def _check_weight(self, orders: Orders) -> None:
+        """Of a secure sum: with all others near 0 it would show this client."""
+        slack = 9 * 2**0.5 * count_noise(self._config)
+        if orders.sum is None or not self._config.by_examples:
+            return
+        if orders.weight is None or not abs(orders.weight - self._count) <= slack:
+            raise PrivacyError(
+                "the coordinator ordered another weight in a secure sum than the client's own noised number of "
+                "examples gives: it sends nothing"
+            )
 
     def check(self, releases: Sequence[Release]) -> None:
         """That all of these together stay within the budget, where there is one. Raises PrivacyError."""

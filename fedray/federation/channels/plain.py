@@ -24,6 +24,7 @@ from fedray.federation.channels.base import (
     Channel,
     Context,
     Intake,
+    Noise,
     Sealer,
     Tensors,
     Training,
@@ -92,6 +93,9 @@ class AsIs:
 
     def __init__(self, context: Context):
         self.context = context
+
+    def announce(self, round: int, message: Message) -> None:
+        """It needs no word of it."""
 
     def agree(self, cohort: Sequence[str]) -> tuple[Any, list[Failure]]:
         return None, []
@@ -179,6 +183,9 @@ class Plain:
             self.context.pool.ask(question, self.context.clients, {}, None)
 
     # --- a round ---
+
+    def announce(self, round: int, message: Message) -> None:
+        self.carrier.announce(round, message)
 
     def admit(self, round: int, message: Message) -> Admission | None:
         return self.with_agreement(Admission(self.drawn(round, self.context.clients)))
@@ -291,7 +298,17 @@ class Plain:
 class Packed:
     """Vectors as they are."""
 
-    def seal(self, client: str, tensors: Tensors, orders: Orders) -> Packet:
+    def expect(self, client: str, inputs: Callable[[], str], orders: Orders) -> None:
+        """Whatever it is."""
+
+    @property
+    def step(self) -> float:
+        raise PrivacyError("numbers that travel as they are have no step that noise could be a multiple of")
+
+    def seal(
+        self, client: str, tensors: Tensors, orders: Orders, asked: Question | int, noise: Noise | None = None
+    ) -> Packet:
+        assert noise is None, "whole numbers are added in a ring"
         return pack(tensors)
 
     def rounding(self, numbers: int) -> float:
@@ -311,6 +328,7 @@ class PlainSide:
         self.config: Config = trainer.config
 
     def protect(self, client: str, round: int, inputs: Callable[[], str], orders: Orders) -> Private | None:
+        self.sealer.expect(client, inputs, orders)
         return None
 
     def changed(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Tensors:
@@ -318,7 +336,7 @@ class PlainSide:
         return self.method.upload(self.spec, client, dict(trained), round)
 
     def send(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Packet:
-        return self.sealer.seal(client, self.changed(client, round, view, trained, orders), orders)
+        return self.sealer.seal(client, self.changed(client, round, view, trained, orders), orders, round)
 
     def report(self, client: str, result: Any, nbytes: int, private: Private | None) -> Trained:
         return Trained(client, result.examples, result.loss, result.base_lost, result.seconds, nbytes)
@@ -327,7 +345,8 @@ class PlainSide:
         self.check_question(client, question)
         if isinstance(question, ValueQuestion):
             return None, Answered(client, value=question.value(self, client))
-        packet = self.sealer.seal(client, question.answer(self, client, kept), question.orders.get(client, NO_ORDERS))
+        tensors, orders = question.answer(self, client, kept), question.orders.get(client, NO_ORDERS)
+        packet = self.sealer.seal(client, tensors, orders, question)
         return packet, self.answered(client, question, packet)
 
     def answered(self, client: str, question: Question, packet: Packet) -> Answered:

@@ -3,13 +3,12 @@ it."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedray.federation.channels import accounted, client, example, plain, secure
+from fedray.federation.channels import accounted, client, distributed, example, plain, secure
 from fedray.federation.channels.base import Carriage, Carrier, Channel, ClientSide, Context, Limit, Released, Sealer
 from fedray.methods import Method, Spec
 from fedray.privacy.keys import KeyStore
@@ -22,13 +21,18 @@ def make_channel(context: Context) -> Channel:
     """The server's half of a run: its guarantee over its carrier."""
     privacy = context.config.privacy
     if not privacy.on:
-        return plain.Plain(context, _carrier(context, secrets.token_hex(8)))
+        return plain.Plain(context, _carrier(context, None))
     ledger = accounted.open_ledger(context)
-    guarantee = client.ClientLevel if privacy.unit == "client" else example.ExampleLevel
-    return guarantee(context, _carrier(context, ledger.run), ledger)
+    guarantees = {"client": client.ClientLevel, "example": example.ExampleLevel, "nobody": distributed.Distributed}
+    return guarantees[_guarantee(context.config)](context, _carrier(context, ledger.run), ledger)
 
 
-def _carrier(context: Context, run: str) -> Carrier:
+def _guarantee(config: Config) -> str:
+    """Of a private run: its unit, or that nobody is trusted to add the noise."""
+    return "nobody" if config.privacy.trust == "nobody" else config.privacy.unit
+
+
+def _carrier(context: Context, run: str | None) -> Carrier:
     return secure.SecureSums(context, run) if context.config.privacy.secure_aggregation else plain.AsIs(context)
 
 
@@ -38,16 +42,22 @@ def make_side(trainer: Any, method: Method, spec: Spec) -> ClientSide:
     keys = KeyStore(privacy.key_dir)
     sealer: Sealer = plain.Packed()
     if privacy.secure_aggregation:
-        sealer = secure.Masked(keys, lambda name: len(trainer.examples("train", name)))
-    sides = {"client": client.ClippingSide, "example": example.ExampleSide}
-    return (sides[privacy.unit] if privacy.on else plain.PlainSide)(trainer, method, spec, keys, sealer)
+        sealer = secure.Masked(trainer.config, keys, lambda name: len(trainer.examples("train", name)))
+    sides = {
+        "client": client.ClippingSide,
+        "example": example.ExampleSide,
+        "nobody": distributed.DistributedSide,
+    }
+    side = sides[_guarantee(trainer.config)] if privacy.on else plain.PlainSide
+    return side(trainer, method, spec, keys, sealer)
 
 
 def check(config: Config, method: Method) -> None:
     """Raises ValueError, with the reason, for what would not be private, or would say so and not be."""
     privacy = config.privacy
-    if privacy.secure_threshold is not None and not privacy.secure_aggregation:
-        raise ValueError("privacy.secure_threshold belongs to privacy.secure_aggregation: switch it on")
+    given = [name for name in secure.OPTIONS if getattr(privacy, name) is not None]
+    if given and not privacy.secure_aggregation:
+        raise ValueError(f"privacy.{given[0]} belongs to privacy.secure_aggregation: switch it on")
     if privacy.secure_aggregation:
         secure.check(config, method)
         check_norms(config, "privacy.secure_aggregation lets nobody see one update")
@@ -55,6 +65,8 @@ def check(config: Config, method: Method) -> None:
         plain.check(config)
         return
     accounted.check(config)
+    if privacy.trust == "nobody":
+        distributed.check(config)
     if privacy.unit == "client":
         client.check(config, method)
         check_norms(config, "with privacy.unit client each update is clipped to privacy.clip")
@@ -80,7 +92,7 @@ def check_clients(config: Config, least: int, rows: Mapping[str, int]) -> None:
 
 def carriage_of(config: Config, members: int) -> Carriage:
     """What the config's channel makes of each client's numbers in a cohort of so many."""
-    by_carrier = secure.carriage(members) if config.privacy.secure_aggregation else plain.carriage()
+    by_carrier = secure.carriage(config, members) if config.privacy.secure_aggregation else plain.carriage()
     clipped = config.privacy.on and config.privacy.unit == "client"
     return replace(by_carrier, more=client.more_numbers(config) if clipped else 0)
 
@@ -111,9 +123,9 @@ def words_of(config: Config) -> Words:
     summed = config.privacy.secure_aggregation
     how, sees = (secure.HOW, secure.SEES) if summed else (plain.HOW, plain.SEES)
     carried, limits = (secure.released(), secure.limits(config)) if summed else ([], [])
-    part = client if config.privacy.unit == "client" else example
+    part = {"client": client, "example": example, "nobody": distributed}[_guarantee(config)]
     return Words(
-        part.unit(config),
+        (client if config.privacy.unit == "client" else example).unit(config),
         part.trust(sees),
         part.KEY_HOLDER,
         part.released(config, how),

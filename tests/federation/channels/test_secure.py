@@ -52,9 +52,9 @@ def test_the_coordinator_of_a_secure_run_never_holds_an_update(make_config, monk
     seen, clear = [], []
     real_fetch, real_seal = pool_inline.InlinePool.fetch, Masked.seal
 
-    def sealed(self, client, tensors, orders):
+    def sealed(self, client, tensors, orders, asked):
         clear.append(torch.cat([t.double().reshape(-1) for _, t in sorted(tensors.items())]))
-        return real_seal(self, client, tensors, orders)
+        return real_seal(self, client, tensors, orders, asked)
 
     monkeypatch.setattr(
         pool_inline.InlinePool, "fetch", lambda self, update: seen.append(real_fetch(self, update)) or seen[-1]

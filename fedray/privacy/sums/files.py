@@ -1,0 +1,52 @@
+"""Small files that only their owner may read, on disk when a call returns."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def write(path: Path, content: bytes, new: bool = False) -> None:
+    """Replace a file whole; with `new`, only make it where there is none. Raises OSError when it cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    part = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            os.link(part, path)  # fails where another process was first
+        else:
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def make_secret(path: Path) -> bytes:
+    """The 32 secret bytes of a file, drawn from the operating system's randomness where there is none."""
+    if not path.is_file():
+        with suppress(FileExistsError):  # then the other process's secret holds
+            write(path, os.urandom(32), new=True)
+    return path.read_bytes()
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """No other process is in this block for the same path."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle = os.open(path.with_name(f"{path.name}.lock"), os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
