@@ -168,9 +168,8 @@ class Masked(Packed):
         config, own = self.config, float(self.count(client))
         if not config.by_examples:
             fits = ordered == 1.0
-        elif config.privacy.on:  # from the noised count, maybe under a key that was lost since
-            expected = max(own, float(config.client(client).batch_size))
-            fits = ordered is not None and abs(ordered - expected) <= 9 * count_noise(config) + 1
+        elif config.privacy.on:
+            fits = ordered is not None and self._near(client, own, ordered)
         else:
             fits = ordered is None
         if not fits:
@@ -179,6 +178,11 @@ class Masked(Packed):
                 "examples give: it sends nothing"
             )
         return own if ordered is None else ordered
+
+    def _near(self, client: str, own: float, ordered: float) -> bool:
+        """Whether a noised count of examples may be of this client: maybe under a key that was lost since."""
+        least = float(self.config.client(client).batch_size)
+        return ordered >= least and abs(ordered - max(own, least)) <= 9 * count_noise(self.config) + 1
 
     def answers(self, question: Question) -> bool:
         return isinstance(question, SumQuestion)
