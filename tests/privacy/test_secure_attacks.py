@@ -170,9 +170,7 @@ def test_a_forged_advert_is_refused(tmp_path):
     other = who[FIVE[1]].advertise(session_of(5, "other", rule=SIGNED))
     for wrong in (
         secure.Advert(*public, real.signature),
-        secure.Advert(
-            *public, own.sign(secure.Advert(*public, b"").message(FIVE[1], server.session.digest)), own.public
-        ),
+        secure.Advert(*public, by_itself, own.public),
         other.public(),  # of another session
         server.adverts[FIVE[2]].public(),  # another client's
     ):

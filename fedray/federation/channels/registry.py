@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedray.federation.channels import accounted, client, distributed, example, plain, secure
+from fedray.federation.channels import accounted, client, distributed, example, masked, plain, secure
 from fedray.federation.channels.base import Carriage, Carrier, Channel, ClientSide, Context, Limit, Released, Sealer
 from fedray.methods import Method, Spec
 from fedray.privacy.keys import KeyStore
@@ -42,12 +42,8 @@ def make_side(trainer: Any, method: Method, spec: Spec) -> ClientSide:
     keys = KeyStore(privacy.key_dir)
     sealer: Sealer = plain.Packed()
     if privacy.secure_aggregation:
-        sealer = secure.Masked(trainer.config, keys, lambda name: len(trainer.examples("train", name)))
-    sides = {
-        "client": client.ClippingSide,
-        "example": example.ExampleSide,
-        "nobody": distributed.DistributedSide,
-    }
+        sealer = masked.Masked(trainer.config, keys, lambda name: len(trainer.examples("train", name)))
+    sides = {"client": client.ClippingSide, "example": example.ExampleSide, "nobody": distributed.DistributedSide}
     side = sides[_guarantee(trainer.config)] if privacy.on else plain.PlainSide
     return side(trainer, method, spec, keys, sealer)
 

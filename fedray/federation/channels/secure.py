@@ -23,7 +23,6 @@ from fedray.errors import ConfigError, PrivacyError, RoundError
 from fedray.federation.channels.base import Answer, Carriage, Channel, Context, Intake, Limit, Released
 from fedray.federation.channels.masked import (
     Advertise,
-    Masked,
     Reveal,
     Share,
     SignSent,
@@ -54,8 +53,6 @@ from fedray.privacy.secure_sum import (
 
 if TYPE_CHECKING:
     from fedray.config.sections import Config
-
-__all__ = ["Masked", "SecureSums", "carriage", "check", "check_cohort", "limits", "released"]
 
 
 # --- the config's check ------------------------------------------------------------------------------------------
@@ -148,8 +145,15 @@ def limits(config: Config) -> list[Limit]:
         "a coordinator that puts its own keys in the place of the clients' reads each update",
         "privacy/sums/identity.py, signer_of_run",
     )
+    tilted = Limit(
+        "low",
+        "Weights in a secure sum follow noised counts of examples: a coordinator may order any within nine standard "
+        "deviations (privacy.count_noise), and so tilt the sum towards one client's noised update",
+        "federation/channels/masked.py, _near",
+    )
     return [
         signed if rule.signed else unsigned,
+        *([tilted] if config.by_examples else []),  # said of private runs alone, where counts are noised
         Limit(
             "medium",
             "As many clients as the threshold together with the coordinator can open one client's update "

@@ -116,7 +116,7 @@ class Book:
     def __init__(self, folder: Path, run: str, client: str):
         # Hashes: any name will do, however long, and on file systems that take A for a.
         run, client = (hashlib.sha256(name.encode()).hexdigest()[:32] for name in (run, client))
-        self._path = Path(folder) / "secure-sums" / run / client
+        self._path = Path(folder) / "secure-sums" / run / f"{client}.json"
 
     @contextmanager
     def opened(self) -> Iterator[Pages]:

@@ -38,28 +38,30 @@ def unmask(
         )
     if not masked:
         raise PrivacyError("nobody sent a part of the secure sum")
-    needed, near = rule.neighbours(session).needed, edges(session, adverts)
-
-    def opened(subject: str) -> bytes:
-        shares = {session.point(c): told[subject] for c, told in revealed.items() if subject in told}
-        if len(shares) < needed:
-            raise PrivacyError(
-                f"{len(shares)} clients that hold shares of client '{subject}' stayed to the end, and {needed} are "
-                "needed: the sum stays closed"
-            )
-        return join(dict(list(shares.items())[:needed]))
-
-    size, digest = len(next(iter(masked.values()))), session.digest
-    total = np.zeros(size, dtype=np.uint64)
+    needed, digest, near = rule.neighbours(session).needed, session.digest, edges(session, adverts)
+    total = np.zeros(len(next(iter(masked.values()))), dtype=np.uint64)
     for client in masked:
+        seed = _as_advertised(client, _opened(session, revealed, client, needed), adverts[client])
         total += masked[client]
-        total -= Stream(_as_advertised(client, opened(client), adverts[client])).integers(size)
-    for gone in (c for c in adverts if c not in masked and any(o in masked for o in near[c])):
-        private = _key_as_advertised(gone, opened(gone), adverts[gone])
-        for client in (c for c in near[gone] if c in masked):  # take away what each added for the one that is gone
+        total -= Stream(seed).integers(len(total))
+    left = {gone: [c for c in near[gone] if c in masked] for gone in adverts if gone not in masked}
+    for gone in (c for c in left if left[c]):
+        private = _key_as_advertised(gone, _opened(session, revealed, gone, needed), adverts[gone])
+        for client in left[gone]:  # take away what each added for the one that is gone
             before = session.point(gone) < session.point(client)
-            total += pairwise(private, adverts[client].mask, digest, before, size)
+            total += pairwise(private, adverts[client].mask, digest, before, len(total))
     return total
+
+
+def _opened(session: Session, revealed: Mapping[str, Mapping[str, int]], subject: str, needed: int) -> bytes:
+    """A client's secret, from the first shares of it."""
+    shares = {session.point(c): told[subject] for c, told in revealed.items() if subject in told}
+    if len(shares) < needed:
+        raise PrivacyError(
+            f"{len(shares)} clients that hold shares of client '{subject}' stayed to the end, and {needed} are "
+            "needed: the sum stays closed"
+        )
+    return join(dict(list(shares.items())[:needed]))
 
 
 def _as_advertised(client: str, seed: bytes, advert: Advert) -> bytes:
