@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # In a file or a pipe a table keeps its columns.
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 170
-    console = make_console(highlight=False, width=wide)
+    console = make_console(width=wide)
     _quiet()
     if not argv or argv[0] in ("-h", "--help"):
         console.print(_USAGE)
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _guarded(name: str, argv: list[str], console: Console) -> int:
     """`_command`, where whatever goes wrong is told in one sentence, and is the exit code."""
-    errors = make_console(stderr=True, highlight=False)
+    errors = make_console(stderr=True)
     try:
         return _command(name, argv, console)
     except FedrayError as error:

@@ -23,5 +23,5 @@ class _Words(Console):
 
 def make_console(**options: Any) -> Console:
     """A `rich.console.Console` with these options that shows every string as it is: neither markup nor emoji codes nor
-    control characters mean anything in it. Colours are asked for by `style`."""
-    return _Words(**options, markup=False, emoji=False)
+    control characters mean anything in it, and no number is coloured. Colours are asked for by `style`."""
+    return _Words(**options, markup=False, emoji=False, highlight=False)
