@@ -38,7 +38,7 @@ KEYS = {
     ),
     "worker": "count gpus cpus ranks backend zero_stage cache profile wait",
     "privacy": (
-        "epsilon delta noise unit clip count_noise subspace_fraction adaptive_clip secure_aggregation "
+        "epsilon delta noise unit trust clip count_noise subspace_fraction adaptive_clip secure_aggregation "
         "secure_threshold secure_colluding identities sweep_epsilon key_dir"
     ),
     "output": "dir resume track",

@@ -16,6 +16,7 @@ from fedray.errors import PrivacyError
 from fedray.federation.channels.base import Admission, Intake, Limit, Released, Tensors, Training
 from fedray.federation.channels.client import ClientLevel, ClippingSide
 from fedray.federation.channels.keyed import Keyed, KeyedSide
+from fedray.federation.channels.masked import rule_of
 from fedray.federation.channels.orders import check_round_number
 from fedray.federation.messages import Failure, Orders, Outcome
 from fedray.federation.wire import Message, Packet, broadcast_digest
@@ -23,7 +24,7 @@ from fedray.methods import Update, View
 from fedray.privacy import client_level, discrete
 from fedray.privacy.accountant import Release, epsilon
 from fedray.privacy.journal import Said, digest_of
-from fedray.privacy.ledger import EVERYONE, draw_of
+from fedray.privacy.ledger import EVERYONE, Ledger, draw_of
 from fedray.privacy.plan import PrivacyPlan
 from fedray.privacy.planning import plans_for
 
@@ -103,6 +104,15 @@ def against_liars(plan: PrivacyPlan, threshold: int, clients: int) -> float:
     """Epsilon of the whole run where in every round the sum was opened of no more clients than the threshold."""
     noise = discrete.effective_noise(plan.noise, clients, threshold)
     return epsilon([Release("training", noise, steps=plan.steps, discrete=True)], plan.delta)
+
+
+def beside(config: Config, ledger: Ledger, clients: int) -> dict[str, Any]:
+    """What `privacy.json` says of the guarantee beside epsilon."""
+    least = rule_of(config).threshold(clients)
+    return {
+        "accountant": "RDP of Gaussian noise, which bounds that of a sum of discrete ones (Kairouz, Liu, Steinke, 2021)",
+        "epsilon_against_a_lying_coordinator": against_liars(ledger.plans[EVERYONE], least, clients),
+    }
 
 
 # --- the server's half -------------------------------------------------------------------------------------------

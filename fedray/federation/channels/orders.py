@@ -81,7 +81,8 @@ class Budget:
         slack = 9 * 2**0.5 * count_noise(self._config)
         if orders.sum is None or not self._config.by_examples:
             return
-        if orders.weight is None or not abs(orders.weight - self._count) <= slack:
+        least, most = max(float(self._section.batch_size), self._count - slack), self._count + slack
+        if orders.weight is None or not least <= orders.weight <= most:
             raise PrivacyError(
                 "the coordinator ordered another weight in a secure sum than the client's own noised number of "
                 "examples gives: it sends nothing"

@@ -67,8 +67,11 @@ def check(config: Config) -> None:
     """Raises ValueError for settings of a guarantee that would protect nothing, since none is asked for."""
     privacy = config.privacy
     given = [name for name in ("delta", "clip", *UNIT_OPTIONS) if getattr(privacy, name) is not None]
-    if given or privacy.unit != "example":
-        name = given[0] if given else "unit"
+    given += [
+        name for name, usual in (("unit", "example"), ("trust", "coordinator")) if getattr(privacy, name) != usual
+    ]
+    if given:
+        name = given[0]
         raise ValueError(
             f"privacy.{name} without privacy.epsilon would protect nothing: give privacy.epsilon (or privacy.noise)"
         )

@@ -3,8 +3,9 @@ it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from fedray.federation.channels import accounted, client, distributed, example, 
 from fedray.federation.channels.base import Carriage, Carrier, Channel, ClientSide, Context, Limit, Released, Sealer
 from fedray.methods import Method, Spec
 from fedray.privacy.keys import KeyStore
+from fedray.privacy.ledger import Ledger
 
 if TYPE_CHECKING:
     from fedray.config.sections import Config
@@ -112,6 +114,7 @@ class Words:
     carried: list[Released]
     kept: str
     limits: list[Limit]
+    beside: Callable[[Ledger, int], dict[str, Any]]
 
 
 def words_of(config: Config) -> Words:
@@ -128,6 +131,7 @@ def words_of(config: Config) -> Words:
         carried,
         part.KEPT,
         part.limits(config) + limits,
+        partial(distributed.beside, config) if part is distributed else lambda ledger, clients: {},
     )
 
 

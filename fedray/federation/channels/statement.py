@@ -83,6 +83,7 @@ def _guarantee(config: Config, ledger: Ledger, clients: Sequence[str], words: Wo
         "epsilon_by_client": spent,
         "budget": config.privacy.epsilon,
         "accountant": "PRV (opacus), its upper bound, and never above RDP",
+        **words.beside(ledger, len(clients)),
     }
 
 
