@@ -110,7 +110,7 @@ def beside(config: Config, ledger: Ledger, clients: int) -> dict[str, Any]:
     """What `privacy.json` says of the guarantee beside epsilon."""
     least = rule_of(config).threshold(clients)
     return {
-        "accountant": "RDP of Gaussian noise, which bounds that of a sum of discrete ones (Kairouz, Liu, Steinke, 2021)",
+        "accountant": "RDP of Gaussian noise, which bounds a sum of discrete ones (Kairouz, Liu, Steinke, 2021)",
         "epsilon_against_a_lying_coordinator": against_liars(ledger.plans[EVERYONE], least, clients),
     }
 

@@ -67,9 +67,8 @@ def check(config: Config) -> None:
     """Raises ValueError for settings of a guarantee that would protect nothing, since none is asked for."""
     privacy = config.privacy
     given = [name for name in ("delta", "clip", *UNIT_OPTIONS) if getattr(privacy, name) is not None]
-    given += [
-        name for name, usual in (("unit", "example"), ("trust", "coordinator")) if getattr(privacy, name) != usual
-    ]
+    usual = {"unit": "example", "trust": "coordinator"}
+    given += [name for name, value in usual.items() if getattr(privacy, name) != value]
     if given:
         name = given[0]
         raise ValueError(

@@ -149,7 +149,7 @@ def limits(config: Config) -> list[Limit]:
         "low",
         "Weights in a secure sum follow noised counts of examples: a coordinator may order any within nine standard "
         "deviations (privacy.count_noise), and so tilt the sum towards one client's noised update",
-        "federation/channels/masked.py, _near",
+        "federation/channels/orders.py, _check_weight",
     )
     return [
         signed if rule.signed else unsigned,

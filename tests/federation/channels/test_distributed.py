@@ -15,7 +15,7 @@ from fedray.errors import ConfigError, PrivacyError, RoundError
 from fedray.federation.channels.distributed import Distributed, DistributedSide, against_liars
 from fedray.federation.channels.secure import SecureSums
 from fedray.federation.worker import Worker
-from fedray.privacy import client_level, discrete
+from fedray.privacy import client_level, discrete, secure_sum
 from fedray.privacy.accountant import epsilon
 from fedray.privacy.keys import TEST_KEY
 from fedray.privacy.ledger import EVERYONE
@@ -30,7 +30,7 @@ def nobody(make_config, method="ffa", **privacy):
 
 
 def test_the_noise_of_a_round_is_that_of_the_plan_and_nobody_sees_the_sum_without_it(make_config, monkeypatch):
-    """What the coordinator opens, less what clients meant to send: normal, with the standard deviation that was charged."""
+    """What the coordinator opens, less what clients meant to send: normal, of the standard deviation that was charged."""
     meant, opened, real_total, real_changed = [], [], SecureSums.total, DistributedSide.changed
 
     def total(self, agreed, packets):
@@ -77,7 +77,7 @@ def test_it_keeps_its_budget_and_ends_in_the_same_bits_after_a_kill(make_config,
     spent = rounds(whole)[-1]["epsilon"]["client-0"]
     assert 7.5 < spent <= 8.0
     statement = json.loads((whole / "privacy.json").read_text())["guarantee"]
-    assert statement["epsilon"] == spent and "the coordinator included" in statement["trust"]
+    assert statement["epsilon_by_client"]["client-0"] == spent and "the coordinator included" in statement["trust"]
     assert statement["epsilon_against_a_lying_coordinator"] > spent
 
 
@@ -194,7 +194,7 @@ def test_what_needs_somebody_who_is_trusted_is_refused(make_config, privacy, wor
 
 def test_a_clip_of_few_steps_is_refused_by_the_client(make_config):
     with pytest.raises(RoundError, match="too little for whole numbers, which need 10: raise privacy.clip: it sends"):
-        run(nobody(make_config, noise=0.5, clip=1e-6))
+        run(nobody(make_config, noise=0.5, clip=30 * secure_sum.STEP))
 
 
 def test_a_lying_coordinator_gets_at_most_what_is_stated(make_config):
