@@ -156,6 +156,22 @@ class LowRank:
         return self.B @ self.A
 
 
+def squared_distances(matrices: Sequence[LowRank]) -> Tensor:
+    """||M_i - M_j||_F^2 (k x k, fp64) of k matrices of one shape, by Gram matrices: O((m + n) K^2) for K columns.
+
+    Good to about 1e-15 of ||M_i||^2 + ||M_j||^2, which is finer than factors of fp32 resolve their product; a large
+    matrix takes nothing from the distances of the others.
+    """
+    B, A = [t.B.double() for t in matrices], [t.A.double() for t in matrices]
+    inner = torch.zeros(len(matrices), len(matrices), dtype=torch.float64, device=B[0].device)
+    for i in range(len(matrices)):  # a row of blocks at a time: all would be K^2 numbers
+        products = (B[i].T @ torch.cat(B[i:], 1)) * (A[i] @ torch.cat(A[i:], 0).T)
+        blocks = products.split([t.k for t in matrices[i:]], 1)
+        inner[i, i:] = inner[i:, i] = torch.stack([block.sum() for block in blocks])
+    squares = inner.diagonal()
+    return (squares[:, None] + squares[None, :] - 2 * inner).clamp(min=0)
+
+
 _CHUNK = 1 << 17
 """Numbers at a time in `weighted_sum`: the fp64 accumulator stays in a core's cache, so memory is read once and written
 once."""

@@ -152,7 +152,7 @@ def _cost(config: Config, spec: Spec, heads: int, cohort: Sequence[str]) -> Meth
     start_down = BYTES * before.down + before.sums * more_down
     return MethodCost(
         method=config.method.name,
-        exact=method.exact,
+        exact=method.exact if method.robust is None else method.robust.exact,
         trainable=spec.size(*method.trained(spec)) + heads,
         up=carriage.width * (sum(p.up for p in late) // 2 + heads_up) + more_up,
         down=BYTES * (sum(p.down for p in late) // 2 + heads) + more_down,

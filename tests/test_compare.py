@@ -134,6 +134,10 @@ def test_each_entry_is_tuned_on_the_validation_split_and_run_with_its_best_rate(
         ("--methods fedit --set.fedit adapter.rnk=3", "unknown key 'adapter.rnk'"),
         ("--methods lora-sb+fedit", "method 'fedit' does not fit adapter 'lora-sb'"),
         ("--methods fedit,fedit", "--methods names fedit twice"),
+        (
+            "--methods fedit,ffa --set.ffa method.robust_rule=median",
+            "with method.robust_rule clients count alike, and for the other entries with their examples: give",
+        ),
         ("--methods", "--methods needs a value"),
         ("--jobs 0", "--jobs 0: at least one run at a time"),
     ],

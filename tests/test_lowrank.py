@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedray.lowrank import LowRank, total_norm
+from fedray.lowrank import LowRank, squared_distances, total_norm
 
 sizes = st.integers(1, 17)
 seeds = st.integers(0, 2**31)
@@ -39,6 +39,17 @@ def test_a_weighted_sum_matches_dense(m, n, terms, seed):
     matrices = [draw(m, n, k, seed + i) for i, (k, _) in enumerate(terms)]
     weights = [w for _, w in terms]
     close(LowRank.sum(matrices, weights).dense(), sum(w * M.dense() for M, w in zip(matrices, weights, strict=True)))
+
+
+@settings(deadline=None, derandomize=True)
+@given(sizes, sizes, st.lists(st.integers(0, 4), min_size=1, max_size=6), seeds)
+def test_squared_distances_match_dense_and_a_huge_matrix_takes_nothing_from_the_others(m, n, columns, seed):
+    matrices = [draw(m, n, k, seed + i, torch.float32) for i, k in enumerate(columns)]
+    dense = [M.to(torch.float64).dense() for M in matrices]
+    wanted = torch.tensor([[(a - b).square().sum().item() for b in dense] for a in dense], dtype=torch.float64)
+    close(squared_distances(matrices), wanted)
+    huge = LowRank(torch.full((m, 2), 1e20), torch.full((2, n), 1e20))
+    close(squared_distances([*matrices, huge])[:-1, :-1], wanted)
 
 
 @settings(deadline=None, derandomize=True)

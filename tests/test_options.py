@@ -25,7 +25,8 @@ KEYS = {
     ),
     "method": (
         "name weights assignment residual_rank split residual fra_rounds energy oversample correction "
-        "sparse_scale rotation server_optimizer server_lr server_beta1 server_beta2 server_tau"
+        "sparse_scale rotation server_optimizer server_lr server_beta1 server_beta2 server_tau "
+        "robust_rule robust_attackers"
     ),
     "data": (
         "source subset train_split test_split validation_split evaluate_on held_out text text_pair label "

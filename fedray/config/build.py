@@ -9,7 +9,7 @@ from fedray.adapters import ADAPTERS, Adapter, Layer
 from fedray.config.declared import Declared
 from fedray.config.sections import ADAPTER_OPTIONS, METHOD_OPTIONS, AdapterSection, Config
 from fedray.errors import nearest
-from fedray.methods import METHODS, Method, ServerOptimizer, Spec, linear_methods, why_not
+from fedray.methods import METHODS, Method, RobustOptions, RobustRule, ServerOptimizer, Spec, linear_methods, why_not
 
 
 def make_adapter(section: AdapterSection) -> Adapter:
@@ -31,7 +31,7 @@ def make_method(config: Config) -> Method:
         raise ValueError(f"method '{section.name}' does not fit adapter '{kind}': {reason}")
     _check_owners("method", section.name, section.options, METHOD_OPTIONS)
     _check_ranks(config)
-    options = section.options | _server_optimizer(config)
+    options = section.options | _server_optimizer(config) | _robust_rule(config)
     return METHODS[section.name].configured(options, config.federation.rounds, kind)
 
 
@@ -68,3 +68,21 @@ def _server_optimizer(config: Config) -> dict[str, ServerOptimizer]:
             f"use it with {linear_methods()}"
         )
     return {"server": server}
+
+
+def _robust_rule(config: Config) -> dict[str, RobustRule]:
+    """The method's argument `robust`; none where no robust rule is configured."""
+    if not config.method.robust_options:
+        return {}
+    rule, method = RobustOptions.configured(config.method.robust_options), METHODS[config.method.name]
+    if not method.linear:
+        raise ValueError(
+            f"method.robust_rule stands in for a mean, and {method.name} broadcasts more than one: "
+            f"use it with {linear_methods()}"
+        )
+    if rule.compares_deltas and method.kept:
+        raise ValueError(
+            f"method.robust_rule {rule.name} compares what updates mean, and {method.name}'s clients keep factors that "
+            "it needs for that: use median or trimmed"
+        )
+    return {"robust": rule}

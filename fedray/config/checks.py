@@ -44,6 +44,49 @@ def _rounds(config: Config, method: Method) -> None:
         raise ValueError("federation.deadline needs engine ray: inline clients run one after the other")
 
 
+def _robust(config: Config, method: Method) -> None:
+    """A rule that is no mean cannot be taken of a sum, nor noised as one."""
+    if method.robust is None or method.robust.linear:
+        return
+    rule = f"method.robust_rule {method.robust.name}"
+    if config.privacy.secure_aggregation:
+        raise ValueError(
+            f"{rule} holds single updates against each other, and privacy.secure_aggregation lets nobody see one: "
+            "leave one of the two out"
+        )
+    if config.privacy.on and config.privacy.unit == "client":
+        raise ValueError(
+            f"{rule} is no mean, and privacy.unit client's noise is measured by what one client can change in a mean: "
+            "leave the rule out, or use unit example"
+        )
+
+
+def _robust_weights(config: Config, method: Method) -> None:
+    """A weight is what a client says of itself."""
+    if method.robust is not None and config.method.weights == "examples":
+        raise ValueError(
+            "method.weights examples would let a client count for as many as it says it has, and with "
+            f"method.robust_rule {method.robust.name} all count alike: use equal, or leave it out"
+        )
+
+
+def _robust_start(config: Config, method: Method) -> None:
+    """No rule stands between a single client and what is made of clients' answers before round 1."""
+    if method.robust is None or not (adapter := make_adapter(config.adapter)).started:
+        return
+    rule, source = f"method.robust_rule {method.robust.name}", adapter.origin.source
+    if source not in ("weights", "public"):
+        raise ValueError(
+            f"{rule} does not reach the bases that adapter.subspace {source} takes from the sum of clients' gradients: "
+            "use adapter.subspace weights or public"
+        )
+    if config.siloed:
+        raise ValueError(
+            f"{rule} does not reach what adapter {adapter.kind} takes from one client's own nodes before round 1: use "
+            "adapter.kind lora or ravan"
+        )
+
+
 def _columns(config: Config, method: Method) -> None:
     data = config.data
     if data.partition == "column" and data.column is None and data.source != BUILTIN:
@@ -128,6 +171,9 @@ CHECKS: tuple[Callable[[Config, Method], None], ...] = (
     check_privacy,
     _batches,
     _rounds,
+    _robust,
+    _robust_weights,
+    _robust_start,
     _columns,
     _task,
     _sources,

@@ -17,12 +17,13 @@ from fedray.config.declared import Declared, of_one, of_register, of_tasks, with
 from fedray.data.builtin import BUILTIN
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError, nearest
-from fedray.methods import METHODS, ServerOptimizer
+from fedray.methods import METHODS, RobustOptions, ServerOptimizer
 
 DEFAULT_CLIENTS = 5
-SERVER = "server_"
+SERVER, ROBUST = "server_", "robust_"
 METHOD_OPTIONS = of_register("method", METHODS)
 SERVER_OPTIONS = of_one("server optimizer", SERVER, ServerOptimizer)
+ROBUST_OPTIONS = of_one("robust rule", ROBUST, RobustOptions)
 ADAPTER_OPTIONS = of_register("adapter", ADAPTERS)
 TASK_OPTIONS = of_tasks(TASKS, ("text_pair", "completion"))
 _KINDS = " or ".join(", ".join(ADAPTERS).rsplit(", ", 1))
@@ -129,7 +130,7 @@ class AdapterSection(Section):
         return dict(zip(clients, self.rank, strict=True))
 
 
-@with_options(METHOD_OPTIONS | SERVER_OPTIONS)
+@with_options(METHOD_OPTIONS | SERVER_OPTIONS | ROBUST_OPTIONS)
 class MethodSection(Section):
     """How the clients' updates become one."""
 
@@ -137,12 +138,12 @@ class MethodSection(Section):
     """One of those that `fedray methods` lists."""
     weights: Literal["examples", "equal"] | None = None
     """Weigh a client by its (in a private run: noised) number of training examples, or all alike (default: examples;
-    equal with privacy.unit client)."""
+    equal with privacy.unit client and with method.robust_rule)."""
 
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """An option that some method, or a server optimizer, declares; None where it is not set."""
+            """An option that some method, a server optimizer or a robust rule declares; None where it is not set."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -153,6 +154,11 @@ class MethodSection(Section):
     def server_options(self) -> dict[str, Any]:
         """The server optimizer's options that are set, by its own names for them."""
         return {name.removeprefix(SERVER): value for name, value in _set(self, SERVER_OPTIONS).items()}
+
+    @property
+    def robust_options(self) -> dict[str, Any]:
+        """The robust rule's options that are set, by its own names for them."""
+        return {name.removeprefix(ROBUST): value for name, value in _set(self, ROBUST_OPTIONS).items()}
 
 
 @with_options(TASK_OPTIONS)
@@ -391,7 +397,8 @@ class Config(Section):
     @property
     def by_examples(self) -> bool:
         """Whether a client's update counts with its number of examples."""
-        return self.method.weights != "equal" and not (self.privacy.on and self.privacy.unit == "client")
+        alike = self.method.robust_rule is not None or (self.privacy.on and self.privacy.unit == "client")
+        return self.method.weights != "equal" and not alike
 
     def client(self, name: str) -> FederationSection:
         """The federation section as it holds for one client."""

@@ -73,9 +73,14 @@ def after_client(state: ClientState, client: str, attempt: int, cause: str = "")
     raise ValueError(f"{state} asks for no decision")
 
 
+def needed_of(cohort: int, quorum: float) -> int:
+    """How many clients of a cohort must report."""
+    return math.ceil(quorum * cohort)
+
+
 def after_round(cohort: int, reported: int, quorum: float, attempt: int, reasons: list[str]) -> Decision:
     """After all clients of a round's attempt (from 1) are in terminal states."""
-    needed = math.ceil(quorum * cohort)
+    needed = needed_of(cohort, quorum)
     if reported >= needed:
         return Decision(Action.AGGREGATE, f"{reported} of {cohort} clients reported")
     why = (

@@ -13,6 +13,7 @@ from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError
 from fedray.federation.channels.registry import check_clients
 from fedray.federation.cluster import nodes_there, resources
+from fedray.federation.failures import needed_of
 from fedray.federation.folder import rooted, run_folder
 from fedray.federation.placement import Placement, place, place_silos
 from fedray.methods import Spec
@@ -94,7 +95,10 @@ def _check_data(config: Config, data: FederatedData) -> None:
     if config.adapter.subspace == "public":
         public_data(config, data)
     rows = {name: len(part) for name, part in data.train.items()}
-    check_clients(config, cohort_of(config, len(data.clients)), rows)
+    cohort = cohort_of(config, len(data.clients))
+    check_clients(config, cohort, rows)
+    if (rule := make_method(config).robust) is not None:
+        rule.check_cohort(cohort, needed_of(cohort, config.federation.quorum))
 
 
 def _placement(config: Config, clients: int, capacity: tuple[float, float] | None) -> Placement:

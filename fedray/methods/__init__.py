@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedray.adapters import ADAPTERS
 from fedray.methods.base import Method
 from fedray.methods.fedex import FedEx, FedExKeep
+from fedray.methods.robust import RobustOptions, RobustRule
 from fedray.methods.server import ServerOptimizer
 from fedray.methods.state import Broadcast, Diagnostics, Increment, Spec, State, Update, View
 from fedray.registers import load
@@ -53,6 +54,8 @@ __all__ = [
     "FedExKeep",
     "Increment",
     "Method",
+    "RobustOptions",
+    "RobustRule",
     "ServerOptimizer",
     "Spec",
     "State",

@@ -29,6 +29,7 @@ from fedray.errors import RoundError
 from fedray.lowrank import weighted_sum
 from fedray.methods.diagnose import diagnose
 from fedray.methods.increments import base_total, is_base, live_increments
+from fedray.methods.robust import RobustRule
 from fedray.methods.server import ServerOptimizer
 from fedray.methods.state import (
     Broadcast,
@@ -65,6 +66,7 @@ class Method(ABC):
     alternates: ClassVar[bool] = False  # whether each round trains other factors than the last one
     asks: ClassVar[bool] = False  # whether the cohort is asked a second time (`question`, `answer`)
     server: ServerOptimizer | None = field(default=None, kw_only=True)
+    robust: RobustRule | None = field(default=None, kw_only=True)
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Raises TypeError for a class whose own body leaves open what secure sums and privacy rely on."""
@@ -80,7 +82,7 @@ class Method(ABC):
 
     @classmethod
     def configured(cls, options: Mapping[str, Any], rounds: int, adapter: str) -> Method:
-        """The method with a config's `options` (those that are set, `server` among them).
+        """The method with a config's `options` (those that are set, `server` and `robust` among them).
 
         It is for a run of so many rounds with an adapter of that kind. Raises ValueError, with the reason, for options
         that do not go together.
@@ -201,23 +203,32 @@ class Method(ABC):
     # --- the server --------------------------------------------------------------------------------------------
 
     def aggregate(self, state: State, updates: Iterable[Update]) -> tuple[State, Diagnostics]:
-        """The next state and what was lost on the way. Raises RoundError on no updates or non-finite values."""
+        """The next state and what was lost on the way: against the mean of all who reported, also where a robust rule
+        took another value on purpose. Raises RoundError on non-finite values, and on no updates or fewer than a rule
+        needs."""
         cohort = self.gather(state, checked(updates))
-        merged, landed = self.merge(state, cohort)
+        taken = cohort if self.robust is None else self._robust(self.robust, state, cohort)
+        merged, landed = self.merge(state, taken)
         diagnostics = diagnose(state.spec, cohort, landed)
         if self.server is not None:
-            merged = self._stepped(self.server, state, cohort)
+            merged = self._stepped(self.server, state, taken)
         check_state(state, merged)
         return merged, diagnostics
 
     def advance(self, state: State, updates: Iterable[Update]) -> State:
-        """The next state alone: no update is looked at, no loss measured, and no server optimizer steps."""
+        """The next state alone, of the mean: no update is looked at, no loss measured, no rule or server optimizer
+        asked."""
         return self.merge(state, self.gather(state, updates))[0]
+
+    def _robust(self, rule: RobustRule, state: State, cohort: Cohort) -> Cohort:
+        """The cohort with the rule's values in place of its means."""
+        centre = rule.centre(state.spec, cohort, _uploaded(state, cohort))
+        return dataclasses.replace(cohort, means=cohort.means | centre)
 
     def _stepped(self, server: ServerOptimizer, state: State, cohort: Cohort) -> State:
         """The next state where the server steps along the change that the mean makes."""
         before = self.view(state.spec, self.broadcast(state), None).tensors
-        moves = [n for n in cohort.means if n in state.heads or factor_of(n) in state.trained]
+        moves = _uploaded(state, cohort)
         stepped, memory = server.step(
             {n: before[n].double() for n in moves}, {n: cohort.means[n].double() for n in moves}, state.memory
         )
@@ -243,6 +254,11 @@ class Method(ABC):
         means = {name: tensor.to(dtype) for name, tensor in start.items()}
         means |= {name: weighted_sum([r[name] for r in received], shares, dtype) for name in received[0]}
         return Cohort(names, shares, tuple(s | r for s, r in zip(starts, received, strict=True)), means, dtype)
+
+
+def _uploaded(state: State, cohort: Cohort) -> list[str]:
+    """The names of what trains, and so moves."""
+    return [n for n in cohort.means if n in state.heads or factor_of(n) in state.trained]
 
 
 def check_state(before: State, after: State) -> None:
