@@ -30,7 +30,7 @@ def nobody(make_config, method="ffa", **privacy):
 
 
 def test_the_noise_of_a_round_is_that_of_the_plan_and_nobody_sees_the_sum_without_it(make_config, monkeypatch):
-    """What the coordinator opens, less what clients meant to send: normal, of the standard deviation that was charged."""
+    """What the coordinator opens, less what clients meant to send: normal, with the deviation that was charged."""
     meant, opened, real_total, real_changed = [], [], SecureSums.total, DistributedSide.changed
 
     def total(self, agreed, packets):
