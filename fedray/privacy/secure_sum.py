@@ -64,7 +64,8 @@ __all__ = [
 
 def overhead(members: int, rule: Rule) -> tuple[int, int]:
     """(up, down) bytes of one client beside its vector when nobody drops out; in a sparse graph on average, to the
-    nearest byte."""
+    nearest byte. There only the signatures of who sent (and, without identities, what everyone signs with) grow with
+    the cohort: 64 bytes for each of the threshold, 32 a member."""
     threshold = rule.threshold(members)
     near = neighbours(members, threshold, rule.colluding)
     several = members - 1 if near.complete else round(2 * near.drawn - near.drawn**2 / (members - 1))

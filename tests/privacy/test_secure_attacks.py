@@ -130,6 +130,11 @@ def test_the_theorem_of_the_threshold_holds_for_every_size():
             assert rule.threshold(members) <= members
 
 
+def test_the_fewest_clients_of_a_sum_are_the_threshold_or_a_tenth_where_neighbours_are_few():
+    assert [UNSIGNED.fewest(n) for n in (3, 50)] == [2, 26] and SIGNED.fewest(50) == 34
+    assert UNSIGNED.fewest(200) == SIGNED.fewest(200) == 20
+
+
 def test_shares_are_dealt_once_and_no_key_encrypts_two_texts(tmp_path):
     """With other adverts at the second call one key and nonce encrypted other shares: their difference was in clear."""
     who = parties(tmp_path, FIVE)

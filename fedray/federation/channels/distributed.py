@@ -88,7 +88,8 @@ def limits(config: Config) -> list[Limit]:
         Limit(
             "medium",
             "A coordinator that has a sum opened of fewer clients and does not charge for it: clients refuse fewer "
-            "than their threshold, with which epsilon is at most `epsilon_against_a_lying_coordinator`",
+            "than their threshold (of a large cohort it may learn sums over a tenth), with which epsilon is at most "
+            "`epsilon_against_a_lying_coordinator`",
             "federation/channels/distributed.py, against_liars",
         ),
         Limit(
@@ -100,15 +101,15 @@ def limits(config: Config) -> list[Limit]:
     ]
 
 
-def against_liars(plan: PrivacyPlan, threshold: int, clients: int) -> float:
-    """Epsilon of the whole run where in every round the sum was opened of no more clients than the threshold."""
-    noise = discrete.effective_noise(plan.noise, clients, threshold)
+def against_liars(plan: PrivacyPlan, least: int, clients: int) -> float:
+    """Epsilon of the whole run where in every round the sum was opened of no more clients than the least."""
+    noise = discrete.effective_noise(plan.noise, clients, least)
     return epsilon([Release("training", noise, steps=plan.steps, discrete=True)], plan.delta)
 
 
 def beside(config: Config, ledger: Ledger, clients: int) -> dict[str, Any]:
     """What `privacy.json` says of the guarantee beside epsilon."""
-    least = rule_of(config).threshold(clients)
+    least = rule_of(config).fewest(clients)
     return {
         "accountant": "RDP of Gaussian noise, which bounds a sum of discrete ones (Kairouz, Liu, Steinke, 2021)",
         "epsilon_against_a_lying_coordinator": against_liars(ledger.plans[EVERYONE], least, clients),

@@ -130,56 +130,59 @@ def released() -> list[Released]:
     ]
 
 
+_SIGNED = Limit(
+    "medium",
+    "The private keys of the clients' identities: whoever reads one signs in that client's name. The files of public "
+    "keys must have reached each client by another way than through the coordinator",
+    "privacy/sums/identity.py, Identities",
+)
+_UNSIGNED = Limit(
+    "high",
+    "A coordinator that impersonates clients: no identities were exchanged before the run (privacy.identities), so a "
+    "coordinator that puts its own keys in the place of the clients' reads each update",
+    "privacy/sums/identity.py, signer_of_run",
+)
+_TILTED = Limit(
+    "low",
+    "Weights in a secure sum follow noised counts of examples: a coordinator may order any within nine standard "
+    "deviations (privacy.count_noise), and so tilt the sum towards one client's noised update",
+    "federation/channels/orders.py, _check_weight",
+)
+_ALWAYS = (
+    Limit(
+        "medium",
+        "In a cohort so large that clients have few neighbours, a coordinator that chooses who drops out after it has "
+        "seen the neighbours may learn sums over a tenth of the clients instead of all",
+        "privacy/sums/neighbours.py, Neighbours",
+    ),
+    Limit(
+        "medium",
+        "What sums of several rounds or runs say together: a coordinator that sends about the same model again to a "
+        "cohort with one client less reads that client from the difference",
+        "privacy/sums/book.py, check_opened",
+    ),
+    Limit(
+        "medium",
+        "All clients of an opened sum but one, together, can take their own parts away and read that one's (of three "
+        "clients one may drop out: then each of the two reads the other's)",
+        "privacy/sums/rules.py, least",
+    ),
+)
+
+
 def limits(config: Config) -> list[Limit]:
     """What this guarantee does not cover."""
     rule = rule_of(config)
-    signed = Limit(
+    together = Limit(
         "medium",
-        "The private keys of the clients' identities: whoever reads one signs in that client's name. The files of "
-        "public keys must have reached each client by another way than through the coordinator",
-        "privacy/sums/identity.py, Identities",
+        "As many clients as the threshold together with the coordinator can open one client's update "
+        f"({'more than two thirds' if rule.signed else 'more than half'} of a small cohort; in a cohort so large that "
+        f"clients have few neighbours, more than {rule.colluding:g} of its clients)",
+        "privacy/sums/rules.py, Rule",
     )
-    unsigned = Limit(
-        "high",
-        "A coordinator that impersonates clients: no identities were exchanged before the run (privacy.identities), so "
-        "a coordinator that puts its own keys in the place of the clients' reads each update",
-        "privacy/sums/identity.py, signer_of_run",
-    )
-    tilted = Limit(
-        "low",
-        "Weights in a secure sum follow noised counts of examples: a coordinator may order any within nine standard "
-        "deviations (privacy.count_noise), and so tilt the sum towards one client's noised update",
-        "federation/channels/orders.py, _check_weight",
-    )
-    return [
-        signed if rule.signed else unsigned,
-        *([tilted] if config.by_examples else []),  # said of private runs alone, where counts are noised
-        Limit(
-            "medium",
-            "As many clients as the threshold together with the coordinator can open one client's update "
-            f"({'more than two thirds' if rule.signed else 'more than half'} of a small cohort; in a cohort so large "
-            f"that clients have few neighbours, more than {rule.colluding:g} of its clients)",
-            "privacy/sums/rules.py, Rule",
-        ),
-        Limit(
-            "medium",
-            "In a cohort so large that clients have few neighbours, a coordinator that chooses who drops out after it "
-            "has seen the neighbours may learn sums over a tenth of the clients instead of all",
-            "privacy/sums/neighbours.py, Neighbours",
-        ),
-        Limit(
-            "medium",
-            "What sums of several rounds or runs say together: a coordinator that sends about the same model again to "
-            "a cohort with one client less reads that client from the difference",
-            "privacy/sums/book.py, check_opened",
-        ),
-        Limit(
-            "medium",
-            "All clients of an opened sum but one, together, can take their own parts away and read that one's (of "
-            "three clients one may drop out: then each of the two reads the other's)",
-            "privacy/sums/rules.py, least",
-        ),
-    ]
+    # Counts are noised in private runs, of which alone this is said.
+    tilted = [_TILTED] if config.by_examples else []
+    return [_SIGNED if rule.signed else _UNSIGNED, *tilted, together, *_ALWAYS]
 
 
 def carriage(config: Config, members: int) -> Carriage:

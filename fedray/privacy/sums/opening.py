@@ -44,10 +44,9 @@ def unmask(
         seed = _as_advertised(client, _opened(session, revealed, client, needed), adverts[client])
         total += masked[client]
         total -= Stream(seed).integers(len(total))
-    left = {gone: [c for c in near[gone] if c in masked] for gone in adverts if gone not in masked}
-    for gone in (c for c in left if left[c]):
+    for gone in adverts.keys() - masked.keys():
         private = _key_as_advertised(gone, _opened(session, revealed, gone, needed), adverts[gone])
-        for client in left[gone]:  # take away what each added for the one that is gone
+        for client in masked.keys() & set(near[gone]):  # take away what each added for the one that is gone
             before = session.point(gone) < session.point(client)
             total += pairwise(private, adverts[client].mask, digest, before, len(total))
     return total

@@ -97,3 +97,8 @@ class Rule:
     def neighbours(self, session: Session) -> Neighbours:
         """Whom a client of the session shares with and masks against."""
         return neighbours(len(session.members), session.threshold, self.colluding)
+
+    def fewest(self, members: int) -> int:
+        """Of so many members, the fewest whose sum a lying coordinator may learn: of the threshold, where all mask
+        against all."""
+        return neighbours(members, self.threshold(members), self.colluding).group

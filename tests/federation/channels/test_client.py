@@ -14,7 +14,7 @@ from support import rounds, run, same_bits
 
 from fedray.errors import ConfigError, RoundError
 from fedray.federation.channels.client import ClippingSide
-from fedray.federation.channels.secure import Masked
+from fedray.federation.channels.masked import Masked
 from fedray.federation.coordinator import Coordinator
 from fedray.federation.listening import Silent
 from fedray.federation.pool_inline import InlinePool

@@ -15,10 +15,10 @@ from fedray.cli import main
 from fedray.errors import ConfigError, PrivacyError, RoundError
 from fedray.federation import pool_inline
 from fedray.federation.channels import plain, secure
-from fedray.federation.channels.masked import Advertise, Masked
+from fedray.federation.channels.masked import Advertise, Masked, Reveal
 from fedray.federation.channels.secure import SecureSums
 from fedray.federation.coordinator import Coordinator
-from fedray.federation.messages import Failure
+from fedray.federation.messages import Failure, SumStep
 from fedray.federation.prepare import prepare
 from fedray.federation.questions import DenseGradient, RangeSketch
 from fedray.federation.run import execute
@@ -307,3 +307,8 @@ def test_privacy_json_says_whether_a_coordinator_could_impersonate(make_config):
     }
     assert "A coordinator that impersonates clients" in limits[False]
     assert "impersonates" not in limits[True] and "private keys of the clients' identities" in limits[True]
+
+
+def test_a_client_gets_of_a_question_what_is_for_it_alone():
+    steps = {c: SumStep("run", "name", sealed={"other": c.encode()}) for c in "abc"}
+    assert Reveal(steps).of("b").steps == {"b": steps["b"]} and not Reveal(steps).common
