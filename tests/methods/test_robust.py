@@ -347,24 +347,24 @@ def lies(monkeypatch, liar="client-1"):
 
 
 def final_loss(folder):
-    return rounds(folder)[-1]["evaluation"]["loss"]
+    return rounds(folder)[-1]["metrics"]["loss"]
 
 
 @pytest.mark.parametrize("name", ["fedit", "ffa"])
 def test_a_run_with_an_attacker_ends_near_the_honest_one_where_the_mean_does_not(make_config, monkeypatch, name):
-    begin_loss, honest = (
+    first, honest = (
         final_loss(run(make_config(**RUN | {"method__name": name, "federation__rounds": r}))) for r in (1, 4)
     )
-    learned = begin_loss - honest
-    assert learned > 0.01
+    learned = first - honest  # in the rounds after the first
+    assert learned > 0.05
     lies(monkeypatch)
     mean = final_loss(run(make_config(method__name=name, **RUN)))
-    assert mean > begin_loss + learned
+    assert mean > honest + 0.3 * learned
     for rule in ("median", "trimmed", "krum"):
         told = {} if rule == "median" else {"method__robust_attackers": 1}
         folder = run(make_config(method__name=name, method__robust_rule=rule, **told, **RUN))
-        assert final_loss(folder) < honest + 0.3 * learned, rule
-        records = rounds(folder)[1:]
+        assert abs(final_loss(folder) - honest) < 0.05 * learned, rule
+        records = rounds(folder)
         # What is reported is against the mean of all, which the attacker has moved.
         assert all(record["exactness"] > 0.5 and not record["dropped"] for record in records)
 
@@ -372,8 +372,8 @@ def test_a_run_with_an_attacker_ends_near_the_honest_one_where_the_mean_does_not
 def test_a_rule_counts_clients_alike_without_being_told(make_config):
     """By examples the ideal would be another one."""
     rule = {"method__name": "ffa", "method__robust_rule": "median", "federation__rounds": 1}
-    one = rounds(run(make_config(**rule)))[1]
-    other = rounds(run(make_config(**rule, method__weights="equal")))[1]
+    (one,) = rounds(run(make_config(**rule)))
+    (other,) = rounds(run(make_config(**rule, method__weights="equal")))
     assert (one["ideal_norm"], one["exactness"]) == (other["ideal_norm"], other["exactness"])
     assert not make_config(**rule).by_examples and make_config(method__name="ffa").by_examples
 
@@ -381,7 +381,7 @@ def test_a_rule_counts_clients_alike_without_being_told(make_config):
 def test_example_level_privacy_goes_with_a_rule(make_config):
     private = {"noise": 1.0}
     folder = run(make_config(method__name="ffa", method__robust_rule="median", privacy=private))
-    assert len(rounds(folder)) == 4
+    assert len(rounds(folder)) == 3
 
 
 # --- what is refused, and what is said --------------------------------------------------------------------------------
