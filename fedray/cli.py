@@ -47,6 +47,7 @@ unfinished run too; or a sweep's tables and pictures
 a private run that will not go on
   fedray identity --client NAME [--key_dir DIR]                 draw this machine's key of a client, and print its \
 line of privacy.identities
+  fedray threats                                                who learns what, in each mode
   fedray export   RUN_DIR OUT --format lora|peft|merged         write its result for others to load
   fedray run --help                                             every key, its default and what it means
 """
@@ -201,6 +202,22 @@ def _methods(argv: list[str], console: Console) -> int:
     console.print("why not")
     for line in _misfits():
         console.print(line, soft_wrap=True)
+    return 0
+
+
+def _threats(argv: list[str], console: Console) -> int:
+    from fedray.federation.channels.threats import MODES, THREATS, markdown
+
+    if argv == ["--markdown"]:
+        print(markdown())
+        return 0
+    if argv:
+        raise ConfigError("fedray threats takes nothing, or --markdown")
+    for who, learns in THREATS.items():
+        console.print(f"{who}")
+        same = len(set(learns.values())) == 1
+        for mode in [next(iter(MODES))] if same else MODES:
+            console.print(f"  {'in every mode' if same else MODES[mode].replace('`', '')}: {learns[mode]}")
     return 0
 
 
@@ -359,6 +376,7 @@ _COMMANDS = {
     "report": _report,
     "forget": _forget,
     "identity": _identity,
+    "threats": _threats,
 }
 
 if __name__ == "__main__":

@@ -196,10 +196,18 @@ def _privacy(statement: dict) -> Markup:
                 ("what", "when", "under which guarantee", "where in the code"),
                 [(e["what"], e["when"], e["guarantee"], e["place"]) for e in statement["left_each_client"]],
             ),
+            *_threats(statement.get("who_learns_what", [])),
             Markup("<h2>What is not guaranteed</h2>"),
             _not_guaranteed(statement["not_guaranteed"]),
         )
     )
+
+
+def _threats(lines: list[dict]) -> tuple[Markup, ...]:
+    """Nothing of a statement from before it had them."""
+    if not lines:
+        return ()
+    return Markup("<h2>Who learns what</h2>"), _table(("who", "learns"), [(e["who"], e["learns"]) for e in lines])
 
 
 def _guarantee(given: dict) -> Markup:

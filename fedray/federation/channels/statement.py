@@ -16,6 +16,7 @@ from fedray.config.sections import Config
 from fedray.federation.channels.accounted import ledger_of
 from fedray.federation.channels.base import Limit, Released
 from fedray.federation.channels.registry import Words, words_of
+from fedray.federation.channels.threats import lines
 from fedray.methods import Method
 from fedray.privacy.keys import TEST_KEY
 from fedray.privacy.ledger import EVERYONE, Ledger, worst
@@ -53,6 +54,7 @@ def statement(
         "guarantee": _guarantee(config, ledger, clients, words),
         "rounds": sum(r["round"] > 0 for r in records),
         "left_each_client": [asdict(line) for line in _released(config, method, words)],
+        "who_learns_what": lines(config),
         "not_guaranteed": [asdict(line) for line in _limits(config, words)],
         "plans": {name: plan.to_dict() for name, plan in ledger.plans.items()},
         "releases": {
