@@ -320,7 +320,7 @@ class Config(Section):
     method: MethodSection = MethodSection()
     data: DataSection = DataSection()
     federation: FederationSection = FederationSection()
-    clients: dict[str, ClientSection] = {}
+    clients: dict[str, ClientSection] = {}  # noqa: RUF012 - pydantic copies it
     """Per client: clients.NAME.source, .node_labels, .lr, .local_steps, .batch_size."""
     worker: WorkerSection = WorkerSection()
     privacy: PrivacySection = PrivacySection()
