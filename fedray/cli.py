@@ -47,6 +47,9 @@ unfinished run too; or a sweep's tables and pictures
 a private run that will not go on
   fedray identity --client NAME [--key_dir DIR]                 draw this machine's key of a client, and print its \
 line of privacy.identities
+  fedray audit    [--canaries N] [--config F.yaml] [--section.key value ...]
+                                                                a run with canaries: the epsilon that they prove \
+beside the one that is claimed
   fedray threats                                                who learns what, in each mode
   fedray export   RUN_DIR OUT --format lora|peft|merged         write its result for others to load
   fedray run --help                                             every key, its default and what it means
@@ -203,6 +206,33 @@ def _methods(argv: list[str], console: Console) -> int:
     for line in _misfits():
         console.print(line, soft_wrap=True)
     return 0
+
+
+def _audit(argv: list[str], console: Console) -> int:
+    import tempfile
+
+    from fedray.audit import audit_run
+    from fedray.config.read import read_config
+
+    given, rest = split(argv, lambda name: name == "canaries")
+    canaries = given.get("canaries", "400")
+    if not canaries.isdecimal() or int(canaries) < 1:
+        raise ConfigError(f"--canaries {canaries} is no number of canaries")
+    config = read_config(rest)
+    with tempfile.TemporaryDirectory(prefix="fedray-audit-") as folder:
+        found = audit_run(config, int(canaries), Path(folder) / "run", lambda line: console.print(line))
+    for finding in found.findings:
+        verdict = "holds" if finding.holds else "BROKEN: more is proven than is claimed"
+        console.print(f"{finding.what}", soft_wrap=True)
+        console.print(
+            f"  claimed epsilon {finding.claimed:.3f} at delta {finding.delta:g}; proven (95 %): at least "
+            f"{finding.proven:.3f}: {verdict}",
+            soft_wrap=True,
+        )
+    if found.asked:
+        console.print(f"second questions from other inputs: {found.asked}, answered: {found.answered}", soft_wrap=True)
+    console.print(f"{found.rounds} rounds with {canaries} canaries, {found.seconds:.0f} s", soft_wrap=True)
+    return 0 if found.holds else 1
 
 
 def _threats(argv: list[str], console: Console) -> int:
@@ -375,6 +405,7 @@ _COMMANDS = {
     "export": _export,
     "report": _report,
     "forget": _forget,
+    "audit": _audit,
     "identity": _identity,
     "threats": _threats,
 }

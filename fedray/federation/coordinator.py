@@ -7,7 +7,7 @@ The same code runs inside an actor (`coordinator_ray.py`) and in one process (`r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Coordinator:
         facts: tuple[tuple[Layer, ...], dict[str, torch.Tensor]],
         pool: Pool,
         data: FederatedData | None = None,
+        channel: Callable[[Context], Any] = make_channel,
     ):
         layers, self._heads = facts
         self.config, self.pool, self.folder = config, pool, Path(folder)
@@ -63,7 +64,7 @@ class Coordinator:
         self._packets: dict[int, Packet] = {}
         saved = checkpoints.latest(self._checkpoints, self.spec)
         context = Context(config, tuple(self.data.clients), pool, self.method, self._checkpoints)
-        self.channel = make_channel(context)
+        self.channel = channel(context)
         if saved is not None:
             self._resume(saved)
         elif not self.spec.adapter.started:

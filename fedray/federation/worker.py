@@ -12,12 +12,13 @@ from fedray.adapters import Layer
 from fedray.config.build import make_method, make_spec
 from fedray.config.sections import Config
 from fedray.data.partition import FederatedData
+from fedray.federation.channels.base import ClientSide
 from fedray.federation.channels.registry import make_side
 from fedray.federation.kept import factors_kept, kept_tensors, optimizer_kept
 from fedray.federation.messages import Answered, Failure, Orders, Trained
 from fedray.federation.questions import Question
 from fedray.federation.wire import Header, Packet, as_announced, decode, inputs_digest, pack, unpack
-from fedray.methods import View
+from fedray.methods import Method, Spec, View
 from fedray.methods.state import factor_of
 from fedray.training.local import LocalResult, LocalTrainer
 
@@ -37,12 +38,13 @@ class Worker:
         threads: int,
         data: FederatedData | None = None,
         reads: Sequence[str] = (),
+        side: Callable[[Any, Method, Spec], ClientSide] = make_side,
     ):
         self.threads = threads
         self.trainer = LocalTrainer(config, device, threads, data, reads)
         self.method = make_method(config)
         self.spec = make_spec(config, self.trainer.layers, self.trainer.data.clients)
-        self.side = make_side(self.trainer, self.method, self.spec)
+        self.side = side(self.trainer, self.method, self.spec)
         self._increments: dict[tuple[int, str], dict[str, Tensor]] = {}  # by version and digest
 
     def describe(self) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:

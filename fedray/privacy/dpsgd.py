@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -159,14 +159,15 @@ def private_step(
     noise: Stream | None,
     check: bool,
     first: bool = False,
+    beside: Callable[[Mapping[str, Tensor]], None] | None = None,
 ) -> None:
     """One optimizer step on a Poisson batch, cut into micro-batches (none, when it is empty: then the step is noise
     alone).
 
     `losses(forward, batch)`: one loss a sequence, each over its own tokens. `check`: hold what the optimizer got
     against what was meant; `first`: see that every parameter moved, too (late in a schedule a rate may be too small
-    to). Raises PrivacyError when the step was not a private one, FloatingPointError for a loss or gradient that is
-    not finite: then nothing has been stepped.
+    to). `beside`: adds an audit's canaries to the sum. Raises PrivacyError when the step was not a private one,
+    FloatingPointError for a loss or gradient that is not finite: then nothing has been stepped.
     """
     clipped = ClippedSum(engine.parameters, mechanism.clip)
     with hooks.awake():
@@ -178,21 +179,29 @@ def private_step(
             engine.backward(each.sum(), i == len(micro_batches) - 1)
             clipped.add(len(each))
     before = engine.read() if check else {}
-    mean = noised(clipped.total(), mechanism, noise)
+    total = clipped.total()
+    if beside is not None:
+        beside(split(total, engine.parameters))
+    mean = noised(total, mechanism, noise)
     gradients = _by_name(mean, engine.parameters)
     got = engine.apply(gradients, lr)
     if check:
         _check(gradients, got, before, engine.read(), first and mechanism.noise > 0 and lr > 0)
 
 
-def _by_name(mean: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The one vector as fp32 gradients of the parameters, on their devices."""
-    gradients, offset = {}, 0
+def split(vector: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The one vector as views of each parameter's shape."""
+    parts, offset = {}, 0
     for name, parameter in parameters.items():
         shape = whole_shape(parameter)
-        gradients[name] = mean[offset : offset + math.prod(shape)].reshape(shape).to(parameter.device, torch.float32)
+        parts[name] = vector[offset : offset + math.prod(shape)].reshape(shape)
         offset += math.prod(shape)
-    return gradients
+    return parts
+
+
+def _by_name(mean: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The one vector as fp32 gradients of the parameters, on their devices."""
+    return {n: t.to(parameters[n].device, torch.float32) for n, t in split(mean, parameters).items()}
 
 
 def _check(

@@ -143,8 +143,13 @@ def _scaled_sum(
 
 def _noised(total: dict[str, Tensor], noise: SketchNoise) -> dict[str, Tensor]:
     """(total + normals) / expected, fp32; drawn in order of the names."""
+    if noise.beside is not None:
+        noise.beside(total)
     drawn = {name: noise.stream.normals(t.numel()).reshape(t.shape) for name, t in sorted(total.items())}
-    return {name: ((t + noise.deviation * drawn[name]) / noise.expected).float() for name, t in total.items()}
+    answer = {name: ((t + noise.deviation * drawn[name]) / noise.expected).float() for name, t in total.items()}
+    if noise.seen is not None:
+        noise.seen(answer)
+    return answer
 
 
 def _pass(trainer: LocalTrainer, examples: Sequence[Example], layers: Sequence[str], add: Accumulate) -> None:

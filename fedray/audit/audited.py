@@ -1,0 +1,118 @@
+"""A whole run with canaries in it, and what they prove."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedray.audit import sides
+from fedray.audit.attack import Attacks
+from fedray.audit.canaries import Canaries
+from fedray.config.sections import Config
+from fedray.errors import ConfigError
+from fedray.federation.channels.registry import make_channel, make_side
+from fedray.federation.coordinator import Coordinator
+from fedray.federation.prepare import prepare
+from fedray.federation.worker import Worker
+from fedray.privacy.accountant import epsilon
+from fedray.privacy.audit import audit
+from fedray.privacy.ledger import EVERYONE, Ledger
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was audited, the epsilon that is claimed of it (at `delta`), and the one that canaries prove, with a
+    confidence of 95 %."""
+
+    what: str
+    claimed: float
+    proven: float
+    delta: float
+
+    @property
+    def holds(self) -> bool:
+        return self.proven <= self.claimed
+
+
+@dataclass(frozen=True)
+class Audited:
+    """`attacks`: how many second questions a client was asked after each of its answers, and how many it answered."""
+
+    findings: list[Finding]
+    asked: int
+    answered: int
+    rounds: int
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        return self.answered == 0 and all(finding.holds for finding in self.findings)
+
+
+def audit_run(config: Config, canaries: int, folder: Path, said: Callable[[str], None] = lambda line: None) -> Audited:
+    """Run the config in one process, in `folder`, with so many canaries. Raises ConfigError for a config without
+    privacy, or with fewer numbers than canaries."""
+    if not config.privacy.on:
+        raise ConfigError("fedray audit tries a guarantee: give privacy.epsilon, or privacy.noise")
+    began = time.monotonic()
+    output = config.output.model_copy(update={"dir": str(folder)})
+    privacy = config.privacy.model_copy(update={"key_dir": str(folder / "keys")})
+    config = config.model_copy(update={"output": output, "privacy": privacy, "engine": "inline"})
+    prepared = prepare(config)
+    config = prepared.config.model_copy(update={"output": output})
+    watch = _Watched(config, prepared.data.clients[0], canaries)
+    worker = Worker(config, prepared.placement.device, prepared.placement.cpus, prepared.data, side=watch.side)
+    pool = Attacks(worker, watch.client)
+    server = Coordinator(config, str(folder), worker.describe(), pool, prepared.data, channel=watch.channel)
+    try:
+        server.evaluate_start()
+        while not server.done and (record := server.run_round()) is not None:
+            said(f"round {record['round']} of {config.federation.rounds}")
+    except ValueError as error:
+        raise ConfigError(f"{error}: give fewer --canaries") from error
+    findings = watch.findings(server.channel.ledger)
+    rounds = server.rounds_done
+    server.finish()
+    return Audited(findings, pool.asked, pool.answered, rounds, time.monotonic() - began)
+
+
+class _Watched:
+    """Who has canaries, and where they are seen, by the config's guarantee."""
+
+    def __init__(self, config: Config, client: str, canaries: int):
+        self.config, self.client = config, client
+        self.canaries, self.sketches = Canaries(canaries), None
+        self.side: sides.SideMaker = make_side
+        self.channel: sides.ChannelMaker = make_channel
+        if config.privacy.trust == "nobody":
+            self.side = sides.shares(client, self.canaries)
+            self.channel = sides.noised_mean_seen(self.canaries)
+        elif config.privacy.unit == "client":
+            self.channel = sides.clients(self.canaries)
+        else:
+            self.sketches = Canaries(canaries) if config.adapter.subspace == "private" else None
+            self.side = sides.examples(client, self.canaries, self.sketches)
+
+    def findings(self, ledger: Ledger) -> list[Finding]:
+        name, delta = EVERYONE if EVERYONE in ledger.plans else self.client, ledger.delta
+        assert delta is not None, "a run that has trained has its delta"
+        found = [_finding(self._what, self.canaries, ledger, name, "training", delta)]
+        if self.sketches is not None:
+            found.insert(0, _finding("the private subspace", self.sketches, ledger, name, "subspace", delta))
+        return found
+
+    @property
+    def _what(self) -> str:
+        if self.config.privacy.unit == "example":
+            return f"training: an example of {self.client}, against the coordinator"
+        against = "the coordinator" if self.config.privacy.trust == "nobody" else "whoever sees the models"
+        return f"training: a client, against {against}"
+
+
+def _finding(what: str, canaries: Canaries, ledger: Ledger, name: str, release: str, delta: float) -> Finding:
+    """The claim is of the releases that the canaries were in."""
+    entries = [e.release for e in ledger.entries[name] if e.release.what.startswith(release)]
+    proven = audit(canaries.included.tolist(), canaries.scores.tolist(), delta)
+    return Finding(what, epsilon(entries, delta), proven, delta)

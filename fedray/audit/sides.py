@@ -1,0 +1,144 @@
+"""Channels and sides with canaries in them: the same as those of a run, but for what the canaries add to the sums and
+what is seen of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from fedray.audit.canaries import Canaries
+from fedray.federation.channels.base import Context, Intake, Tensors, Training
+from fedray.federation.channels.client import ClientLevel
+from fedray.federation.channels.distributed import DistributedSide
+from fedray.federation.channels.example import ExampleSide
+from fedray.federation.channels.registry import make_channel, make_side
+from fedray.federation.messages import Orders, Outcome
+from fedray.methods import Method, Spec, View
+from fedray.privacy.ledger import EVERYONE
+from fedray.privacy.private import Private
+
+#: Makes the server's half of a run, and the client's.
+ChannelMaker = Callable[[Context], Any]
+SideMaker = Callable[[Any, Method, Spec], Any]
+
+
+def examples(client: str, steps: Canaries, sketches: Canaries | None) -> SideMaker:
+    """The side of clients, one of which has canaries among its examples. `sketches`: those of a private subspace."""
+
+    def make(trainer: Any, method: Method, spec: Spec) -> Any:
+        side = make_side(trainer, method, spec)
+        assert isinstance(side, ExampleSide)
+        side.__class__ = type("AuditedExamples", (_AuditedExamples,), {"held": (client, steps, sketches)})
+        return side
+
+    return make
+
+
+class _AuditedExamples(ExampleSide):
+    held: tuple[str, Canaries, Canaries | None]
+
+    def protect(self, client: str, round: int, inputs: Callable[[], str], orders: Orders) -> Private:
+        private, (watched, steps, _) = super().protect(client, round, inputs, orders), self.held
+        if client != watched:
+            return private
+
+        def beside(gradients: Tensors) -> None:
+            steps.scatter({n: tuple(t.shape) for n, t in gradients.items()})
+            steps.add(gradients, orders.clip, steps.sampled(orders.rate))
+
+        return replace(private, beside=beside)
+
+    def send(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Any:
+        watched, steps, _ = self.held
+        if client == watched:  # a step goes against the gradient
+            steps.see({n: t - view.tensors[n] for n, t in trained.items()}, sign=-1.0)
+        return super().send(client, round, view, trained, orders)
+
+    def sketched(self, question: Any, client: str) -> Any:
+        picked, sides, noise = super().sketched(question, client)
+        watched, _, sketches = self.held
+        if client != watched or noise is None or sketches is None:
+            return picked, sides, noise
+
+        def beside(total: dict[str, Tensor]) -> None:
+            sketches.spread({n: tuple(t.shape) for n, t in total.items()})
+            sketches.add(total, len(total) ** -0.5, sketches.sampled(question.orders[client].rate))
+
+        return picked, sides, replace(noise, beside=beside, seen=sketches.see)
+
+
+def clients(canaries: Canaries) -> ChannelMaker:
+    """The server's half of client-level privacy, with clients in the sums that are canaries."""
+
+    def make(context: Context) -> Any:
+        channel = make_channel(context)
+        assert isinstance(channel, ClientLevel)
+        channel.__class__ = type("AuditedClients", (_Audited, type(channel)), {"canaries": canaries})
+        return channel
+
+    return make
+
+
+class _Audited(ClientLevel):
+    canaries: Canaries
+
+    def _total(
+        self, reference: Mapping[str, Tensor], updates: Sequence[dict[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], float]:
+        total, within = super()._total(reference, updates)
+        self.canaries.scatter({n: tuple(t.shape) for n, t in total.items()})
+        self.canaries.add(total, self._clip, self.canaries.sampled(self.ledger.plans[EVERYONE].rate))
+        return total, within
+
+    def collect(self, call: Training, outcomes: Sequence[Outcome]) -> Intake:
+        intake = super().collect(call, outcomes)
+        (update,) = intake.updates
+        self.canaries.see({n: t.double() - call.expected.unmoved[n].double() for n, t in update.tensors.items()})
+        return replace(intake, updates=[update])
+
+
+def shares(client: str, canaries: Canaries) -> SideMaker:
+    """The side of clients that trust nobody; one brings the canaries' updates into the sum with its own."""
+
+    def make(trainer: Any, method: Method, spec: Spec) -> Any:
+        side = make_side(trainer, method, spec)
+        assert isinstance(side, DistributedSide)
+        side.__class__ = type("AuditedShares", (_AuditedShares,), {"held": (client, canaries)})
+        return side
+
+    return make
+
+
+class _AuditedShares(DistributedSide):
+    held: tuple[str, Canaries]
+
+    def changed(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Tensors:
+        update, (bearer, canaries) = super().changed(client, round, view, trained, orders), self.held
+        if client == bearer:
+            canaries.scatter({n: tuple(t.shape) for n, t in update.items()})
+            canaries.add(update, orders.clip, canaries.sampled(1.0))
+        return update
+
+
+def noised_mean_seen(canaries: Canaries) -> ChannelMaker:
+    """The server's half where clients add the noise: what it opens is what an attacker sees."""
+
+    def make(context: Context) -> Any:
+        channel = make_channel(context)
+        channel.__class__ = type("AuditedSum", (_Seen, type(channel)), {"canaries": canaries})
+        return channel
+
+    return make
+
+
+class _Seen(ClientLevel):
+    canaries: Canaries
+
+    def collect(self, call: Training, outcomes: Sequence[Outcome]) -> Intake:
+        intake = super().collect(call, outcomes)
+        (update,) = intake.updates
+        self.canaries.see({n: t.double() - call.expected.unmoved[n].double() for n, t in update.tensors.items()})
+        return replace(intake, updates=[update])
