@@ -188,6 +188,7 @@ def test_repeated_steps_give_the_same_bytes_and_sessions_differ(tmp_path):
 # --- many clients ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # `tests/jobs/test_bench.py` has another sum of 200 by default
 def test_a_large_cohorts_sum_is_right_with_few_neighbours_and_a_third_gone(tmp_path):
     rule = secure.Rule(share=0.66)
     near = rule.neighbours(session_of(200, rule=rule))

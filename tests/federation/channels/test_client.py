@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from private_runs import ledger, resumed
 from support import rounds, run, same_bits
 
+from fedray.config.read import from_dict
 from fedray.errors import ConfigError, RoundError
 from fedray.federation.channels.client import ClippingSide
 from fedray.federation.channels.masked import Masked
@@ -189,7 +190,7 @@ def test_what_is_not_clipped_is_left_out(make_config, monkeypatch):
 @settings(max_examples=60, deadline=None)
 def test_rounding_to_fixed_point_does_not_pass_the_clip(numbers, clip, seed):
     """What a sum of integers moves by for one client is at most the clip, rounding included."""
-    sealer = Masked(KeyStore("unused"), lambda client: 1)
+    sealer = Masked(from_dict({}), KeyStore("unused"), lambda client: 1)
     rounding = sealer.rounding(numbers)
     assume(rounding < clip)
     update = {"x": torch.randn(numbers, generator=torch.Generator().manual_seed(seed)) * 100 * clip}
