@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedray.federation.messages import Failure, Orders, Outcome
+from fedray.federation.messages import Orders, Outcome
 from fedray.federation.pool_inline import InlinePool
 from fedray.federation.questions import Question, Sketch
 from fedray.federation.wire import Header, Message, Packet
@@ -27,8 +27,20 @@ def zeros(packet: Packet) -> Packet:
     return Packet(packet.manifest, np.full_like(packet.vector, 0.0 if packet.vector.any() else 1.0))
 
 
+def renamed(packet: Packet) -> Packet:
+    """The same numbers under each other's names, as far as the shapes let them."""
+    names, of_shape = [name for name, _ in packet.manifest], dict[tuple[int, ...], list[int]]()
+    for i, (_, shape) in enumerate(packet.manifest):
+        of_shape.setdefault(shape, []).append(i)
+    for places in of_shape.values():
+        for place, other in zip(places, places[1:] + places[:1], strict=True):
+            names[place] = packet.manifest[other][0]
+    return Packet(tuple((n, shape) for n, (_, shape) in zip(names, packet.manifest, strict=True)), packet.vector)
+
+
 class Attacks(InlinePool):
-    """A pool that is honest to all, and after each answer of one client (with noise of its own) attacks it."""
+    """A pool that is honest to all, and after each answer of one client (with noise of its own) attacks it. `answered`:
+    how many of the attacks brought something else than the honest answer."""
 
     def __init__(self, worker: Worker, client: str):
         super().__init__(worker)
@@ -45,24 +57,27 @@ class Attacks(InlinePool):
     ) -> list[Outcome]:
         outcomes = super().train(handle, round, clients, kept, deadline, orders)
         side = self.worker.side
-        if self.client in orders and hasattr(side, "journal"):
+        honest = next((o.update for o in outcomes if o.client == self.client and not o.failed), None)
+        if honest is not None and hasattr(side, "journal"):
             held = kept.get(self.client)
             for call in rounds(round, handle, self.client, held, orders[self.client]):
-                self._count(self.worker.train(self.client, *call)[2])
+                self.worker.forget_increments()  # whatever it still holds is asked for again
+                self._count(honest, self.worker.train(self.client, *call)[0])
         return outcomes
 
     def ask(
         self, question: Question, clients: Sequence[str], kept: Mapping[str, Any], deadline: float | None
     ) -> list[Outcome]:
         outcomes = super().ask(question, clients, kept, deadline)
-        if isinstance(question, Sketch) and self.client in question.orders:
+        honest = next((o.update for o in outcomes if o.client == self.client and not o.failed), None)
+        if honest is not None and isinstance(question, Sketch):
             for other in sketches(question):
-                self._count(self.worker.ask(self.client, other, None)[2])
+                self._count(honest, self.worker.ask(self.client, other, None)[0])
         return outcomes
 
-    def _count(self, report: Any) -> None:
+    def _count(self, honest: Packet, other: Packet | None) -> None:
         self.asked += 1
-        self.answered += not isinstance(report, Failure)
+        self.answered += other is not None and not np.array_equal(honest.vector, other.vector)
 
 
 Call = tuple[int, Header, Packet, Callable[[int], Packet], Packet | None, Orders]
@@ -83,6 +98,7 @@ def rounds(round: int, handle: Message, client: str, kept: Packet | None, orders
         yield round, header, packet, fetch, None, orders
     if header.increments:
         yield round, replace(header, increments=()), packet, fetch, kept, orders
+        yield round, header, packet, lambda v: forged(zeros(fetch(v)), fetch(v)), kept, orders
 
 
 def sketches(question: Sketch) -> Iterator[Sketch]:
@@ -91,3 +107,4 @@ def sketches(question: Sketch) -> Iterator[Sketch]:
     if question.sides is not None:
         yield replace(question, sides=zeros(question.sides))
         yield replace(question, sides=forged(zeros(question.sides), question.sides))
+        yield replace(question, sides=renamed(question.sides))

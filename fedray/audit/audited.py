@@ -66,16 +66,23 @@ def audit_run(config: Config, canaries: int, folder: Path, said: Callable[[str],
     worker = Worker(config, prepared.placement.device, prepared.placement.cpus, prepared.data, side=watch.side)
     pool = Attacks(worker, watch.client)
     server = Coordinator(config, str(folder), worker.describe(), pool, prepared.data, channel=watch.channel)
-    try:
-        server.evaluate_start()
-        while not server.done and (record := server.run_round()) is not None:
-            said(f"round {record['round']} of {config.federation.rounds}")
-    except ValueError as error:
-        raise ConfigError(f"{error}: give fewer --canaries") from error
+    _check_room(canaries, watch, worker, prepared.trainable)
+    server.evaluate_start()
+    while not server.done and (record := server.run_round()) is not None:
+        said(f"round {record['round']} of {config.federation.rounds}")
     findings = watch.findings(server.channel.ledger)
     rounds = server.rounds_done
     server.finish()
     return Audited(findings, pool.asked, pool.answered, rounds, time.monotonic() - began)
+
+
+def _check_room(canaries: int, watch: _Watched, worker: Worker, trainable: int) -> None:
+    """Raises ConfigError for more canaries than numbers that they could be in."""
+    room = trainable
+    if watch.sketches is not None:
+        room = min(room, *(min(layer.m, layer.n) * layer.rank for layer in worker.trainer.layers))
+    if canaries > room:
+        raise ConfigError(f"{canaries} canaries need a number each, and there are {room}: give fewer --canaries")
 
 
 class _Watched:

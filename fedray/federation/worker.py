@@ -47,6 +47,10 @@ class Worker:
         self.side = side(self.trainer, self.method, self.spec)
         self._increments: dict[tuple[int, str], dict[str, Tensor]] = {}  # by version and digest
 
+    def forget_increments(self) -> None:
+        """Ask for all of them again."""
+        self._increments.clear()
+
     def describe(self) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:
         """The adapted layers and the heads' initial values."""
         return self.trainer.describe()

@@ -1,0 +1,161 @@
+"""The audit of whole runs: what canaries prove stays below the claim, and faults that were, put back, are caught."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedray.audit import audit_run
+from fedray.cli import main
+from fedray.errors import ConfigError
+from fedray.federation import questions, wire, worker
+from fedray.privacy import client_level, discrete, dpsgd
+from fedray.privacy.journal import Journal
+from fedray.training import subspace
+
+SGD = {"federation__optimizer": "sgd", "federation__lr": 0.5, "federation__schedule": "constant"}
+SUBSPACE = {"method__name": "fed-sb", "adapter": {"kind": "lora-sb", "rank": 4, "subspace": "private"}}
+NOBODY = {"unit": "client", "trust": "nobody", "secure_aggregation": True, "noise": 1.5, "delta": 1e-5}
+KINDS = {
+    "examples": (SGD | {"method__name": "fedit", "privacy": {"noise": 1.5, "delta": 1e-5}}, 400),
+    "subspace": (SGD | SUBSPACE | {"privacy": {"noise": 1.5, "delta": 1e-5}}, 60),
+    "clients": ({"method__name": "ffa", "privacy": {"noise": 1.5, "delta": 1e-5, "unit": "client"}}, 400),
+    "nobody": ({"method__name": "ffa", "privacy": NOBODY}, 400),
+}
+
+
+def audited(make_config, tmp_path, kind, **overrides):
+    values, canaries = KINDS[kind]
+    return audit_run(make_config(**values | overrides), canaries, tmp_path / "audit")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_proven_of_a_whole_run_stays_below_the_claim(make_config, tmp_path, kind):
+    found = audited(make_config, tmp_path, kind)
+    assert found.holds and found.rounds == 3
+    assert len(found.findings) == (2 if kind == "subspace" else 1)
+    assert all(0 <= f.proven <= f.claimed for f in found.findings)
+    # A client with noise of its own was asked again, and said nothing else. Trusted noise is not the client's.
+    assert found.asked >= (0 if kind == "clients" else 9) and found.answered == 0
+
+
+def test_canaries_prove_more_than_nothing(make_config, tmp_path):
+    """Else a bound below every claim would say little. Little noise, so that a lower bound is far from 0."""
+    privacy = {"noise": 0.4, "delta": 1e-5, "unit": "client"}
+    (finding,) = audited(make_config, tmp_path, "clients", privacy=privacy).findings
+    assert 1.5 < finding.proven < finding.claimed
+
+
+def quiet(kind, patch):
+    """The noise is left out; in a step all but a hundredth, since one that moves nothing is found by itself."""
+    if kind == "examples":
+        real_step = dpsgd.noised
+        patch.setattr(
+            dpsgd,
+            "noised",
+            lambda total, mechanism, noise: real_step(total, replace(mechanism, noise=mechanism.noise / 100), noise),
+        )
+    elif kind == "subspace":
+        real = subspace._noised
+        patch.setattr(
+            subspace, "_noised", lambda total, noise: real(total, type(noise)(**vars(noise) | {"deviation": 0.0}))
+        )
+    elif kind == "clients":
+        patch.setattr(
+            client_level,
+            "noised_mean",
+            lambda total, deviation, expected, stream: {n: t / expected for n, t in total.items()},
+        )
+    else:
+        patch.setattr(discrete, "integers", lambda stream, deviation, count: np.zeros(count, dtype=np.int64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_that_is_left_out_is_caught(make_config, tmp_path, monkeypatch, kind):
+    quiet(kind, monkeypatch)
+    # At noise 4 little is claimed, so little must be proven to break it.
+    values = KINDS[kind][0]
+    found = audited(make_config, tmp_path, kind, privacy=values["privacy"] | {"noise": 4.0})
+    assert not found.holds
+    assert any(finding.proven > finding.claimed for finding in found.findings)
+
+
+def test_a_clip_that_is_not_kept_is_caught(make_config, tmp_path, monkeypatch):
+    """Each canary counts ten times: what it would do if nothing clipped it."""
+    from fedray.audit.canaries import Canaries
+
+    real = Canaries.add
+    monkeypatch.setattr(Canaries, "add", lambda self, tensors, weight, who: real(self, tensors, 10 * weight, who))
+    privacy = KINDS["clients"][0]["privacy"] | {"noise": 4.0}
+    assert not audited(make_config, tmp_path, "clients", privacy=privacy).holds
+
+
+def trusts_digests(patch):
+    patch.setattr(wire.Packet, "again", lambda packet: packet)
+
+
+def forgets_what_was_kept(patch):
+    patch.setattr(worker, "inputs_digest", lambda header, packet, kept: wire.broadcast_digest(header, packet))
+
+
+def takes_any_increment(patch):
+    patch.setattr(worker, "as_announced", lambda packet, digest: packet)
+
+
+def takes_names_for_granted(patch):
+    def digest(self):
+        return "" if self.sides is None else self.sides.vector.tobytes().hex()[:64]
+
+    patch.setattr(questions.Sketch, "digest", digest)
+
+
+def keeps_no_journal(patch):
+    real = Journal.answer
+    patch.setattr(Journal, "answer", lambda self, new, check: real(self, new, check) if new.what == "count" else None)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "overrides"),
+    [
+        (trusts_digests, "examples", {}),
+        (forgets_what_was_kept, "examples", {"method__name": "fedsa"}),
+        (takes_any_increment, "examples", {"method__name": "flora"}),
+        (takes_names_for_granted, "subspace", {}),
+        (keeps_no_journal, "examples", {}),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_client_that_would_answer_again_is_caught(make_config, tmp_path, monkeypatch, fault, kind, overrides):
+    fault(monkeypatch)
+    found = audited(make_config, tmp_path, kind, **overrides)
+    assert found.answered > 0 and not found.holds
+
+
+@pytest.mark.parametrize("fault", [keeps_no_journal, trusts_digests])
+def test_inside_a_secure_sum_a_second_lock_holds(make_config, tmp_path, monkeypatch, fault):
+    """A session masks one vector, whatever became of the journal."""
+    fault(monkeypatch)
+    found = audited(make_config, tmp_path, "nobody")
+    assert found.asked >= 9 and found.answered == 0 and found.holds
+
+
+def test_the_command_prints_the_bound_beside_the_claim(tiny, capsys):
+    flags = (
+        f"--model.path {tiny}/llama --data.source {tiny}/text.jsonl --data.max_length 48 --adapter.rank 2 "
+        "--federation.clients 3 --federation.rounds 2 --federation.local_steps 2 --worker.cpus 1"
+    ).split()
+    assert main(["audit", *flags, "--privacy.epsilon", "3", "--canaries", "100"]) == 0
+    told = capsys.readouterr().out
+    claimed, proven = re.search(r"claimed epsilon ([\d.]+) at delta .*at least\s+([\d.]+): holds", told, re.S).groups()
+    assert float(proven) <= float(claimed) <= 3
+    assert re.search(r"second questions from other inputs: \d+, answered: 0", told) and "2 rounds with 100" in told
+    assert main(["audit", *flags]) == 2 and "give privacy.epsilon, or privacy.noise" in capsys.readouterr().err
+    assert main(["audit", *flags, "--privacy.noise", "1", "--canaries", "x"]) == 2
+    assert main(["audit", *flags, "--privacy.noise", "1", "--canaries", "9999999"]) == 2
+    assert "give fewer --canaries" in capsys.readouterr().err
+
+
+def test_a_run_without_privacy_has_nothing_to_audit(make_config, tmp_path):
+    with pytest.raises(ConfigError, match="fedray audit tries a guarantee"):
+        audit_run(make_config(), 10, tmp_path)
