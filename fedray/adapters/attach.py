@@ -198,8 +198,9 @@ class BaseWeights:
 
         Returns the Frobenius norm, over all layers, of what the weights' dtype could not hold.
         """
-        lost = 0.0
-        for name in sorted(self._written | totals.keys()):
+        lost, touched = 0.0, self._written | totals.keys()
+        self._written = frozenset(touched)  # whatever fails below, the next write puts all of them right
+        for name in sorted(touched):
             module = self._modules[name]
             weight = module.get_base_layer().get_parameter("weight")
             with self._gathered([weight]):

@@ -4,7 +4,7 @@ model."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedray.privacy.secure_sum import Advert, Session
@@ -107,9 +107,22 @@ class Outcome:
     update: Any = None
     kept: Any = None
 
+    def __post_init__(self) -> None:
+        """Who it is from is known, and is not what it says; a failure's words are words."""
+        report = self.report
+        if isinstance(report, Failure):
+            report = Failure(self.client, _word(report.cause), _word(report.details, 20_000), _word(report.key, 64))
+        elif isinstance(report, (Trained, Answered)) and report.client != self.client:
+            report = replace(report, client=self.client)
+        object.__setattr__(self, "report", report)
+
     @property
     def failed(self) -> bool:
         return isinstance(self.report, Failure)
+
+
+def _word(said: Any, most: int = 2_000) -> str:
+    return said[:most] if isinstance(said, str) else "(no words)"
 
 
 def failures(outcomes: list[Outcome]) -> list[Failure]:

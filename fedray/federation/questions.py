@@ -164,7 +164,7 @@ class ForgetKeys(Question):
     tells_size = False
 
     def answer(self, side: ClientSide, client: str, kept: Packet | None) -> Mapping[str, Tensor]:
-        side.keys.forget(self.orders[client].run, client)
+        side.forget(client, self.orders[client])
         return {}
 
 

@@ -24,8 +24,14 @@ from fedray.methods.state import Tensors
 #: The largest norm of an update. No training comes near it, and products of four such factors (ABBA's) are still fp32.
 LARGEST = 1e9
 
+#: The largest loss, time or norm that is told: sums of such are finite.
+LARGEST_SAID = 1e30
+
 #: With fewer norms than these, their median says nothing of which is the odd one.
 FEWEST_NORMS = 3
+
+#: More than any tensor has, and few enough to be written out.
+MOST_NUMBERS = 2**53
 
 _BLOCK = 1 << 20  # numbers widened at a time
 
@@ -145,7 +151,10 @@ def _sizes(manifest: Any) -> list[int] | None:
             return None
         if not (isinstance(entry[1], tuple) and all(type(size) is int and size >= 0 for size in entry[1])):
             return None
-        sizes.append(math.prod(entry[1]))
+        size = math.prod(entry[1])
+        if size > MOST_NUMBERS or max(entry[1], default=0) > MOST_NUMBERS:
+            return None
+        sizes.append(size)
     return sizes
 
 
@@ -188,16 +197,18 @@ def _first_not_finite(packet: Packet) -> str:
     raise AssertionError("the manifest is as long as the vector")
 
 
-def flaw_of_report(report: Any, packet: Packet) -> str | None:
-    """Why what is said beside an update is none of it."""
+def flaw_of_report(report: Any, packet: Packet, tells: bool) -> str | None:
+    """Why what is said beside an update is none of it. `tells`: whether clients of the run tell of their data."""
     if not isinstance(report, (Trained, Answered)):
         return "what it said of its work is no report"
     if type(report.nbytes) is not int or report.nbytes != packet.nbytes:
-        return f"it sent {packet.nbytes:,} bytes and said {str(report.nbytes)[:20]}"
+        return f"it sent {packet.nbytes:,} bytes and said something else"
+    if not tells and (report.examples != 0 or getattr(report, "train_loss", None) is not None):
+        return "it told of its data, which clients of this run keep to themselves"
     # Where it may tell of its loss, it tells of its size too.
     least = 1 if isinstance(report, Trained) and report.train_loss is not None else 0
     if type(report.examples) is not int or not least <= report.examples < 2**53:
-        return f"it said that it has {str(report.examples)[:20]} examples"
+        return "it said that it has a number of examples that nobody has"
     if isinstance(report, Trained) and not _are_numbers(report):
         return "its loss or its times are no numbers"
     return None
@@ -205,9 +216,7 @@ def flaw_of_report(report: Any, packet: Packet) -> str | None:
 
 def _are_numbers(report: Trained) -> bool:
     losses = [] if report.train_loss is None else [report.train_loss]
-    return all(
-        type(number) in (int, float) and math.isfinite(number) for number in (*losses, report.base_lost, report.seconds)
-    )
+    return all(type(n) in (int, float) and abs(n) <= LARGEST_SAID for n in (*losses, report.base_lost, report.seconds))
 
 
 def left_out(outcomes: Sequence[Outcome], flaws: Mapping[str, str]) -> list[Outcome]:

@@ -90,6 +90,7 @@ class Worker:
         try:
             packet, report = self.side.respond(client, question, kept)
         except Exception as error:  # noqa: BLE001 - as in `train`
+            self.trainer.reset()
             return None, None, self.side.failure(client, error)
         return packet, None, report
 
@@ -105,8 +106,12 @@ class Worker:
     ) -> tuple[list[list[dict[str, Any]]], float]:
         """Statistics by batch, and what the base's dtype lost. Raises PrivacyError for examples that are private."""
         self.side.check_evaluation(part)
-        view, base_key = self._view(client, header, packet, fetch, unpack(kept) if kept is not None else {})
-        statistics = self.trainer.evaluate(view, part, client or "", share, base_key)
+        try:
+            view, base_key = self._view(client, header, packet, fetch, unpack(kept) if kept is not None else {})
+            statistics = self.trainer.evaluate(view, part, client or "", share, base_key)
+        except Exception:
+            self.trainer.reset()
+            raise
         return statistics, self.trainer.base_lost
 
     def _view(

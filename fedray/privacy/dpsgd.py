@@ -9,6 +9,7 @@ own, and silently ignore what is written to `parameter.grad`.
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,21 +95,25 @@ class ClippedSum:
     def __init__(self, parameters: dict[str, nn.Parameter], clip: float):
         self.parameters, self.clip = parameters, clip
         self._sums: dict[str, Tensor] = {}
+        self.not_finite = 0
 
     @torch.no_grad()
     def add(self, samples: int) -> None:
         """Take the per-sample gradients that a backward pass left, and clear them. Raises PrivacyError where they are
-        not one for each of `samples`, FloatingPointError where one is not finite."""
+        not one for each of `samples`."""
         taken = {name: self._take(name, p, samples) for name, p in self.parameters.items()}
         norms = torch.stack(
             [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in taken.values()]
         ).norm(dim=0)
-        if not torch.isfinite(norms).all():
-            raise FloatingPointError("a gradient is not finite: lower federation.lr")
+        # Of a gradient that is not finite nothing is taken: to stop for it would tell of the example, without noise.
+        finite = torch.isfinite(norms)
+        self.not_finite += int((~finite).sum())
         # A millionth below: what fp32 rounds up may not pass the clip.
-        factors = (self.clip * (1 - 1e-6) / norms.clamp_min(1e-30)).clamp_max(1.0)
+        factors = torch.where(finite, self.clip * (1 - 1e-6) / norms.clamp_min(1e-30), 0.0).clamp_max(1.0)
         for name, gradient in taken.items():
-            part = (factors.to(gradient.dtype) @ gradient.flatten(1)).double()
+            rows = gradient.flatten(1)
+            rows = rows if finite.all() else rows.masked_fill(~finite[:, None], 0.0)
+            part = (factors.to(gradient.dtype) @ rows).double()
             self._sums[name] = self._sums[name].add_(part) if name in self._sums else part
 
     @staticmethod
@@ -166,20 +171,20 @@ def private_step(
 
     `losses(forward, batch)`: one loss a sequence, each over its own tokens. `check`: hold what the optimizer got
     against what was meant; `first`: see that every parameter moved, too (late in a schedule a rate may be too small
-    to). `beside`: adds an audit's canaries to the sum. Raises PrivacyError when the step was not a private one,
-    FloatingPointError for a loss or gradient that is not finite: then nothing has been stepped.
+    to). `beside`: adds an audit's canaries to the sum. An example whose gradient is not finite adds nothing. Raises
+    PrivacyError when the step was not a private one.
     """
     clipped = ClippedSum(engine.parameters, mechanism.clip)
     with hooks.awake():
         for i, batch in enumerate(micro_batches):
             with each_alone(engine.model):
                 each = losses(engine.forward, batch)
-            if not torch.isfinite(each).all():
-                raise FloatingPointError("a loss is not finite: lower federation.lr")
             engine.backward(each.sum(), i == len(micro_batches) - 1)
             clipped.add(len(each))
     before = engine.read() if check else {}
     total = clipped.total()
+    if clipped.not_finite:  # in this machine's own log: how many is private
+        logging.getLogger("fedray").warning("%s gradients were not finite, and are left out", clipped.not_finite)
     if beside is not None:
         beside(split(total, engine.parameters))
     mean = noised(total, mechanism, noise)

@@ -29,6 +29,9 @@ from fedray.privacy.keys import words
 #: changed, each of which is a release of its own.
 KEYS_A_RUN = 3
 
+#: What is written when a run has ended.
+OVER = "over"
+
 
 @dataclass(frozen=True)
 class Said:
@@ -71,6 +74,10 @@ class Journal:
         question with other inputs, and for one key too many. The cost is of the new lines alone.
         """
         with self._locked() as file:
+            if any(one.what == OVER for one in self._said):
+                raise PrivacyError(
+                    "this run is over, and the client's key forgotten: it sends nothing; start another run"
+                )
             inputs = self._known.get((new.what, new.key))
             if inputs == new.inputs:
                 return
@@ -86,11 +93,20 @@ class Journal:
                     "start another run"
                 )
             check([*(a.release for a in self._said), new.release])
-            file.write((json.dumps(asdict(new)) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
-            self._take(new)
-            self._read_to = file.tell()
+            self._write(file, new)
+
+    def close(self) -> None:
+        """The run is over: nothing more is answered in it, whatever becomes of the client's key."""
+        with self._locked() as file:
+            if not any(one.what == OVER for one in self._said):
+                self._write(file, Said(OVER, "", "", Release(OVER, 1.0, steps=0)))
+
+    def _write(self, file: IO[bytes], said: Said) -> None:
+        file.write((json.dumps(asdict(said)) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+        self._take(said)
+        self._read_to = file.tell()
 
     @contextmanager
     def _locked(self) -> Iterator[IO[bytes]]:

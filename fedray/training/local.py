@@ -298,6 +298,7 @@ class LocalTrainer:
         self._write({n: p for n, p in self._factors.items() if n not in trained}, view, engine)
         engine.load(view.tensors, optimizer_state)
         if base_key is None or base_key != self._base_key:
+            self._base_key = None  # until it is written: what fails half-way is nobody's base
             self._base_lost = self._base.write(view.base)
             self._base_key = base_key
         return engine

@@ -107,7 +107,7 @@ def sound(packet, report, honest: Outcome, clip: float | None) -> bool:
         return False
     if isinstance(report, Trained):
         said = [report.base_lost, report.seconds] + ([] if report.train_loss is None else [report.train_loss])
-        if any(type(x) not in (int, float) or not math.isfinite(x) for x in said) or report.examples >= 2**53:
+        if any(type(x) not in (int, float) or not abs(x) <= 1e30 for x in said) or report.examples >= 2**53:
             return False
     if clip is None:
         return report.examples >= 0
@@ -116,15 +116,26 @@ def sound(packet, report, honest: Outcome, clip: float | None) -> bool:
 
 
 ODD_NUMBERS = st.sampled_from([math.nan, math.inf, -math.inf, 1e30, -1e30, 3e38, -3e38, 1e9, 0.0, 1e-45, 7.0])
+HUGE = 10**5000  # more digits than Python writes out
 SAID = st.sampled_from(
-    [math.nan, math.inf, -math.inf, -50, 0, -1, True, None, "3", 3.0, 2**60, 2**53, 1e400, 5, [], {}]
+    [HUGE, 1e308, math.nan, math.inf, -math.inf, -50, 0, -1, True, None, "3", 3.0, 2**60, 2**53, 5, [], {}]
 )
+KINDS_OF_ODD = ["numbers", "length", "type", "names", "shapes", "object", "report", "scale", "failure"]
+
+
+def failed(place, which):
+    """A failure with words that are none, or another client's name."""
+    words = [b"x", None, {1}, 3, "x" * 10**6, "it failed", HUGE, []]
+    field = ["cause", "details", "key", "client"][place % 4]
+    return Failure(**{"cause": "it failed", "details": "", "key": "", "client": "client-1"} | {field: words[which]})
 
 
 @st.composite
-def oddities(draw):
+def oddities(draw):  # noqa: C901 - a case each
     """A function: what a client sent -> what an odd one sends in its place."""
-    kind = draw(st.sampled_from(["numbers", "length", "type", "names", "shapes", "object", "report", "scale"]))
+    kind = draw(
+        st.sampled_from(["numbers", "length", "type", "names", "shapes", "object", "report", "scale", "failure"])
+    )
     place, number, said = draw(st.integers(0, 10**6)), draw(ODD_NUMBERS), draw(SAID)
     which = draw(st.integers(0, 7))
 
@@ -156,11 +167,13 @@ def oddities(draw):
                 tuple(reversed(manifest)),
             ][place % 4]
         elif kind == "shapes":
-            others = [shape[::-1], (-1, *shape), (math.prod(shape),), list(shape), ("a",), (10**30,), 3, None]
+            others = [shape[::-1], (-1, *shape), (math.prod(shape),), list(shape), ("a",), (HUGE,), (0, HUGE), None]
             other = others[which]
             manifest = (*manifest[:i], (name, other), *manifest[i + 1 :])
         elif kind == "object":
             return [None, {}, b"", vector, [packet], "packet", 3, (manifest, vector)][which], report
+        elif kind == "failure":
+            return None, failed(place, which)
         else:
             field = ["examples", "nbytes", "train_loss", "seconds", "base_lost", "client"][which % 6]
             if which == 7 or not hasattr(report, field):
@@ -198,7 +211,8 @@ def test_whatever_a_client_sends_the_round_goes_on(servers, kind):
         met["counted" if good else "left out"] += 1
         if not good:
             (out,) = record["dropped"]
-            assert out["reason"].strip() and "\n" not in out["reason"] and len(out["reason"]) < 250
+            assert out["client"] == ("(withheld)" if clip is not None else ODD)
+            assert out["reason"].strip() and "\n" not in out["reason"] and len(out["reason"]) < 2500
             if not server.method.asks:
                 assert all(torch.equal(t, server.state.tensors[n]) for n, t in without.tensors.items())
 

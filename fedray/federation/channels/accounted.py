@@ -101,6 +101,8 @@ class Accounted(Plain):
     """A channel whose every release is in a ledger. The ledger lies with the checkpoints; keys never do: a run
     directory may be given away."""
 
+    tells = False
+
     def __init__(self, context: Context, carrier: Carrier, ledger: Ledger):
         super().__init__(context, carrier)
         self.ledger, self._path = ledger, context.folder / LEDGER

@@ -226,6 +226,9 @@ class Sealer(Protocol):
     def expect(self, client: str, inputs: Callable[[], str], orders: Orders) -> None:
         """Before a client trains: what it trains from. `inputs`: gives a digest of it."""
 
+    def members(self, client: str, orders: Orders) -> tuple[str, ...]:
+        """The clients of the sum that the orders are for; none where there is no sum."""
+
     @property
     def step(self) -> float:
         """What numbers are rounded to a multiple of. Raises PrivacyError where they are not."""
@@ -272,6 +275,9 @@ class ClientSide(Protocol):
 
     def sketched(self, question: Any, client: str) -> tuple[Sequence[Any], Tensors, SketchNoise | None]:
         """The examples that a sketch is taken over, its sides, and its noise."""
+
+    def forget(self, client: str, orders: Orders) -> None:
+        """The run is over: its key goes."""
 
     def check_evaluation(self, part: str) -> None:
         """Whether metrics of these examples may leave."""

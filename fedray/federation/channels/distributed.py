@@ -223,6 +223,11 @@ class DistributedSide(KeyedSide, ClippingSide):
             raise PrivacyError(
                 "the coordinator ordered another clip or noise than the client's own config gives: it sends nothing"
             )
+        if set(self.sealer.members(client, orders)) != set(self.trainer.data.clients):
+            raise PrivacyError(
+                "the coordinator ordered a secure sum of other clients than all of the run, whose noise would be "
+                "short: it sends nothing"
+            )
         purpose: tuple[str | int, ...] = ("round", client, round, inputs(), *orders.shape())
         said = Said(f"round {round + 1}", key.identity, digest_of(purpose), plan.release(1))
         self.journal(client, orders).answer(said, self._check)

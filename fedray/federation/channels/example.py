@@ -302,8 +302,14 @@ class ExampleSide(KeyedSide):
         key, deviation = self.key(client, orders), count_noise(self.config)
         noise = key.stream("count", client).normals(1).item() * deviation
         count = torch.tensor([len(self.trainer.examples("train", client)) + noise]).round()
-        said = Said("count", key.identity, "", Release("count", deviation), count.item())
-        self.journal(client, orders).answer(said, lambda releases: None)
+        journal, said = (
+            self.journal(client, orders),
+            Said("count", key.identity, "", Release("count", deviation), count.item()),
+        )
+        # The first is before there is a budget to speak of: delta follows from it. Others have it.
+        before = journal.said
+        counted = any(one.what == "count" for one in before)
+        journal.answer(said, Budget(self.config, client, before).check if counted else lambda releases: None)
         return count
 
     def budget(self, client: str, orders: Orders) -> Budget:

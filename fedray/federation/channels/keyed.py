@@ -89,7 +89,7 @@ class KeyedSide(PrivateSide):
         super().__init__(*args)
         self._run = ""  # the one that its first orders named
         self._fingerprints: dict[str, bytes] = {}
-        self._journals: dict[str, Journal] = {}
+        self._journals: dict[tuple[str, str], Journal] = {}
 
     def admitted(self, client: str) -> tuple[type[Question], ...]:
         questions = super().admitted(client)
@@ -113,10 +113,15 @@ class KeyedSide(PrivateSide):
         return self._fingerprints[client]
 
     def journal(self, client: str, orders: Orders) -> Journal:
-        """Of the client in this worker's run."""
-        if client not in self._journals:
-            self._journals[client] = Journal(self.keys.folder, orders.run, client)
-        return self._journals[client]
+        """Of the client in the orders' run."""
+        if (orders.run, client) not in self._journals:
+            self._journals[orders.run, client] = Journal(self.keys.folder, orders.run, client)
+        return self._journals[orders.run, client]
+
+    def forget(self, client: str, orders: Orders) -> None:
+        """First it is written down that the run is over: a coordinator could have another key drawn otherwise."""
+        self.journal(client, orders).close()
+        super().forget(client, orders)
 
     def answered(self, client: str, question: Question, packet: Packet) -> Answered:
         orders = question.orders.get(client, NO_ORDERS)

@@ -143,6 +143,11 @@ class Masked(Packed):
         client left (Pasquini et al., CCS 2022): all must sign that they were given the same."""
         self._terms[client] = digest_of(inputs(), *orders.shape())
 
+    def members(self, client: str, orders: Orders) -> tuple[str, ...]:
+        if orders.sum is None:
+            return ()
+        return self.party(client, orders.sum.run).session(orders.sum.name).members
+
     @property
     def step(self) -> float:
         return secure_sum.STEP

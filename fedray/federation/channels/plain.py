@@ -160,6 +160,8 @@ def start_error(failure: Failure) -> ClientError:
 class Plain:
     """The channel without a guarantee, and what the others share."""
 
+    tells = True  # whether clients say how many examples they have, and their loss
+
     def __init__(self, context: Context, carrier: Carrier):
         self.context, self.config, self.carrier = context, context.config, carrier
 
@@ -260,7 +262,7 @@ class Plain:
             packet = self.context.pool.fetch(outcome.update)
         except LostError as error:
             return str(error)
-        return self.carrier.flaw(packet, shapes, look) or flaw_of_report(outcome.report, packet)
+        return self.carrier.flaw(packet, shapes, look) or flaw_of_report(outcome.report, packet, self.tells)
 
     def weight(self, outcome: Outcome) -> float:
         """What a client's update counts with."""
@@ -302,6 +304,9 @@ class Packed:
 
     def expect(self, client: str, inputs: Callable[[], str], orders: Orders) -> None:
         """Whatever it is."""
+
+    def members(self, client: str, orders: Orders) -> tuple[str, ...]:
+        return ()
 
     @property
     def step(self) -> float:
@@ -368,6 +373,9 @@ class PlainSide:
 
     def sketched(self, question: Any, client: str) -> tuple[Sequence[Any], Mapping[str, Tensor], SketchNoise | None]:
         return self.plain_examples(client, question.examples), question.given(self), None
+
+    def forget(self, client: str, orders: Orders) -> None:
+        self.keys.forget(orders.run, client)
 
     def check_evaluation(self, part: str) -> None:
         """All metrics may leave."""

@@ -12,14 +12,14 @@ from support import run
 
 from fedray.config.sections import Config
 from fedray.errors import PrivacyError
-from fedray.federation.channels.example import ExampleLevel
+from fedray.federation.channels.example import ExampleLevel, NoisedCount
 from fedray.federation.messages import Answered, Orders, Trained
-from fedray.federation.questions import RangeSketch, RowSketch
-from fedray.federation.wire import Packet
+from fedray.federation.questions import RangeSketch, RowSketch, forget_keys
+from fedray.federation.wire import Packet, pack
 from fedray.federation.worker import Worker
 from fedray.privacy.accountant import Release, epsilon
-from fedray.privacy.journal import Journal, Said
-from fedray.privacy.keys import Stream
+from fedray.privacy.journal import KEYS_A_RUN, Journal, Said
+from fedray.privacy.keys import TEST_KEY, Stream
 
 CLIENT = "client-0"
 
@@ -274,3 +274,86 @@ def test_a_journal_outlives_keys_and_half_lines(make_config, tmp_path, monkeypat
         other.answer(dataclasses.replace(first, key=key, inputs="others"), check)
     with pytest.raises(PrivacyError, match="start another run"):
         journal.answer(dataclasses.replace(first, key="fourth"), check)
+
+
+@pytest.mark.parametrize("method", ["fedit", "flora"])
+def test_weights_that_a_failed_call_left_half_written_meet_no_noise(make_config, monkeypatch, method):
+    """The same round again, after a broadcast that breaks half-way into the base: the model must be the same too."""
+    real, repeated = Worker.train, []
+
+    def attacked(self, client, round, header, *call):
+        done = real(self, client, round, header, *call)
+        if client == CLIENT and round == 1:
+            layers = sorted(self.trainer.layers, key=lambda layer: layer.name)
+            tensors = {f"{layer.name}.base_B": torch.randn(layer.m, 1) * 3 for layer in layers[:-1]}
+            tensors |= {f"{layer.name}.base_A": torch.randn(1, layer.n) for layer in layers}
+            tensors[f"{layers[-1].name}.base_B"] = torch.ones(layers[-1].m + 1, 1)
+            broken = pack(tensors)
+            other = dataclasses.replace(header, increments=(*header.increments, (77, False, broken.digest)))
+            packet, fetch = call[0], lambda version: broken if version == 77 else call[1](version)
+            with pytest.raises(RuntimeError):
+                self.evaluate("test", None, (0, 1), other, packet, fetch)
+            for _ in range(2):
+                again = real(self, client, round, header, *call)
+                repeated.append((again[0].vector == done[0].vector).all())
+        return done
+
+    monkeypatch.setattr(Worker, "train", attacked)
+    run(make_config(method__name=method, privacy=PRIVATE, federation__optimizer="sgd"))
+    assert repeated == [True, True]
+
+
+@pytest.mark.parametrize("privacy", [{"noise": 1.0}, PRIVATE])
+def test_a_run_whose_key_the_coordinator_has_forgotten_is_over(make_config, monkeypatch, privacy):
+    monkeypatch.delenv(TEST_KEY)
+    real, said = Worker.train, []
+
+    def attacked(self, client, round, header, packet, fetch, kept, orders):
+        done = real(self, client, round, header, packet, fetch, kept, orders)
+        if client == CLIENT and round == 2:
+            before = len(self.side.journal(client, orders).said)
+            for _ in range(2):
+                self.ask(client, forget_keys(orders.run, [client]), None)
+                any_key = dataclasses.replace(orders, key="")
+                for report in (
+                    self.ask(client, NoisedCount(orders={client: any_key}), None)[2],
+                    real(self, client, round, header, packet, fetch, kept, any_key)[2],
+                ):
+                    assert "this run is over" in report.cause
+            said.append(len(self.side.journal(client, orders).said) - before)
+        return done
+
+    monkeypatch.setattr(Worker, "train", attacked)
+    run(make_config(method__name="fedit", privacy=privacy))
+    assert said == [1]
+
+
+def test_counts_under_other_keys_are_within_the_budget(make_config, monkeypatch, tmp_path):
+    """Keys that are lost, not forgotten: each noised count is a release, and all of them are budgeted."""
+    monkeypatch.delenv(TEST_KEY)
+    privacy = {"epsilon": 0.6, "count_noise": 4.0, "key_dir": str(tmp_path / "keys")}
+    worker = Worker(make_config(privacy=privacy), "cpu", 1)
+    orders, told = Orders("lost"), []
+    for _ in range(KEYS_A_RUN):
+        for file in worker.side.keys.folder.rglob("*"):
+            if file.is_file() and not file.suffix:
+                file.unlink()
+        told.append(worker.ask(CLIENT, NoisedCount(orders={CLIENT: orders}), None)[2])
+    assert isinstance(told[0], Answered) and "would spend epsilon" in told[-1].cause
+
+
+def test_an_example_that_is_not_finite_stops_nothing(make_config, monkeypatch):
+    """Whether a step stops would tell, without noise, what an example does to a model of the coordinator's choice."""
+    real, reports = Worker.train, []
+
+    def attacked(self, client, round, header, packet, *call):
+        g = np.random.default_rng(0).standard_normal(packet.vector.shape)
+        scales = (1.0, 10.0, 25.0, 26.0, 28.0, 30.0, 1e3)
+        monkeypatch.setattr(Journal, "answer", lambda *args: None)  # one model after another: as many runs as models
+        wild = [Packet(packet.manifest, (g * scale).astype(np.float32)) for scale in scales]
+        reports.extend(real(self, client, round, header, other, *call) for other in wild)
+        return real(self, client, round, header, packet, *call)
+
+    monkeypatch.setattr(Worker, "train", attacked)
+    run(make_config(method__name="fedit", privacy={"noise": 1.0}, federation__rounds=1))
+    assert len(reports) == 21 and {type(report) for _, _, report in reports} == {Trained}

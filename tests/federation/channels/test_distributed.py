@@ -12,6 +12,7 @@ from private_runs import killed_after, known, ledger, resumed
 from support import final_tensors, rounds, run, same_bits
 
 from fedray.errors import ConfigError, PrivacyError, RoundError
+from fedray.federation.channels.base import Admission
 from fedray.federation.channels.distributed import Distributed, DistributedSide, against_liars
 from fedray.federation.channels.secure import SecureSums
 from fedray.federation.worker import Worker
@@ -159,6 +160,15 @@ def test_a_client_answers_a_round_once(make_config, monkeypatch):
     monkeypatch.setattr(Worker, "train", attacked)
     run(nobody(make_config))
     assert len(refused) == 4
+
+
+def test_a_sum_of_fewer_clients_than_all_is_refused(make_config, monkeypatch):
+    """Its noise would be that of the few, whatever is charged."""
+    few = lambda self, round, message: self.with_agreement(Admission(list(self.context.clients)[:3]))  # noqa: E731
+    monkeypatch.setattr(Distributed, "admit", few)
+    privacy = NOBODY | {"noise": 2.0, "delta": 0.01}
+    with pytest.raises(RoundError, match="a secure sum of other clients than all of the run"):
+        run(make_config(method__name="ffa", privacy=privacy, federation__clients=6))
 
 
 def test_two_runs_have_other_noise_and_one_client_other_noise_than_the_next(make_config, monkeypatch):
