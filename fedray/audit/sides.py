@@ -82,8 +82,20 @@ def clients(canaries: Canaries) -> ChannelMaker:
     return make
 
 
-class _Audited(ClientLevel):
+class _Seen(ClientLevel):
+    """What is opened, less what clients would have sent had they not trained, is what an attacker sees."""
+
     canaries: Canaries
+
+    def collect(self, call: Training, outcomes: Sequence[Outcome]) -> Intake:
+        intake = super().collect(call, outcomes)
+        (update,) = intake.updates
+        self.canaries.see({n: t.double() - call.expected.unmoved[n].double() for n, t in update.tensors.items()})
+        return replace(intake, updates=[update])
+
+
+class _Audited(_Seen):
+    """The same with canaries in the sum before its noise."""
 
     def _total(
         self, reference: Mapping[str, Tensor], updates: Sequence[dict[str, Tensor]]
@@ -92,12 +104,6 @@ class _Audited(ClientLevel):
         self.canaries.scatter({n: tuple(t.shape) for n, t in total.items()})
         self.canaries.add(total, self._clip, self.canaries.sampled(self.ledger.plans[EVERYONE].rate))
         return total, within
-
-    def collect(self, call: Training, outcomes: Sequence[Outcome]) -> Intake:
-        intake = super().collect(call, outcomes)
-        (update,) = intake.updates
-        self.canaries.see({n: t.double() - call.expected.unmoved[n].double() for n, t in update.tensors.items()})
-        return replace(intake, updates=[update])
 
 
 def shares(client: str, canaries: Canaries) -> SideMaker:
@@ -132,13 +138,3 @@ def noised_mean_seen(canaries: Canaries) -> ChannelMaker:
         return channel
 
     return make
-
-
-class _Seen(ClientLevel):
-    canaries: Canaries
-
-    def collect(self, call: Training, outcomes: Sequence[Outcome]) -> Intake:
-        intake = super().collect(call, outcomes)
-        (update,) = intake.updates
-        self.canaries.see({n: t.double() - call.expected.unmoved[n].double() for n, t in update.tensors.items()})
-        return replace(intake, updates=[update])
