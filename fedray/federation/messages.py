@@ -12,6 +12,9 @@ from fedray.privacy.secure_sum import Advert, Session
 #: The client's name under which a worker serves the public data set.
 PUBLIC = "(public data)"
 
+#: Characters of a failure's cause, and of its details, that are kept.
+MOST_WORDS, MOST_DETAILS = 2_000, 20_000
+
 
 @dataclass(frozen=True)
 class SumStep:
@@ -111,7 +114,8 @@ class Outcome:
         """Who it is from is known, and is not what it says; a failure's words are words."""
         report = self.report
         if isinstance(report, Failure):
-            report = Failure(self.client, _word(report.cause), _word(report.details, 20_000), _word(report.key, 64))
+            details = _word(report.details)[-MOST_DETAILS:]  # the end of a traceback says most
+            report = Failure(self.client, _word(report.cause)[:MOST_WORDS], details, _word(report.key)[:MOST_WORDS])
         elif isinstance(report, (Trained, Answered)) and report.client != self.client:
             report = replace(report, client=self.client)
         object.__setattr__(self, "report", report)
@@ -121,8 +125,8 @@ class Outcome:
         return isinstance(self.report, Failure)
 
 
-def _word(said: Any, most: int = 2_000) -> str:
-    return said[:most] if isinstance(said, str) else "(no words)"
+def _word(said: Any) -> str:
+    return said if isinstance(said, str) else "(no words)"
 
 
 def failures(outcomes: list[Outcome]) -> list[Failure]:
