@@ -12,7 +12,6 @@ not asked anew.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from typing import IO
 
 from fedray.errors import PrivacyError
 from fedray.privacy.accountant import Release
-from fedray.privacy.keys import words
+from fedray.privacy.files import flush, hashed
 
 #: How many keys a client may draw noise from in one run: the first, and others after its key was lost or its data
 #: changed, each of which is a release of its own.
@@ -45,18 +44,12 @@ class Said:
     value: float | None = None
 
 
-def digest_of(inputs: Sequence[str | int]) -> str:
-    """SHA-256 of them, in hexadecimals."""
-    return hashlib.sha256(words(*inputs)).hexdigest()
-
-
 class Journal:
     """Of one client in one run. Several processes may write to it."""
 
     def __init__(self, folder: Path, run: str, client: str):
         """`folder`: of the client's keys."""
-        run, client = (hashlib.sha256(name.encode()).hexdigest()[:32] for name in (run, client))
-        self.path = folder / "answered" / run / f"{client}.jsonl"
+        self.path = folder / "answered" / hashed(run) / f"{hashed(client)}.jsonl"
         self._said: list[Said] = []
         self._known: dict[tuple[str, str], str] = {}  # inputs, by question and key
         self._read_to = 0
@@ -132,11 +125,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
         for folder in (self.path.parent, self.path.parent.parent, self.path.parent.parent.parent):
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            flush(folder)
 
     def _take(self, said: Said) -> None:
         self._said.append(said)

@@ -19,6 +19,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from torch import Tensor
 
+from fedray.privacy.files import hashed, make_secret
+
 #: Replaces every key by one that follows from this word: for tests only, since whoever knows the word can take all
 #: noise away again.
 TEST_KEY = "FEDRAY_UNSAFE_TEST_KEY"
@@ -29,6 +31,12 @@ _BLOCK = 1 << 22  # numbers made at a time
 def words(*parts: str | int) -> bytes:
     """The parts as bytes that no other parts give."""
     return b"".join(len(p).to_bytes(8, "big") + p for p in (f"{type(p).__name__}:{p}".encode() for p in parts))
+
+
+def digest_of(*parts: str | int | bytes) -> str:
+    """SHA-256 of the parts, in hexadecimals; no other parts give it."""
+    plain = [part.hex() if isinstance(part, bytes) else part for part in parts]
+    return hashlib.sha256(words(*plain)).hexdigest()
 
 
 class Key:
@@ -112,22 +120,7 @@ class KeyStore:
         written."""
         if word := os.environ.get(TEST_KEY):
             return Key(hashlib.sha256(words(word, client)).digest(), fixed=True)
-        path = self._path(run, client)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            part = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
-            handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(os.urandom(32))
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.link(part, path)  # fails where another worker was first: then that one's key holds
-            except FileExistsError:
-                pass
-            finally:
-                part.unlink()
-        return Key(path.read_bytes())
+        return Key(make_secret(self._path(run, client)))
 
     def forget(self, run: str, client: str) -> None:
         """Remove the key: from then on nobody can take the noise of the run away again."""
@@ -146,6 +139,4 @@ class KeyStore:
         return len(files)
 
     def _path(self, run: str, client: str) -> Path:
-        # Hashes: any name will do, however long, and on file systems that take A for a.
-        run, client = (hashlib.sha256(name.encode()).hexdigest()[:32] for name in (run, client))
-        return self.folder / run / client
+        return self.folder / hashed(run) / hashed(client)

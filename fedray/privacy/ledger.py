@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedray.privacy.accountant import Release, epsilon
+from fedray.privacy.files import write_durably
 from fedray.privacy.keys import words
 from fedray.privacy.plan import PrivacyPlan
 
@@ -141,22 +141,6 @@ class Ledger:
 def new_ledger() -> Ledger:
     """Of a run that has not begun, under a name that no other has."""
     return Ledger(secrets.token_hex(8))
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file whole, and come back only when it is on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 EVERYONE = "(every client)"

@@ -15,9 +15,9 @@ from fedray.federation.channels.plain import UNIT_OPTIONS, Plain, PlainSide, cau
 from fedray.federation.messages import PUBLIC, Answered, Failure, Outcome, Trained
 from fedray.federation.questions import ForgetKeys, Question, Sketch, StartFromWeights, forget_keys
 from fedray.federation.wire import Packet
-from fedray.privacy.journal import digest_of
+from fedray.privacy.files import hashed, write_durably
 from fedray.privacy.keys import KeyStore
-from fedray.privacy.ledger import Ledger, new_ledger, write_durably
+from fedray.privacy.ledger import Ledger, new_ledger
 from fedray.privacy.planning import clip_of, plans_for
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Accounted(Plain):
         self.ledger, self._path = ledger, context.folder / LEDGER
         self.store = KeyStore(self.config.privacy.key_dir)
         # With the keys, so that a run directory that is brought back from a copy does not bring its own witness.
-        self._witness = self.store.folder / "ledgers" / f"{digest_of([ledger.run])[:32]}.json"
+        self._witness = self.store.folder / "ledgers" / f"{hashed(ledger.run)}.json"
         if self._witness.is_file():
             self._check_follows(json.loads(self._witness.read_text()))
 

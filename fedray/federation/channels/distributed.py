@@ -23,7 +23,8 @@ from fedray.federation.wire import Message, Packet, broadcast_digest
 from fedray.methods import Update, View
 from fedray.privacy import client_level, discrete
 from fedray.privacy.accountant import Release, epsilon
-from fedray.privacy.journal import Said, digest_of
+from fedray.privacy.journal import Said
+from fedray.privacy.keys import digest_of
 from fedray.privacy.ledger import EVERYONE, Ledger, draw_of
 from fedray.privacy.plan import PrivacyPlan
 from fedray.privacy.planning import plans_for
@@ -152,7 +153,7 @@ class Distributed(Keyed, ClientLevel):
         return self.ledger.plans[EVERYONE]
 
     def _round_draw(self, call: Training) -> str:
-        keys = digest_of([word for pair in sorted(self.ledger.keys.items()) for word in pair])
+        keys = digest_of(*(word for pair in sorted(self.ledger.keys.items()) for word in pair))
         packet = call.message.packet_of(self.context.clients[0])
         return draw_of(keys, self.ledger.run, "round", call.round, broadcast_digest(call.message.header, packet))
 
@@ -180,7 +181,7 @@ class Distributed(Keyed, ClientLevel):
             return
         beside = self._plan.noise / (planned / len(sent) - 1) ** 0.5
         release = Release("training, noise short", beside, discrete=True)
-        draw = f"{self._round_draw(call)}:{digest_of(sorted(sent))[:16]}"
+        draw = f"{self._round_draw(call)}:{digest_of(*sorted(sent))[:16]}"
         if not self.ledger.affords(EVERYONE, draw, release):
             raise PrivacyError(
                 f"{len(sent)} of {planned} clients sent, so the noise of their sum is short, and the budget of epsilon "
@@ -229,7 +230,7 @@ class DistributedSide(KeyedSide, ClippingSide):
                 "short: it sends nothing"
             )
         purpose: tuple[str | int, ...] = ("round", client, round, inputs(), *orders.shape())
-        said = Said(f"round {round + 1}", key.identity, digest_of(purpose), plan.release(1))
+        said = Said(f"round {round + 1}", key.identity, digest_of(*purpose), plan.release(1))
         self.journal(client, orders).answer(said, self._check)
         self._purposes[client] = purpose
         return super().protect(client, round, inputs, orders)

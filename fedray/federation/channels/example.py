@@ -32,7 +32,8 @@ from fedray.federation.questions import (
 )
 from fedray.federation.wire import Message, Packet, broadcast_digest
 from fedray.privacy.accountant import Release
-from fedray.privacy.journal import Said, digest_of
+from fedray.privacy.journal import Said
+from fedray.privacy.keys import digest_of
 from fedray.privacy.plan import Mechanism
 from fedray.privacy.planning import SKETCH_CLIP, count_noise
 from fedray.privacy.private import Private, SketchNoise
@@ -273,7 +274,7 @@ class ExampleSide(KeyedSide):
         budget.check_round(round, orders)
         purpose: tuple[str | int, ...] = ("round", client, round, inputs(), *orders.shape())
         release = Release("training", orders.noise, orders.rate, self.config.client(client).local_steps)
-        said = Said(f"round {round + 1}", key.identity, digest_of(purpose), release)
+        said = Said(f"round {round + 1}", key.identity, digest_of(*purpose), release)
         self.journal(client, orders).answer(said, partial(budget.check_run, orders))
         return Private(key, purpose, orders.rate, Mechanism(orders.clip, orders.noise, orders.expected))
 
@@ -289,7 +290,7 @@ class ExampleSide(KeyedSide):
         said = Said(
             f"subspace {question.name}",
             key.identity,
-            digest_of(purpose),
+            digest_of(*purpose),
             Release("subspace", orders.noise, orders.rate),
         )
         self.journal(client, orders).answer(said, budget.check)

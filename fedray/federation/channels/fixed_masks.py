@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedray.privacy.files import write_durably
 from fedray.privacy.keys import TEST_KEY
-from fedray.privacy.ledger import write_durably
 
 if TYPE_CHECKING:
     from fedray.config.sections import Config

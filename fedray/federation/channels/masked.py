@@ -22,9 +22,8 @@ from fedray.federation.messages import PUBLIC, Orders, SumStep
 from fedray.federation.questions import ForgetKeys, Question, Sketch, StartFromWeights, ValueQuestion
 from fedray.federation.wire import Packet
 from fedray.privacy import secure_sum
-from fedray.privacy.keys import KeyStore
+from fedray.privacy.keys import KeyStore, digest_of
 from fedray.privacy.secure_sum import Identities, Party, Rule
-from fedray.privacy.sums.book import digest_of
 
 if TYPE_CHECKING:
     from fedray.config.sections import Config

@@ -38,7 +38,7 @@ from fedray.federation.wire import Message, Packet
 from fedray.methods import Method, Update, linear_methods
 from fedray.methods.shapes import Shapes
 from fedray.privacy import client_level, secure_sum
-from fedray.privacy.ledger import write_durably
+from fedray.privacy.files import write_durably
 from fedray.privacy.secure_sum import (
     ADVERT_BYTES,
     LEAST_MEMBERS,

@@ -7,7 +7,6 @@ bits, so a worker that dies over it, or a run that is resumed, goes on.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,18 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from fedray.errors import PrivacyError
-from fedray.privacy.keys import words
-from fedray.privacy.sums.files import alone, write
+from fedray.privacy.files import alone, hashed, write
+from fedray.privacy.keys import digest_of
 from fedray.privacy.sums.rules import Session
 
 #: How often a sum may be begun anew: a coordinator may not draw neighbours until it likes them.
 SESSIONS = 16
-
-
-def digest_of(*parts: str | int | bytes) -> str:
-    """SHA-256 of the parts; no other parts give it."""
-    plain = [p.hex() if isinstance(p, bytes) else p for p in parts]
-    return hashlib.sha256(words(*plain)).hexdigest()
 
 
 @dataclass
@@ -114,9 +107,7 @@ class Book:
     """The file of one client in one run."""
 
     def __init__(self, folder: Path, run: str, client: str):
-        # Hashes: any name will do, however long, and on file systems that take A for a.
-        run, client = (hashlib.sha256(name.encode()).hexdigest()[:32] for name in (run, client))
-        self._path = Path(folder) / "secure-sums" / run / f"{client}.json"
+        self._path = Path(folder) / "secure-sums" / hashed(run) / f"{hashed(client)}.json"
 
     @contextmanager
     def opened(self) -> Iterator[Pages]:

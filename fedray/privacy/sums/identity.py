@@ -8,7 +8,6 @@ others' keys: a coordinator that puts itself in between is not noticed.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedray.errors import ConfigError, PrivacyError
+from fedray.privacy.files import hashed, make_secret
 from fedray.privacy.keys import Key
-from fedray.privacy.sums.files import make_secret
 
 SIGNATURE_BYTES, VERIFY_BYTES = 64, 32
 
@@ -114,7 +113,7 @@ class Identities:
             raise PrivacyError("two clients of privacy.identities have one key: each must draw its own")
 
     def _path(self, client: str) -> Path:
-        return self._folder / hashlib.sha256(client.encode()).hexdigest()[:32]
+        return self._folder / hashed(client)
 
 
 def line(client: str, public: bytes) -> str:

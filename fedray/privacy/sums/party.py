@@ -10,8 +10,8 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from fedray.errors import PrivacyError
-from fedray.privacy.keys import Key, Stream, words
-from fedray.privacy.sums.book import Book, Page, digest_of
+from fedray.privacy.keys import Key, Stream, digest_of, words
+from fedray.privacy.sums.book import Book, Page
 from fedray.privacy.sums.identity import Identities, Signer, is_signed
 from fedray.privacy.sums.keys import Advert, Secrets, bits, hash_of, named
 from fedray.privacy.sums.rules import Rule, Session
