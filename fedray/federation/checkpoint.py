@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedray.methods import Increment, Spec, State
+from fedray.privacy.files import flush
 
 KEPT = 2
 
@@ -64,20 +65,12 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     }
     (part / "state.json").write_text(json.dumps(plain))
     for path in (part / "tensors.safetensors", part / "state.json", part):
-        _flush(path)
+        flush(path)
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
-    _flush(folder)
+    flush(folder)
     for old in _rounds(folder)[:-KEPT]:
         shutil.rmtree(old)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _rounds(folder: Path) -> list[Path]:

@@ -42,6 +42,7 @@ class Expected:
     def __init__(self, method: Method, state: State):
         self._method, self._state = method, state
         self._by_rank: dict[int | None, Shapes] = {}
+        self._answers: dict[int | None, Shapes] = {}
 
     def shapes(self, client: str) -> Shapes:
         """Of a client's upload, by name; one for all clients of a rank."""
@@ -51,8 +52,11 @@ class Expected:
         return self._by_rank[rank]
 
     def answer_shapes(self, client: str, question: Tensors) -> Shapes:
-        """Of its answer to the method's second message."""
-        return answer_shapes(self._method, self._state, client, question)
+        """Of its answer to the method's second message, of which a round has one; one for all clients of a rank."""
+        rank = self._state.spec.ranks.get(client)
+        if rank not in self._answers:
+            self._answers[rank] = answer_shapes(self._method, self._state, client, question)
+        return self._answers[rank]
 
     @cached_property
     def unmoved(self) -> Tensors:

@@ -15,9 +15,9 @@ def hashed(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
-def flush(folder: Path) -> None:
-    """What was made, renamed or removed in the folder is on disk when this returns."""
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """A file's content, or what was made, renamed or removed in a folder, is on disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

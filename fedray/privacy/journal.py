@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -52,6 +52,10 @@ class Journal:
         self.path = folder / "answered" / hashed(run) / f"{hashed(client)}.jsonl"
         self._said: list[Said] = []
         self._known: dict[tuple[str, str], str] = {}  # inputs, by question and key
+        self._keys: set[str] = set()
+        self._steps: dict[Release, int] = {}  # of each mechanism, as a release of no steps
+        self._over = False
+        self._count: float | None = None
         self._read_to = 0
 
     @property
@@ -60,6 +64,18 @@ class Journal:
         with self._locked():
             return tuple(self._said)
 
+    @property
+    def count(self) -> float | None:
+        """The first noised number of examples that was told; None before there is one."""
+        with self._locked():
+            return self._count
+
+    @property
+    def releases(self) -> list[Release]:
+        """All so far, those of one mechanism as one."""
+        with self._locked():
+            return self._merged()
+
     def answer(self, new: Said, check: Callable[[Sequence[Release]], None]) -> None:
         """Write down an answer that is about to be given; on disk when this returns. One that is there is given again.
 
@@ -67,7 +83,7 @@ class Journal:
         question with other inputs, and for one key too many. The cost is of the new lines alone.
         """
         with self._locked() as file:
-            if any(one.what == OVER for one in self._said):
+            if self._over:
                 raise PrivacyError(
                     "this run is over, and the client's key forgotten: it sends nothing; start another run"
                 )
@@ -80,18 +96,18 @@ class Journal:
                     "and the difference would show data: it sends nothing; go on from the run's newest checkpoint, or "
                     "start another run"
                 )
-            if len({key for _, key in self._known} | {new.key}) > KEYS_A_RUN:
+            if len(self._keys | {new.key}) > KEYS_A_RUN:
                 raise PrivacyError(
                     f"its noise key was lost, or its data changed, {KEYS_A_RUN} times in this run: it sends nothing; "
                     "start another run"
                 )
-            check([*(a.release for a in self._said), new.release])
+            check([*self._merged(), new.release])
             self._write(file, new)
 
     def close(self) -> None:
         """The run is over: nothing more is answered in it, whatever becomes of the client's key."""
         with self._locked() as file:
-            if not any(one.what == OVER for one in self._said):
+            if not self._over:
                 self._write(file, Said(OVER, "", "", Release(OVER, 1.0, steps=0)))
 
     def _write(self, file: IO[bytes], said: Said) -> None:
@@ -130,6 +146,17 @@ class Journal:
     def _take(self, said: Said) -> None:
         self._said.append(said)
         self._known[said.what, said.key] = said.inputs
+        if said.what == OVER:
+            self._over = True
+            return
+        self._keys.add(said.key)
+        mechanism = replace(said.release, steps=0)
+        self._steps[mechanism] = self._steps.get(mechanism, 0) + said.release.steps
+        if said.what == "count" and self._count is None:
+            self._count = said.value
+
+    def _merged(self) -> list[Release]:
+        return [replace(mechanism, steps=steps) for mechanism, steps in self._steps.items()]
 
 
 def _parsed(line: bytes) -> Said:

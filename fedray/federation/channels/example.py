@@ -303,19 +303,18 @@ class ExampleSide(KeyedSide):
         key, deviation = self.key(client, orders), count_noise(self.config)
         noise = key.stream("count", client).normals(1).item() * deviation
         count = torch.tensor([len(self.trainer.examples("train", client)) + noise]).round()
-        journal, said = (
-            self.journal(client, orders),
-            Said("count", key.identity, "", Release("count", deviation), count.item()),
-        )
+        journal = self.journal(client, orders)
+        said = Said("count", key.identity, "", Release("count", deviation), count.item())
         # The first is before there is a budget to speak of: delta follows from it. Others have it.
-        before = journal.said
-        counted = any(one.what == "count" for one in before)
-        journal.answer(said, Budget(self.config, client, before).check if counted else lambda releases: None)
+        before = journal.count
+        check = Budget(self.config, client, before, journal.releases).check if before is not None else lambda made: None
+        journal.answer(said, check)
         return count
 
     def budget(self, client: str, orders: Orders) -> Budget:
         """What the client may release in this run, as far as what it has said allows."""
         journal = self.journal(client, orders)
-        if not any(said.what == "count" for said in journal.said):
-            self.noised_count(client, orders)  # on another machine, or before its journal was lost
-        return Budget(self.config, client, journal.said)
+        if journal.count is None:  # on another machine, or before its journal was lost
+            self.noised_count(client, orders)
+        assert journal.count is not None, "a count is told with its value"
+        return Budget(self.config, client, journal.count, journal.releases)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from fedray.errors import PrivacyError
 from fedray.federation.messages import Orders
 from fedray.privacy.accountant import Release, epsilon, merged
-from fedray.privacy.journal import Said
 from fedray.privacy.plan import default_delta, round_up
 from fedray.privacy.planning import (
     SKETCH_CLIP,
@@ -29,14 +28,13 @@ if TYPE_CHECKING:
 
 
 class Budget:
-    """What one client may still release in a run. `said`: all that it has, its noised number of examples first."""
+    """What one client may still release in a run. `count`: the noised number of examples that it has told; `releases`:
+    all that it has made."""
 
-    def __init__(self, config: Config, client: str, said: Sequence[Said]):
+    def __init__(self, config: Config, client: str, count: float, releases: Sequence[Release]):
         self._privacy, self._section = config.privacy, config.client(client)
         self._config = config
-        self._before = [one.release for one in said if one.release.what != "training"]
-        count = next(one.value for one in said if one.what == "count")
-        assert count is not None, "a count is told with its value"
+        self._before = [release for release in releases if release.what != "training"]
         # The coordinator plans with a count that was noised under this key, or under one that was lost since: the
         # difference of the two is taken to be within nine standard deviations.
         self._count = max(float(self._section.batch_size), count)
