@@ -213,6 +213,7 @@ def _audit(argv: list[str], console: Console) -> int:
 
     from fedray.audit import audit_run
     from fedray.config.read import read_config
+    from fedray.report.audit import print_audit
 
     given, rest = split(argv, lambda name: name == "canaries")
     canaries = given.get("canaries", "400")
@@ -221,17 +222,7 @@ def _audit(argv: list[str], console: Console) -> int:
     config = read_config(rest)
     with tempfile.TemporaryDirectory(prefix="fedray-audit-") as folder:
         found = audit_run(config, int(canaries), Path(folder) / "run", lambda line: console.print(line))
-    for finding in found.findings:
-        verdict = "holds" if finding.holds else "BROKEN: more is proven than is claimed"
-        console.print(f"{finding.what}", soft_wrap=True)
-        console.print(
-            f"  claimed epsilon {finding.claimed:.3f} at delta {finding.delta:g}; proven (95 %): at least "
-            f"{finding.proven:.3f}: {verdict}",
-            soft_wrap=True,
-        )
-    if found.asked:
-        console.print(f"second questions from other inputs: {found.asked}, answered: {found.answered}", soft_wrap=True)
-    console.print(f"{found.rounds} rounds with {canaries} canaries, {found.seconds:.0f} s", soft_wrap=True)
+    print_audit(console, found, int(canaries))
     return 0 if found.holds else 1
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import run
 
+from fedray.audit.attack import forged, renamed
 from fedray.config.sections import Config
 from fedray.errors import PrivacyError
 from fedray.federation.channels.example import ExampleLevel, NoisedCount
@@ -24,29 +25,8 @@ from fedray.privacy.keys import TEST_KEY, Stream
 CLIENT = "client-0"
 
 
-def forged(packet: Packet, honest: Packet) -> Packet:
-    """The packet, saying that its digest is the honest one's."""
-    object.__getattribute__(packet, "__dict__")["digest"] = honest.digest
-    assert packet.digest == honest.digest
-    return packet
-
-
 def zeros(packet: Packet) -> Packet:
     return Packet(packet.manifest, np.zeros_like(packet.vector))
-
-
-def renamed(packet: Packet) -> Packet:
-    """The same numbers under each other's names, as far as the shapes let them."""
-    of_size: dict[tuple, list[int]] = {}
-    for i, (_, shape) in enumerate(packet.manifest):
-        of_size.setdefault(shape, []).append(i)
-    names = [name for name, _ in packet.manifest]
-    for places in of_size.values():
-        for place, other in zip(places, places[1:] + places[:1], strict=True):
-            names[place] = packet.manifest[other][0]
-    manifest = tuple((name, shape) for name, (_, shape) in zip(names, packet.manifest, strict=True))
-    assert manifest != packet.manifest
-    return Packet(manifest, packet.vector)
 
 
 def as_integers(packet: Packet) -> Packet:

@@ -1,0 +1,25 @@
+"""What an audit found, on the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from fedray.audit.audited import Audited
+
+
+def print_audit(console: Console, found: Audited, canaries: int) -> None:
+    """Each claim with what is proven beside it, and whether a client answered twice."""
+    for finding in found.findings:
+        verdict = "holds" if finding.holds else "BROKEN: more is proven than is claimed"
+        console.print(f"{finding.what}", soft_wrap=True)
+        console.print(
+            f"  claimed epsilon {finding.claimed:.3f} at delta {finding.delta:g}; proven (95 %): at least "
+            f"{finding.proven:.3f}: {verdict}",
+            soft_wrap=True,
+        )
+    if found.asked:
+        console.print(f"second questions from other inputs: {found.asked}, answered: {found.answered}", soft_wrap=True)
+    console.print(f"{found.rounds} rounds with {canaries} canaries, {found.seconds:.0f} s", soft_wrap=True)
