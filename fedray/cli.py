@@ -227,18 +227,15 @@ def _audit(argv: list[str], console: Console) -> int:
 
 
 def _threats(argv: list[str], console: Console) -> int:
-    from fedray.federation.channels.threats import MODES, THREATS, markdown
+    from fedray.federation.channels.threats import markdown
+    from fedray.report.threats import print_threats
 
     if argv == ["--markdown"]:
         print(markdown())
         return 0
     if argv:
         raise ConfigError("fedray threats takes nothing, or --markdown")
-    for who, learns in THREATS.items():
-        console.print(f"{who}")
-        same = len(set(learns.values())) == 1
-        for mode in [next(iter(MODES))] if same else MODES:
-            console.print(f"  {'in every mode' if same else MODES[mode].replace('`', '')}: {learns[mode]}")
+    print_threats(console)
     return 0
 
 
