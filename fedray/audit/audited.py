@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedray.audit import sides
 from fedray.audit.attack import Attacks
+from fedray.audit.bounds import ROUNDING, example_moves, tells_of
 from fedray.audit.canaries import Canaries
 from fedray.config.sections import Config
 from fedray.errors import ConfigError
@@ -38,17 +40,22 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audited:
-    """`attacks`: how many second questions a client was asked after each of its answers, and how many it answered."""
+    """`asked`, `answered`: how many second questions a client was asked after its answers, and how many it answered.
+    `moved`: the furthest that one example, or a client that keeps to nothing, moved a sum, in clips; None where nobody
+    but the client sees what one adds. `told`: fields of the records that tell of a secret cohort."""
 
     findings: list[Finding]
     asked: int
     answered: int
+    moved: float | None
+    told: list[str]
     rounds: int
     seconds: float
 
     @property
     def holds(self) -> bool:
-        return self.answered == 0 and all(finding.holds for finding in self.findings)
+        bounded = self.moved is None or self.moved <= 1 + ROUNDING
+        return self.answered == 0 and bounded and not self.told and all(finding.holds for finding in self.findings)
 
 
 def audit_run(config: Config, canaries: int, folder: Path, said: Callable[[str], None] = lambda line: None) -> Audited:
@@ -68,12 +75,14 @@ def audit_run(config: Config, canaries: int, folder: Path, said: Callable[[str],
     server = Coordinator(config, str(folder), worker.describe(), pool, prepared.data, channel=watch.channel)
     _check_room(canaries, watch, worker, prepared.trainable)
     server.evaluate_start()
+    records = []
     while not server.done and (record := server.run_round()) is not None:
+        records.append(record)
         said(f"round {record['round']} of {config.federation.rounds}")
-    findings = watch.findings(server.channel.ledger)
-    rounds = server.rounds_done
+    ledger = server.channel.ledger
+    findings, moved, told = watch.findings(ledger), watch.moved(worker, ledger), watch.told(records)
     server.finish()
-    return Audited(findings, pool.asked, pool.answered, rounds, time.monotonic() - began)
+    return Audited(findings, pool.asked, pool.answered, moved, told, len(records), time.monotonic() - began)
 
 
 def _check_room(canaries: int, watch: _Watched, worker: Worker, trainable: int) -> None:
@@ -91,13 +100,14 @@ class _Watched:
     def __init__(self, config: Config, client: str, canaries: int):
         self.config, self.client = config, client
         self.canaries, self.sketches = Canaries(canaries), None
+        self.cohorts = sides.Cohorts()
         self.side: sides.SideMaker = make_side
         self.channel: sides.ChannelMaker = make_channel
         if config.privacy.trust == "nobody":
             self.side = sides.shares(client, self.canaries)
             self.channel = sides.noised_mean_seen(self.canaries)
         elif config.privacy.unit == "client":
-            self.channel = sides.clients(self.canaries)
+            self.channel = sides.clients(self.canaries, self.cohorts)
         else:
             self.sketches = Canaries(canaries) if config.adapter.subspace == "private" else None
             self.side = sides.examples(client, self.canaries, self.sketches)
@@ -109,6 +119,17 @@ class _Watched:
         if self.sketches is not None:
             found.insert(0, _finding("the private subspace", self.sketches, ledger, name, "subspace", delta))
         return found
+
+    def moved(self, worker: Worker, ledger: Ledger) -> float | None:
+        """How far one of those that are protected moved a sum, in clips."""
+        if self.config.privacy.unit == "example":
+            return example_moves(worker.trainer, self.client, ledger.plans[self.client].clip)
+        # A masked sum shows nothing of one client: what bounds it is its own side.
+        return None if self.config.privacy.secure_aggregation else self.cohorts.moved
+
+    def told(self, records: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Fields of the records that tell of a cohort that is a secret."""
+        return tells_of(records, self.cohorts.drawn) if self.config.federation.cohort and self.cohorts.drawn else []
 
     @property
     def _what(self) -> str:

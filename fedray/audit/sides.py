@@ -4,11 +4,12 @@ what is seen of them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from fedray.audit.bounds import hostile
 from fedray.audit.canaries import Canaries
 from fedray.federation.channels.base import Context, Intake, Tensors, Training
 from fedray.federation.channels.client import ClientLevel
@@ -16,7 +17,9 @@ from fedray.federation.channels.distributed import DistributedSide
 from fedray.federation.channels.example import ExampleSide
 from fedray.federation.channels.registry import make_channel, make_side
 from fedray.federation.messages import Orders, Outcome
+from fedray.federation.wire import unpack
 from fedray.methods import Method, Spec, View
+from fedray.privacy import client_level
 from fedray.privacy.ledger import EVERYONE
 from fedray.privacy.private import Private
 
@@ -70,13 +73,23 @@ class _AuditedExamples(ExampleSide):
         return picked, sides, replace(noise, beside=beside, seen=sketches.see)
 
 
-def clients(canaries: Canaries) -> ChannelMaker:
+@dataclass
+class Cohorts:
+    """What an audit notes of client-level rounds: who was drawn, and the furthest that a client that keeps to nothing
+    moved a sum, in clips (of its bit about the clip, in halves)."""
+
+    drawn: list[list[str]] = field(default_factory=list)
+    moved: float = 0.0
+
+
+def clients(canaries: Canaries, cohorts: Cohorts) -> ChannelMaker:
     """The server's half of client-level privacy, with clients in the sums that are canaries."""
 
     def make(context: Context) -> Any:
         channel = make_channel(context)
         assert isinstance(channel, ClientLevel)
-        channel.__class__ = type("AuditedClients", (_Audited, type(channel)), {"canaries": canaries})
+        held = {"canaries": canaries, "cohorts": cohorts}
+        channel.__class__ = type("AuditedClients", (_Audited, type(channel)), held)
         return channel
 
     return make
@@ -95,12 +108,23 @@ class _Seen(ClientLevel):
 
 
 class _Audited(_Seen):
-    """The same with canaries in the sum before its noise."""
+    """The same with canaries in the sum before its noise, and a client beside it that keeps to nothing."""
+
+    cohorts: Cohorts
+
+    def collect(self, call: Training, outcomes: Sequence[Outcome]) -> Intake:
+        self.cohorts.drawn.append([outcome.client for outcome in outcomes])
+        return super().collect(call, outcomes)
 
     def _total(
         self, reference: Mapping[str, Tensor], updates: Sequence[dict[str, Tensor]]
     ) -> tuple[dict[str, Tensor], float]:
         total, within = super()._total(reference, updates)
+        stranger = hostile(reference, self.config.privacy.adaptive_clip is not None)
+        if self.look(stranger) is None:  # it was not left out
+            more, bit = super()._total(reference, [unpack(stranger)])
+            moves = (client_level.norm(more) / self._clip, abs(bit) / client_level.HALF)
+            self.cohorts.moved = max(self.cohorts.moved, *moves)
         self.canaries.scatter({n: tuple(t.shape) for n, t in total.items()})
         self.canaries.add(total, self._clip, self.canaries.sampled(self.ledger.plans[EVERYONE].rate))
         return total, within

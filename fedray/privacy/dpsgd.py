@@ -154,6 +154,20 @@ def noised(total: Tensor, mechanism: Mechanism, noise: Stream | None) -> Tensor:
     return total / mechanism.expected
 
 
+def clipped_sum(
+    engine: Engine, hooks: SampleHooks, micro_batches: Sequence[dict], losses: Losses, clip: float
+) -> ClippedSum:
+    """The sum of a Poisson batch's clipped gradients, before its noise. Raises PrivacyError as `private_step` does."""
+    clipped = ClippedSum(engine.parameters, clip)
+    with hooks.awake():
+        for i, batch in enumerate(micro_batches):
+            with each_alone(engine.model):
+                each = losses(engine.forward, batch)
+            engine.backward(each.sum(), i == len(micro_batches) - 1)
+            clipped.add(len(each))
+    return clipped
+
+
 def private_step(
     engine: Engine,
     hooks: SampleHooks,
@@ -174,13 +188,7 @@ def private_step(
     to). `beside`: adds an audit's canaries to the sum. An example whose gradient is not finite adds nothing. Raises
     PrivacyError when the step was not a private one.
     """
-    clipped = ClippedSum(engine.parameters, mechanism.clip)
-    with hooks.awake():
-        for i, batch in enumerate(micro_batches):
-            with each_alone(engine.model):
-                each = losses(engine.forward, batch)
-            engine.backward(each.sum(), i == len(micro_batches) - 1)
-            clipped.add(len(each))
+    clipped = clipped_sum(engine, hooks, micro_batches, losses, mechanism.clip)
     before = engine.read() if check else {}
     total = clipped.total()
     if clipped.not_finite:  # in this machine's own log: how many is private

@@ -250,6 +250,19 @@ class LocalTrainer:
                 beside=private.beside,
             )
 
+    def clipped_sum(self, examples: list[Example], clip: float) -> Tensor:
+        """What a private step over these examples would sum before its noise, as one fp64 vector: an audit's question
+        about the model of the last round."""
+        from fedray.privacy.dpsgd import clipped_sum
+
+        if self._hooks is None or self._engine is None:
+            raise ValueError("no private step was taken: there is no sum to look at")
+        self.model.train()
+        batches = [self._batch(examples)] if examples else []
+        total = clipped_sum(self._engine, self._hooks, batches, self.task.losses, clip).total()
+        self.reset()
+        return total
+
     @torch.no_grad()
     def evaluate(
         self, view: View, part: str, client: str, share: tuple[int, int], base_key: Any = None

@@ -1,15 +1,18 @@
 """The audit of whole runs: what canaries prove stays below the claim, and faults that were, put back, are caught."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from fedray.audit import audit_run
+from fedray.audit.bounds import tells_of
 from fedray.cli import main
 from fedray.errors import ConfigError
 from fedray.federation import questions, wire, worker
+from fedray.federation.channels import accounted, client, example
 from fedray.privacy import client_level, discrete, dpsgd
 from fedray.privacy.journal import Journal
 from fedray.training import subspace
@@ -89,6 +92,54 @@ def test_a_clip_that_is_not_kept_is_caught(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(Canaries, "add", lambda self, tensors, weight, who: real(self, tensors, 10 * weight, who))
     privacy = KINDS["clients"][0]["privacy"] | {"noise": 4.0}
     assert not audited(make_config, tmp_path, "clients", privacy=privacy).holds
+
+
+@pytest.mark.parametrize(("kind", "moved"), [("examples", 1.0), ("clients", 0.0), ("nobody", None)])
+def test_what_one_moves_a_sum_by_is_measured(make_config, tmp_path, kind, moved):
+    """A client beyond the clip is left out, so it moves nothing; of a masked sum nobody sees what one adds."""
+    found = audited(make_config, tmp_path, kind, privacy=KINDS[kind][0]["privacy"] | {"clip": 0.01})
+    assert found.moved == pytest.approx(moved, abs=1e-3) if moved is not None else found.moved is None
+
+
+def test_an_example_that_moves_what_others_add_is_caught(make_config, tmp_path, monkeypatch):
+    """Dropout's masks are laid out over a batch, so one example more shifts them all."""
+    monkeypatch.setattr(example, "check", lambda config: None)
+    monkeypatch.setattr(dpsgd, "check_model", lambda model: None)
+    monkeypatch.setattr(dpsgd, "each_alone", lambda model: nullcontext())
+    adapter = {"kind": "lora", "rank": 2, "dropout": 0.4}
+    privacy = KINDS["examples"][0]["privacy"] | {"clip": 0.01}
+    found = audited(make_config, tmp_path, "examples", adapter=adapter, privacy=privacy)
+    assert found.moved > 1.01 and not found.holds
+
+
+@pytest.mark.parametrize("adaptive", [None, 0.5])
+def test_a_client_that_moves_the_sum_at_will_is_caught(make_config, tmp_path, monkeypatch, adaptive):
+    monkeypatch.setattr(client.ClientLevel, "look", lambda self, packet: None)
+    privacy = KINDS["clients"][0]["privacy"] | {"adaptive_clip": adaptive}
+    found = audited(make_config, tmp_path, "clients", privacy=privacy)
+    assert found.moved > 1e3 and not found.holds
+
+
+def test_a_secret_cohort_that_records_name_is_caught(make_config, tmp_path, monkeypatch):
+    cohorts = {"federation__cohort": 2}
+    assert audited(make_config, tmp_path / "kept", "clients", **cohorts).holds
+
+    def named(self, record, message, last):
+        return accounted.Accounted.annotate(self, record, message, last)
+
+    monkeypatch.setattr(client.ClientLevel, "annotate", named)
+    found = audited(make_config, tmp_path / "named", "clients", **cohorts)
+    assert found.told == ["cohort"] and not found.holds
+
+
+def test_a_number_that_grows_with_a_secret_cohort_tells_of_it():
+    drawn = [["a", "b"], [], ["a", "b", "c"]]
+    records = [{"bytes_up": 7 * len(who), "bytes_down": 40, "seconds": {"train": 0.1 + len(who)}} for who in drawn]
+    assert tells_of(records, drawn) == ["bytes_up"]
+    assert tells_of([r | {"bytes_up": 14} for r in records], drawn) == []
+    assert tells_of(
+        [r | {"who": w, "seconds": {"each": 2.5 * len(w)}} for r, w in zip(records, drawn, strict=True)], drawn
+    ) == ["who", "bytes_up", "seconds.each"]
 
 
 def trusts_digests(patch):
