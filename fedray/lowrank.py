@@ -148,8 +148,14 @@ class LowRank:
         return LowRank(U * S, Vt).to(self.B.dtype)
 
     def bounded(self) -> LowRank:
-        """Itself while k <= min(m, n), else compressed to that: memory stays below twice the dense matrix's."""
-        return self if self.k <= min(self.shape) else self.compress(min(self.shape))
+        """Itself while k <= min(m, n); else the dense matrix, summed in fp64, beside an identity: O(m n k), and memory
+        stays below twice the dense matrix's."""
+        m, n = self.shape
+        if self.k <= min(m, n):
+            return self
+        whole = (self.B.double() @ self.A.double()).to(self.B.dtype)
+        identity = torch.eye(min(m, n), dtype=whole.dtype, device=whole.device)
+        return LowRank(identity, whole) if m <= n else LowRank(whole, identity)
 
     def dense(self) -> Tensor:
         """The m x n matrix itself, for tests and for writing into weights."""

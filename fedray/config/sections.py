@@ -249,6 +249,9 @@ class FederationSection(Section):
     sent). What is not finite, or has other names or shapes, is left out always."""
     max_update_ratio: float | None = Field(None, ge=1)
     """The same, as a multiple of the median of the round's updates (of three at least)."""
+    exact_report: bool = False
+    """Measure what a round and plain averaging lost in large cohorts too, where it is estimated otherwise, with its
+    standard error in rounds.jsonl: costs what forming each layer's matrix costs."""
 
     @property
     def micro_batch(self) -> int:

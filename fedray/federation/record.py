@@ -34,7 +34,8 @@ class RoundRecord:
     """A finished round (`round` from 1). Errors are relative Frobenius norms, None where they cannot be known; bytes
     are of all clients together; `ideal_norm` is the errors' denominator.
 
-    `cohort` is None where it is a secret. `clip`: the round's and the next one's, of client-level privacy. `stopped`:
+    `cohort` is None where it is a secret. `standard_error`: of `aggregation_error` and
+    `exactness`, where they are estimates. `clip`: the round's and the next one's, of client-level privacy. `stopped`:
     why no round may follow.
     """
 
@@ -49,6 +50,7 @@ class RoundRecord:
     ideal_norm: float | None
     evaluation: Evaluation | None = None
     epsilon: dict[str, float] | None = None
+    standard_error: tuple[float, float] | None = None
     clip: tuple[float, float] | None = None
     stopped: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -63,6 +65,8 @@ class RoundRecord:
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _APART
         }
         values |= {"metrics": None, "store_error": None}
+        if self.standard_error is not None:
+            values["standard_error"] = dict(zip(("aggregation_error", "exactness"), self.standard_error, strict=True))
         if self.clip is not None:
             values |= {"clip": self.clip[0], "next_clip": self.clip[1]}
         if self.stopped is not None:
@@ -74,4 +78,4 @@ class RoundRecord:
         return values | {"seconds": dict(self.seconds)}
 
 
-_APART = {"evaluation", "clip", "stopped", "seconds"}
+_APART = {"evaluation", "standard_error", "clip", "stopped", "seconds"}

@@ -64,7 +64,7 @@ def run_round(server: Coordinator) -> RoundRecord | None:
     with timed(seconds, "aggregate"), threads(AGGREGATION_THREADS):
         intake = server.channel.collect(call, attendance.outcomes)
         state, attendance, intake = second_upload(server, call, attendance, intake)
-        next_state, diagnostics = server.method.aggregate(state, intake.updates)
+        next_state, diagnostics = server.method.aggregate(state, intake.updates, server.config.federation.exact_report)
         server.publish(next_state)
     server.keep(attendance.outcomes)
 
@@ -183,6 +183,7 @@ def described(
         aggregation_error=diagnostics.aggregation_error,
         exactness=diagnostics.exactness,
         ideal_norm=diagnostics.ideal_norm,
+        standard_error=diagnostics.standard_error,
     )
 
 

@@ -202,14 +202,18 @@ class Method(ABC):
 
     # --- the server --------------------------------------------------------------------------------------------
 
-    def aggregate(self, state: State, updates: Iterable[Update]) -> tuple[State, Diagnostics]:
+    def aggregate(
+        self, state: State, updates: Iterable[Update], exact_report: bool = False
+    ) -> tuple[State, Diagnostics]:
         """The next state and what was lost on the way: against the mean of all who reported, also where a robust rule
-        took another value on purpose. Raises RoundError on non-finite values, and on no updates or fewer than a rule
+        took another value on purpose; `exact_report`: measured, and not estimated, in large cohorts too.
+
+        Raises RoundError on non-finite values, and on no updates or fewer than a rule
         needs."""
         cohort = self.gather(state, checked(updates))
         taken = cohort if self.robust is None else self._robust(self.robust, state, cohort)
         merged, landed = self.merge(state, taken)
-        diagnostics = diagnose(state.spec, cohort, landed)
+        diagnostics = diagnose(state.spec, cohort, landed, exact_report)
         if self.server is not None:
             merged = self._stepped(self.server, state, taken)
         check_state(state, merged)

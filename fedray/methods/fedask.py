@@ -77,7 +77,9 @@ class FedASK(Method):
             sent[key(layer, LEFT)] = torch.tensor([LowRank(B_mr - Q_mq @ seen_qr, A_rn).norm()], dtype=A_rn.dtype)
         return sent
 
-    def aggregate(self, state: State, updates: Iterable[Update]) -> tuple[State, Diagnostics]:
+    def aggregate(
+        self, state: State, updates: Iterable[Update], exact_report: bool = False
+    ) -> tuple[State, Diagnostics]:
         """`updates` hold both uploads; `state.memory` holds the question's Q."""
         updates = list(checked(updates))
         merged, spectra = self._reduce(state, updates)

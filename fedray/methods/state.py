@@ -183,12 +183,13 @@ class Diagnostics:
 
     `aggregation_error`: what plain factor averaging would have lost against the ideal. `exactness`: what this
     method's broadcast does lose (before a server optimizer's step). `ideal_norm`: ||sum p_i delta_i||, the
-    denominator of both.
+    denominator of both. `standard_error`: of the first two, where they are estimates (`diagnose`).
     """
 
     aggregation_error: float | None
     exactness: float | None
     ideal_norm: float | None
+    standard_error: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fedray.federation.prepare import Prepared
 from fedray.plan import plan
 from fedray.privacy.keys import TEST_KEY
 from fedray.report.plan import UNKNOWN_COUNTS, print_plan
-from fedray.report.words import share, size, title
+from fedray.report.words import measured, share, size, title
 
 
 def run_privacy(summary: dict[str, Any]) -> str:
@@ -103,8 +103,8 @@ class ConsoleListener:
         return (
             f"round {record['round']:>3}  {loss}{spent}{metric}up {size(record['bytes_up'])}  "
             f"down {size(record['bytes_down'])}  "
-            f"factor averaging would lose {share(record['aggregation_error'], '.2%')}, "
-            f"lost {share(record['exactness'], '.1e')}  {sum(record['seconds'].values()):.1f} s{left_out}"
+            f"factor averaging would lose {measured(record, 'aggregation_error', '.2%')}, "
+            f"lost {measured(record, 'exactness', '.1e')}  {sum(record['seconds'].values()):.1f} s{left_out}"
         )
 
     def note(self, text: str) -> None:

@@ -19,7 +19,7 @@ from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError
 from fedray.federation.channels.fixed_masks import NOT_SECURE, were_fixed
 from fedray.federation.results import read_rounds
-from fedray.report.words import share, size, title
+from fedray.report.words import measured, share, size, title
 
 _STYLE = Markup("""
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #1b1f24; }
@@ -171,8 +171,8 @@ def _rounds(records: list[dict]) -> Markup:
             f"{r['train_loss']:.4f}" if r["train_loss"] is not None else "-",
             size(r["bytes_up"]),
             size(r["bytes_down"]),
-            share(r["aggregation_error"], ".2%"),
-            share(r["exactness"], ".1e"),
+            measured(r, "aggregation_error", ".2%"),
+            measured(r, "exactness", ".1e"),
             f"{sum(r['seconds'].values()):.1f}",
         )
         for r in records

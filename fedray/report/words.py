@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 _UNITS = ("B", "KiB", "MiB", "GiB")
 
 
@@ -24,6 +27,12 @@ def number(count: int) -> str:
     if count >= 1e9:
         return f"{count / 1e9:.2f} B"
     return f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count:,}"
+
+
+def measured(record: Mapping[str, Any], name: str, form: str) -> str:
+    """A round's relative error, with its standard error where it is an estimate."""
+    deviation = record.get("standard_error", {}).get(name, 0.0)
+    return share(record[name], form) + (f" ± {deviation:{form}}" if deviation else "")
 
 
 def share(value: float | None, form: str) -> str:
