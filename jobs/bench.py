@@ -2,6 +2,7 @@
 
     python jobs/bench.py                # all of it
     python jobs/bench.py aggregation    # factored against dense, 4096 x 4096, 10 clients, rank 16
+    python jobs/bench.py cohorts        # an aggregation's cost a client with 10, 100 and 1,000 of them
     python jobs/bench.py step           # a DeepSpeed client step against the same loop in plain PyTorch
     python jobs/bench.py abba           # ABBA's memory and step against LoRA's at equal parameters, and LoHa's
     python jobs/bench.py privacy        # a DP-SGD step against the plain step
@@ -20,6 +21,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memo
 
 from benches.abba import abba
 from benches.aggregation import aggregation
+from benches.cohorts import cohorts
 from benches.privacy import private
 from benches.secure_sums import secure
 from benches.sharing import sharing
@@ -50,6 +52,7 @@ def main() -> None:
 
 BENCHES: dict[str, Callable[[Console, argparse.Namespace, list[str]], None]] = {
     "aggregation": lambda console, args, _: aggregation(console, args.size, args.size, clients=10, rank=16),
+    "cohorts": lambda console, args, _: cohorts(console),
     "step": lambda console, args, _: step(console, args.rounds),
     "abba": lambda console, args, _: abba(console, args.rounds),
     "privacy": lambda console, args, _: private(console, args.rounds),

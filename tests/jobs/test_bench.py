@@ -21,6 +21,12 @@ def test_the_ways_of_aggregating_agree(capsys):
     assert len(gaps) == 4 and max(gaps[:3]) < 1e-5 and gaps[3] < 1e-12
 
 
+def test_the_cohorts_benchmark_runs(capsys):
+    bench.cohorts(Console(width=200), (2, 4), size=48, layers=1)
+    out = capsys.readouterr().out
+    assert all(f" {name} " in out for name in ("fedit", "fra", "ravan")) and "4 clients" in out
+
+
 def test_the_step_benchmark_runs(capsys):
     bench.step(Console(width=140), rounds=2)
     assert "DeepSpeed, ZeRO 0" in capsys.readouterr().out
