@@ -16,6 +16,16 @@ def kept_tensors(factors: Tensors, optimizer: Tensors) -> dict[str, Tensor]:
     return {f"{_OPTIMIZER}{n}": t for n, t in optimizer.items()} | {f"{_FACTORS}{n}": t for n, t in factors.items()}
 
 
+def factor_name(name: str) -> str:
+    """The name under which a factor is kept."""
+    return f"{_FACTORS}{name}"
+
+
+def is_factor(name: str) -> bool:
+    """Whether a kept tensor is a factor."""
+    return name.startswith(_FACTORS)
+
+
 def factors_kept(kept: Tensors) -> dict[str, Tensor]:
     """The factors among what was kept."""
     return {n.removeprefix(_FACTORS): t for n, t in kept.items() if n.startswith(_FACTORS)}

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from fedray.federation.kept import factor_name, is_factor
 from fedray.federation.messages import Answered, Failure, Outcome, Trained
 from fedray.federation.wire import Manifest, Packet, pack
 from fedray.methods import Method, State
 from fedray.methods.shapes import Shapes, answer_shapes, sent_shapes, trained
-from fedray.methods.state import Tensors
+from fedray.methods.state import Tensors, key
 
 #: The largest norm of an update. No training comes near it, and products of four such factors (ABBA's) are still fp32.
 LARGEST = 1e9
@@ -57,6 +58,14 @@ class Expected:
         if rank not in self._answers:
             self._answers[rank] = answer_shapes(self._method, self._state, client, question)
         return self._answers[rank]
+
+    def kept(self, client: str) -> Shapes:
+        """Of the factors that stay with it, by the name under which they are kept."""
+        spec = self._state.spec.of(client)
+        keeps = self._method.keeps(spec)
+        return {
+            factor_name(key(layer, f)): tuple(spec.adapter.shapes(layer)[f]) for layer in spec.layers for f in keeps
+        }
 
     @cached_property
     def unmoved(self) -> Tensors:
@@ -133,7 +142,8 @@ def norm(vector: np.ndarray, start: np.ndarray | None = None) -> float:
 
 def flaw_of_form(packet: Any, dtype: type, shapes: Shapes | None = None) -> str | None:
     """Why a packet is none that may be unpacked (as `shapes`, where they are given); None where it is."""
-    if not isinstance(packet, Packet) or not isinstance(packet.vector, np.ndarray) or packet.vector.ndim != 1:
+    # A subclass (a masked array) may do other things than a vector does.
+    if type(packet) is not Packet or type(packet.vector) is not np.ndarray or packet.vector.ndim != 1:
         return "what it sent is no vector"
     if packet.vector.dtype != np.dtype(dtype):
         return f"it sent numbers of type {packet.vector.dtype}, and {np.dtype(dtype)} is due"
@@ -143,6 +153,14 @@ def flaw_of_form(packet: Any, dtype: type, shapes: Shapes | None = None) -> str 
     if sum(sizes) != len(packet.vector):
         return f"it sent {len(packet.vector):,} numbers of tensors that have {sum(sizes):,}"
     return None if shapes is None else _difference(packet.manifest, shapes)
+
+
+def flaw_of_kept(packet: Any, factors: Shapes) -> str | None:
+    """Why what a client keeps may not be kept for it. `factors`: those that it has to keep."""
+    flaw = flaw_of_form(packet, np.float32) or flaw_of_values(packet)
+    if flaw is None and {n: shape for n, shape in packet.manifest if is_factor(n)} != factors:
+        flaw = "it sent other factors than its own"
+    return flaw and f"of what stays with it: {flaw}"
 
 
 def _sizes(manifest: Any) -> list[int] | None:

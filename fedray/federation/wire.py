@@ -44,8 +44,14 @@ class Packet:
         return digest.hexdigest()
 
     def again(self) -> Packet:
-        """The same in an object of one's own, in which nothing that somebody else worked out (a digest) comes along."""
-        return Packet(self.manifest, self.vector)
+        """The same in an object of one's own, in which nothing that somebody else worked out (a digest) comes along.
+        Raises PrivacyError for what is no plain vector of fp32 numbers: of other types (a structure, read from another
+        offset) two that differ may have one digest."""
+        vector = self.vector
+        if type(vector) is not np.ndarray or vector.ndim != 1 or vector.dtype is not np.dtype(np.float32):
+            raise PrivacyError("the coordinator sent what is no plain vector of fp32 numbers: the client takes nothing")
+        manifest = tuple((str(name), tuple(int(size) for size in shape)) for name, shape in self.manifest)
+        return Packet(manifest, vector)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A digest never travels: whoever gets a packet works out its own.

@@ -23,17 +23,25 @@ from fedray.privacy.keys import Stream
 #: The least standard deviation of a share, in steps of the ring, with which tau is nothing.
 LEAST_SHARE = 10.0
 
+#: The most: 40 standard deviations are below 2^53, up to which fp64 has every whole number.
+MOST_SHARE = 2.0**47
+
 _BLOCK = 1 << 20  # numbers tried at a time
 
 
 def share_of(deviation: float, members: int) -> float:
     """Standard deviation of each member's share of noise of `deviation` on their sum, both in steps of the ring. Raises
-    ValueError where it is too little for whole numbers."""
+    ValueError where it is too little for whole numbers, or too much for those that fp64 draws and the ring holds."""
     share = deviation / math.sqrt(members)
     if not share >= LEAST_SHARE:
         raise ValueError(
             f"noise of {share:.3g} steps of the ring a client is too little for whole numbers, which need "
             f"{LEAST_SHARE:g}: raise privacy.clip"
+        )
+    if not share <= MOST_SHARE:
+        raise ValueError(
+            f"noise of {share:.3g} steps of the ring a client is more than fp64 draws whole numbers of, which is "
+            f"{MOST_SHARE:.3g}: lower privacy.clip"
         )
     return share
 

@@ -113,7 +113,10 @@ def beside(config: Config, ledger: Ledger, clients: int) -> dict[str, Any]:
     least = rule_of(config).fewest(clients)
     return {
         "accountant": "RDP of Gaussian noise, which bounds a sum of discrete ones (Kairouz, Liu, Steinke, 2021)",
-        "epsilon_against_a_lying_coordinator": against_liars(ledger.plans[EVERYONE], least, clients),
+        # Without identities a coordinator that stands in for the others reads one update with its own share alone.
+        "epsilon_against_a_lying_coordinator": (
+            against_liars(ledger.plans[EVERYONE], least if rule_of(config).signed else 1, clients)
+        ),
     }
 
 

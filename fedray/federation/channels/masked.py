@@ -131,9 +131,14 @@ class Masked(Packed):
         self.config, self.keys, self.count = config, keys, count
         self.identities = Identities(keys.folder, config.privacy.identities)
         self._terms: dict[str, str] = {}
+        self._run = ""  # the one that the first step or orders named
 
     def party(self, client: str, run: str) -> Party:
-        """The client in the sums of a run."""
+        """The client in the sums of a run. Raises PrivacyError for another run than this worker's: each has a book of
+        its own, and over two of them the same round would be opened over other clients."""
+        self._run = self._run or run
+        if run != self._run:
+            raise PrivacyError("the coordinator named another run than the one this worker is for: it sends nothing")
         key = self.keys.key(run, client)
         return Party(client, key, rule_of(self.config), self.identities, self.keys.folder, run)
 
@@ -143,7 +148,7 @@ class Masked(Packed):
         self._terms[client] = digest_of(inputs(), *orders.shape())
 
     def members(self, client: str, orders: Orders) -> tuple[str, ...]:
-        if orders.sum is None:
+        if orders.sum is None or orders.run != orders.sum.run:
             return ()
         return self.party(client, orders.sum.run).session(orders.sum.name).members
 
@@ -164,6 +169,8 @@ class Masked(Packed):
                     "privacy.secure_aggregation: it sends nothing"
                 )
             return super().seal(client, tensors, orders, asked, noise)
+        if orders.run != orders.sum.run:
+            raise PrivacyError("the coordinator named two runs for one answer of a secure sum: it sends nothing")
         weight, party, step = self._weight(client, orders.weight), self.party(client, orders.sum.run), orders.sum
         names = sorted(tensors)
         values = torch.cat([tensors[n].detach().double().reshape(-1) for n in names]).cpu().numpy() * weight

@@ -47,7 +47,7 @@ from fedray.federation.questions import (
     StartFromWeights,
     ValueQuestion,
 )
-from fedray.federation.screening import flaw_of_form, flaw_of_report, flaw_of_values, left_out
+from fedray.federation.screening import flaw_of_form, flaw_of_kept, flaw_of_report, flaw_of_values, left_out
 from fedray.federation.wire import Message, Packet, pack, unpack
 from fedray.methods import Method, Spec, Update, View
 from fedray.methods.shapes import Shapes
@@ -222,7 +222,7 @@ class Plain:
     def judged(self, call: Training, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """The outcomes, with the clients whose update is none, or moved too far, as failures. One update at a time is
         in memory, and is read once more when it is added."""
-        flaws = self._flaws(outcomes, partial(self.shapes, call), self.look)
+        flaws = self._flaws_of_kept(call, outcomes) | self._flaws(outcomes, partial(self.shapes, call), self.look)
         sound = [o for o in outcomes if not o.failed and o.client not in flaws]
         flaws |= {
             o.client: f"it counts with a weight of {w:g}" for o in sound if not 0 < (w := self.weight(o)) < math.inf
@@ -263,6 +263,22 @@ class Plain:
         except LostError as error:
             return str(error)
         return self.carrier.flaw(packet, shapes, look) or flaw_of_report(outcome.report, packet, self.tells)
+
+    def _flaws_of_kept(self, call: Training, outcomes: Sequence[Outcome]) -> dict[str, str]:
+        """What is wrong with what stays with clients, by client, where anything stays beyond the round."""
+        flaws: dict[str, str] = {}
+        for outcome in (o for o in outcomes if not o.failed):
+            factors = call.expected.kept(outcome.client)
+            if not factors and (outcome.kept is None or not self.config.federation.keep_optimizer):
+                continue
+            try:
+                kept = None if outcome.kept is None else self.context.pool.fetch(outcome.kept)
+            except LostError as error:
+                flaws[outcome.client] = str(error)
+                continue
+            if flaw := flaw_of_kept(kept, factors):
+                flaws[outcome.client] = flaw
+        return flaws
 
     def weight(self, outcome: Outcome) -> float:
         """What a client's update counts with."""
