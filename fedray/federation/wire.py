@@ -49,7 +49,7 @@ class Packet:
         offset) two that differ may have one digest."""
         vector = self.vector
         if type(vector) is not np.ndarray or vector.ndim != 1 or vector.dtype is not np.dtype(np.float32):
-            raise PrivacyError("the coordinator sent what is no plain vector of fp32 numbers: the client takes nothing")
+            raise PrivacyError("the coordinator sent what is no plain vector of fp32 numbers: it sends nothing")
         manifest = tuple((str(name), tuple(int(size) for size in shape)) for name, shape in self.manifest)
         return Packet(manifest, vector)
 

@@ -13,7 +13,7 @@ from scipy import stats
 from scipy.special import logsumexp
 
 from fedray.privacy.accountant import Release, epsilon
-from fedray.privacy.discrete import LEAST_SHARE, effective_noise, integers, share_of
+from fedray.privacy.discrete import LEAST_SHARE, MOST_SHARE, effective_noise, integers, share_of
 from fedray.privacy.keys import Key
 
 KEY = Key(b"k" * 32)
@@ -61,6 +61,15 @@ def test_shares_add_up_to_the_noise_and_those_that_are_missing_are_counted(membe
     for sent in range(1, members + 1, max(1, members // 7)):
         assert math.isclose(effective_noise(noise, members, sent) * sensitivity, share * math.sqrt(sent), rel_tol=1e-9)
     assert effective_noise(noise, members, members + 5) == noise
+
+
+def test_noise_that_fp64_draws_no_whole_numbers_of_is_refused():
+    drawn = integers(KEY.stream("most"), MOST_SHARE, 20_000)
+    assert 0.97 < drawn.std() / MOST_SHARE < 1.03 and abs(drawn).max() < 2**53
+    assert 0.47 < (drawn & 1).mean() < 0.53  # the lowest bit is noise, too
+    assert share_of(MOST_SHARE * 2, 4) == MOST_SHARE
+    with pytest.raises(ValueError, match="more than fp64 draws whole numbers of.*lower privacy.clip"):
+        share_of(MOST_SHARE * 2.01, 4)
 
 
 @pytest.mark.parametrize(

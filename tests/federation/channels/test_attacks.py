@@ -34,6 +34,14 @@ def as_integers(packet: Packet) -> Packet:
     return Packet(packet.manifest, packet.vector.view(np.int32))
 
 
+def structured(packet: Packet, offset: int = 4) -> Packet:
+    """Of eight bytes a number, those at the offset: two packets that differ in it alone have one buffer and one name
+    of their type."""
+    pairs = np.stack([packet.vector, np.zeros_like(packet.vector)], 1).reshape(-1)
+    kind = np.dtype({"names": ["x"], "formats": ["<f4"], "offsets": [offset], "itemsize": 8})
+    return Packet(packet.manifest, pairs.view(kind))
+
+
 def refused(update, report) -> bool:
     """One sentence, and nothing else."""
     assert update is None
@@ -48,6 +56,7 @@ ROUNDS = {
     "zero packet, forged digest": lambda a: {"packet": forged(zeros(a["packet"]), a["packet"])},
     "names exchanged, forged digest": lambda a: {"packet": forged(renamed(a["packet"]), a["packet"])},
     "another type, forged digest": lambda a: {"packet": forged(as_integers(a["packet"]), a["packet"])},
+    "a structure for each number": lambda a: {"packet": structured(a["packet"])},
     "other draw": lambda a: {"header": dataclasses.replace(a["header"], draw={"A": 7, "B": 7, "R": 7})},
     "other plain": lambda a: {"header": dataclasses.replace(a["header"], plain={"blocks": []} | {"x": 1})},
     "fewer train": lambda a: {"header": dataclasses.replace(a["header"], trained=a["header"].trained[:-1])},
@@ -65,12 +74,14 @@ ROUNDS = {
 INCREMENTS = {
     "zero increments": lambda a: {"fetch": lambda v: zeros(a["fetch"](v))},
     "zero increments, forged digest": lambda a: {"fetch": lambda v: forged(zeros(a["fetch"](v)), a["fetch"](v))},
+    "structured increments": lambda a: {"fetch": lambda v: structured(a["fetch"](v))},
     "no increments": lambda a: {"header": dataclasses.replace(a["header"], increments=())},
     "increments twice": lambda a: {"header": dataclasses.replace(a["header"], increments=a["header"].increments * 2)},
 }
 KEPT = {
     "kept nothing": lambda a: {"kept": None},
     "kept zeros": lambda a: {"kept": zeros(a["kept"])},
+    "kept structures": lambda a: {"kept": structured(a["kept"])},
     "kept zeros, forged digest": lambda a: {"kept": forged(zeros(a["kept"]), a["kept"])},
 }
 PRIVATE = {"epsilon": 3.0, "count_noise": 2.0}
@@ -88,6 +99,16 @@ RUNS = {
         ROUNDS | KEPT,
     ),
 }
+
+
+def test_of_two_packets_of_one_digest_a_client_takes_neither():
+    packet = pack({"a": torch.arange(4.0) + 1})
+    one, other = structured(packet, 0), structured(packet, 4)
+    assert one.digest == other.digest and one.vector["x"].any() and not other.vector["x"].any()
+    for odd in (one, other, as_integers(packet), Packet(packet.manifest, np.ma.masked_array(packet.vector))):
+        with pytest.raises(PrivacyError, match="no plain vector of fp32 numbers"):
+            odd.again()
+    assert packet.again().digest == packet.digest
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -124,9 +145,11 @@ def test_a_client_gives_no_second_release_of_a_sketch(make_config, monkeypatch):
         orders = {c: dataclasses.replace(o, expected=1e-3) for c, o in question.orders.items()}
         yield dataclasses.replace(question, orders=orders)
         if question.sides is not None:
-            for sides in (zeros(question.sides), renamed(question.sides), as_integers(question.sides)):
+            for change in (zeros, renamed, as_integers):
+                sides = change(question.sides)
                 yield dataclasses.replace(question, sides=sides)
-                yield dataclasses.replace(question, sides=forged(sides.again(), question.sides))
+                yield dataclasses.replace(question, sides=forged(Packet(*dataclasses.astuple(sides)), question.sides))
+            yield dataclasses.replace(question, sides=structured(question.sides))
 
     def attacked(self, client, question, kept):
         done = real(self, client, question, kept)
@@ -155,7 +178,7 @@ def test_a_client_gives_no_second_release_of_a_sketch(make_config, monkeypatch):
     monkeypatch.setattr(Worker, "train", after_training)
     adapter = {"kind": "lora-sb", "rank": 2, "subspace": "private"}
     run(make_config(method__name="fed-sb", adapter=adapter, privacy={"epsilon": 8.0}, federation__rounds=1))
-    assert tried == ["RANGE"] * 3 + ["ROWS"] * 9 and asked == [0]
+    assert tried == ["RANGE"] * 3 + ["ROWS"] * 10 and asked == [0]
 
 
 def test_what_a_client_refuses_says_nothing_of_its_count_but_what_it_has_told(make_config, monkeypatch):
