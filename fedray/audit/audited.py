@@ -26,12 +26,13 @@ from fedray.privacy.ledger import EVERYONE, Ledger
 @dataclass(frozen=True)
 class Finding:
     """What was audited, the epsilon that is claimed of it (at `delta`), and the one that canaries prove, with a
-    confidence of 95 %."""
+    confidence of 95 %. `most`: what so many canaries could prove at all: a larger claim cannot be refuted by them."""
 
     what: str
     claimed: float
     proven: float
     delta: float
+    most: float
 
     @property
     def holds(self) -> bool:
@@ -41,20 +42,20 @@ class Finding:
 @dataclass(frozen=True)
 class Audited:
     """`asked`, `answered`: how many second questions a client was asked after its answers, and how many it answered.
-    `moved`: the furthest that one example, or a client that keeps to nothing, moved a sum, in clips; None where nobody
-    but the client sees what one adds. `told`: fields of the records that tell of a secret cohort."""
+    `moved`: the furthest that one example, an update, or a client that keeps to nothing moved a sum, in clips. `told`:
+    fields of the records that tell of a secret cohort."""
 
     findings: list[Finding]
     asked: int
     answered: int
-    moved: float | None
+    moved: float
     told: list[str]
     rounds: int
     seconds: float
 
     @property
     def holds(self) -> bool:
-        bounded = self.moved is None or self.moved <= 1 + ROUNDING
+        bounded = self.moved <= 1 + ROUNDING
         return self.answered == 0 and bounded and not self.told and all(finding.holds for finding in self.findings)
 
 
@@ -104,9 +105,10 @@ class _Watched:
         self.side: sides.SideMaker = make_side
         self.channel: sides.ChannelMaker = make_channel
         if config.privacy.trust == "nobody":
-            self.side = sides.shares(client, self.canaries)
+            self.side = sides.shares(client, self.canaries, self.cohorts)
             self.channel = sides.noised_mean_seen(self.canaries)
         elif config.privacy.unit == "client":
+            self.side = sides.clips(self.cohorts)
             self.channel = sides.clients(self.canaries, self.cohorts)
         else:
             self.sketches = Canaries(canaries) if config.adapter.subspace == "private" else None
@@ -120,12 +122,11 @@ class _Watched:
             found.insert(0, _finding("the private subspace", self.sketches, ledger, name, "subspace", delta))
         return found
 
-    def moved(self, worker: Worker, ledger: Ledger) -> float | None:
+    def moved(self, worker: Worker, ledger: Ledger) -> float:
         """How far one of those that are protected moved a sum, in clips."""
         if self.config.privacy.unit == "example":
             return example_moves(worker.trainer, self.client, ledger.plans[self.client].clip)
-        # A masked sum shows nothing of one client: what bounds it is its own side.
-        return None if self.config.privacy.secure_aggregation else self.cohorts.moved
+        return self.cohorts.moved
 
     def told(self, records: Sequence[Mapping[str, Any]]) -> list[str]:
         """Fields of the records that tell of a cohort that is a secret."""
@@ -142,5 +143,7 @@ class _Watched:
 def _finding(what: str, canaries: Canaries, ledger: Ledger, name: str, release: str, delta: float) -> Finding:
     """The claim is of the releases that the canaries were in."""
     entries = [e.release for e in ledger.entries[name] if e.release.what.startswith(release)]
-    proven = audit(canaries.included.tolist(), canaries.scores.tolist(), delta)
-    return Finding(what, epsilon(entries, delta), proven, delta)
+    included = canaries.included.tolist()
+    proven = audit(included, canaries.scores.tolist(), delta)
+    most = audit(included, [float(i) for i in included], delta)  # where every guess is right
+    return Finding(what, epsilon(entries, delta), proven, delta, most)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedray.audit.bounds import hostile
 from fedray.audit.canaries import Canaries
 from fedray.federation.channels.base import Context, Intake, Tensors, Training
-from fedray.federation.channels.client import ClientLevel
+from fedray.federation.channels.client import ClientLevel, ClippingSide
 from fedray.federation.channels.distributed import DistributedSide
 from fedray.federation.channels.example import ExampleSide
 from fedray.federation.channels.registry import make_channel, make_side
@@ -22,6 +22,7 @@ from fedray.methods import Method, Spec, View
 from fedray.privacy import client_level
 from fedray.privacy.ledger import EVERYONE
 from fedray.privacy.private import Private
+from fedray.privacy.secure_sum import STEP
 
 #: Makes the server's half of a run, and the client's.
 ChannelMaker = Callable[[Context], Any]
@@ -76,10 +77,37 @@ class _AuditedExamples(ExampleSide):
 @dataclass
 class Cohorts:
     """What an audit notes of client-level rounds: who was drawn, and the furthest that a client that keeps to nothing
-    moved a sum, in clips (of its bit about the clip, in halves)."""
+    moved a sum, or a client's update with its rounding went, in clips (of its bit about the clip, in halves)."""
 
     drawn: list[list[str]] = field(default_factory=list)
     moved: float = 0.0
+
+    def see(self, update: Tensors, orders: Orders, summed: bool) -> None:
+        """Take note of a client's update as it goes into the sum; `summed`: in fixed point."""
+        numbers = {n: t for n, t in update.items() if n != client_level.WITHIN}
+        rounding = STEP / 2 * sum(t.numel() for t in numbers.values()) ** 0.5 if summed else 0.0
+        self.moved = max(self.moved, (client_level.norm(numbers) + rounding) / orders.clip)
+
+
+def clips(cohorts: Cohorts) -> SideMaker:
+    """The side of clients that clip their updates, each of which is measured."""
+
+    def make(trainer: Any, method: Method, spec: Spec) -> Any:
+        side = make_side(trainer, method, spec)
+        assert isinstance(side, ClippingSide)
+        side.__class__ = type("AuditedClips", (_AuditedClips, type(side)), {"cohorts": cohorts})
+        return side
+
+    return make
+
+
+class _AuditedClips(ClippingSide):
+    cohorts: Cohorts
+
+    def changed(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Tensors:
+        update = super().changed(client, round, view, trained, orders)
+        self.cohorts.see(update, orders, self.config.privacy.secure_aggregation)
+        return update
 
 
 def clients(canaries: Canaries, cohorts: Cohorts) -> ChannelMaker:
@@ -130,23 +158,24 @@ class _Audited(_Seen):
         return total, within
 
 
-def shares(client: str, canaries: Canaries) -> SideMaker:
+def shares(client: str, canaries: Canaries, cohorts: Cohorts) -> SideMaker:
     """The side of clients that trust nobody; one brings the canaries' updates into the sum with its own."""
 
     def make(trainer: Any, method: Method, spec: Spec) -> Any:
         side = make_side(trainer, method, spec)
         assert isinstance(side, DistributedSide)
-        side.__class__ = type("AuditedShares", (_AuditedShares,), {"held": (client, canaries)})
+        side.__class__ = type("AuditedShares", (_AuditedShares,), {"held": (client, canaries, cohorts)})
         return side
 
     return make
 
 
 class _AuditedShares(DistributedSide):
-    held: tuple[str, Canaries]
+    held: tuple[str, Canaries, Cohorts]
 
     def changed(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Tensors:
-        update, (bearer, canaries) = super().changed(client, round, view, trained, orders), self.held
+        update, (bearer, canaries, cohorts) = super().changed(client, round, view, trained, orders), self.held
+        cohorts.see(update, orders, summed=True)
         if client == bearer:
             canaries.scatter({n: tuple(t.shape) for n, t in update.items()})
             canaries.add(update, orders.clip, canaries.sampled(1.0))

@@ -20,10 +20,15 @@ def print_audit(console: Console, found: Audited, canaries: int) -> None:
             f"{finding.proven:.3f}: {verdict}",
             soft_wrap=True,
         )
+        if finding.claimed > finding.most:
+            console.print(
+                f"  so many canaries prove {finding.most:.3f} at most, whatever is wrong: try more --canaries, or a "
+                "run with a smaller epsilon",
+                soft_wrap=True,
+            )
     if found.asked:
         console.print(f"second questions from other inputs: {found.asked}, answered: {found.answered}", soft_wrap=True)
-    if found.moved is not None:
-        console.print(f"the furthest that one moved a sum before its noise: {found.moved:.3f} clips", soft_wrap=True)
+    console.print(f"the furthest that one moved a sum before its noise: {found.moved:.3f} clips", soft_wrap=True)
     if found.told:
         console.print(f"BROKEN: records tell of the secret cohort: {', '.join(found.told)}", soft_wrap=True)
     console.print(f"{found.rounds} rounds with {canaries} canaries, {found.seconds:.0f} s", soft_wrap=True)

@@ -12,7 +12,7 @@ from fedray.audit.bounds import tells_of
 from fedray.cli import main
 from fedray.errors import ConfigError
 from fedray.federation import questions, wire, worker
-from fedray.federation.channels import accounted, client, example
+from fedray.federation.channels import accounted, client, example, masked
 from fedray.privacy import client_level, discrete, dpsgd
 from fedray.privacy.journal import Journal
 from fedray.training import subspace
@@ -94,11 +94,28 @@ def test_a_clip_that_is_not_kept_is_caught(make_config, tmp_path, monkeypatch):
     assert not audited(make_config, tmp_path, "clients", privacy=privacy).holds
 
 
-@pytest.mark.parametrize(("kind", "moved"), [("examples", 1.0), ("clients", 0.0), ("nobody", None)])
+@pytest.mark.parametrize(("kind", "moved"), [("examples", 1.0), ("clients", 1.0), ("nobody", 1.0)])
 def test_what_one_moves_a_sum_by_is_measured(make_config, tmp_path, kind, moved):
-    """A client beyond the clip is left out, so it moves nothing; of a masked sum nobody sees what one adds."""
+    """With a clip that every gradient and every update reaches."""
     found = audited(make_config, tmp_path, kind, privacy=KINDS[kind][0]["privacy"] | {"clip": 0.01})
-    assert found.moved == pytest.approx(moved, abs=1e-3) if moved is not None else found.moved is None
+    assert found.moved == pytest.approx(moved, abs=1e-3) and found.holds
+
+
+@pytest.mark.parametrize("kind", ["sums", "nobody"])
+def test_an_update_that_is_not_clipped_is_caught_inside_secure_sums_too(make_config, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(client_level, "clipped", lambda update, clip: (dict(update), True))
+    values = KINDS["clients" if kind == "sums" else kind][0]
+    privacy = values["privacy"] | {"secure_aggregation": True, "clip": 0.01}
+    found = audit_run(make_config(**values | {"privacy": privacy}), 100, tmp_path / "audit")
+    assert found.moved > 1.5 and not found.holds
+
+
+def test_rounding_that_no_clip_covers_is_caught(make_config, tmp_path, monkeypatch):
+    """Of a clip near to what fixed point rounds."""
+    monkeypatch.setattr(masked.Masked, "rounding", lambda self, numbers: 0.0)
+    privacy = KINDS["nobody"][0]["privacy"] | {"clip": 1e-7}
+    found = audited(make_config, tmp_path, "nobody", privacy=privacy)
+    assert found.moved > 1.01 and not found.holds
 
 
 def test_an_example_that_moves_what_others_add_is_caught(make_config, tmp_path, monkeypatch):
