@@ -48,7 +48,7 @@ class Packet:
         Raises PrivacyError for what is no plain vector of fp32 numbers: of other types (a structure, read from another
         offset) two that differ may have one digest."""
         vector = self.vector
-        if type(vector) is not np.ndarray or vector.ndim != 1 or vector.dtype is not np.dtype(np.float32):
+        if type(vector) is not np.ndarray or vector.ndim != 1 or vector.dtype != np.dtype(np.float32):
             raise PrivacyError("the coordinator sent what is no plain vector of fp32 numbers: it sends nothing")
         manifest = tuple((str(name), tuple(int(size) for size in shape)) for name, shape in self.manifest)
         return Packet(manifest, vector)
