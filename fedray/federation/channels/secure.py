@@ -151,6 +151,12 @@ _TILTED = Limit(
 _ALWAYS = (
     Limit(
         "medium",
+        "A coordinator that begins another run, under another name, with workers that have not heard of this one: a "
+        "worker is in one run's sums, and does not know whether two runs are meant to be one",
+        "federation/channels/masked.py, Masked.party",
+    ),
+    Limit(
+        "medium",
         "In a cohort so large that clients have few neighbours, a coordinator that chooses who drops out after it has "
         "seen the neighbours may learn sums over a tenth of the clients instead of all",
         "privacy/sums/neighbours.py, Neighbours",
