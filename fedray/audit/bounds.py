@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedray.federation.wire import pack
+from fedray.federation.wire import Packet, pack
 from fedray.privacy import client_level
 from fedray.training.local import LocalTrainer
 
@@ -32,7 +32,7 @@ def example_moves(trainer: LocalTrainer, client: str, clip: float) -> float:
     return max(torch.linalg.vector_norm(whole - without).item() for without in sums) / clip
 
 
-def hostile(reference: Mapping[str, Tensor], says: bool) -> Any:
+def hostile(reference: Mapping[str, Tensor], says: bool) -> Packet:
     """The packet of a client that clips nothing and, where it is asked, says any number of the clip."""
     update = {name: torch.full(t.shape, HOSTILE) for name, t in reference.items()}
     return pack(update | ({client_level.WITHIN: torch.tensor([HOSTILE])} if says else {}))
@@ -40,21 +40,25 @@ def hostile(reference: Mapping[str, Tensor], says: bool) -> Any:
 
 def tells_of(records: Sequence[Mapping[str, Any]], drawn: Sequence[Sequence[str]]) -> list[str]:
     """The records' fields that name who was drawn in a round, or are in each a multiple of how many were."""
-    told = []
-    for path in dict(_leaves(records[0], list)):
-        named = [dict(_leaves(record, list)).get(path, []) for record in records]
-        if any(names and sorted(map(str, names)) == sorted(who) for names, who in zip(named, drawn, strict=True)):
-            told.append(path)
+    lists = [dict(_leaves(record, list)) for record in records]
+    numbers = [dict(_leaves(record, (int, float))) for record in records]
+    named = [path for path in lists[0] if _names([fields.get(path, []) for fields in lists], drawn)]
     sizes = [len(who) for who in drawn]
     if len(set(sizes)) < 2:  # then a field that never changes is a multiple, too
-        return told
-    numbers = [dict(_leaves(record, (int, float))) for record in records]
-    for path in numbers[0]:
-        values = [float(n.get(path) or 0.0) for n in numbers]
-        share = max(values) / max(sizes)
-        if share and all(math.isclose(v, share * size, rel_tol=1e-9) for v, size in zip(values, sizes, strict=True)):
-            told.append(path)
-    return told
+        return named
+    return named + [path for path in numbers[0] if _follows([fields.get(path) or 0.0 for fields in numbers], sizes)]
+
+
+def _names(lists: Sequence[list], drawn: Sequence[Sequence[str]]) -> bool:
+    """Whether one of the lists is of those who were drawn in its round."""
+    return any(names and sorted(map(str, names)) == sorted(who) for names, who in zip(lists, drawn, strict=True))
+
+
+def _follows(values: Sequence[float], sizes: Sequence[int]) -> bool:
+    """Whether each value is the same multiple, other than 0, of its round's size."""
+    share = max(values) / max(sizes)
+    same = (math.isclose(value, share * size, rel_tol=1e-9) for value, size in zip(values, sizes, strict=True))
+    return share != 0 and all(same)
 
 
 def _leaves(record: Mapping[str, Any], kind: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -29,16 +29,17 @@ ChannelMaker = Callable[[Context], Any]
 SideMaker = Callable[[Any, Method, Spec], Any]
 
 
+def _watched(made: Any, kind: type, watcher: type, **held: Any) -> Any:
+    """What a run has made, which must be of a kind, as an audit's own kind of it that holds these."""
+    assert isinstance(made, kind)
+    made.__class__ = type(f"Audited{type(made).__name__}", (watcher, type(made)), held)
+    return made
+
+
 def examples(client: str, steps: Canaries, sketches: Canaries | None) -> SideMaker:
     """The side of clients, one of which has canaries among its examples. `sketches`: those of a private subspace."""
-
-    def make(trainer: Any, method: Method, spec: Spec) -> Any:
-        side = make_side(trainer, method, spec)
-        assert isinstance(side, ExampleSide)
-        side.__class__ = type("AuditedExamples", (_AuditedExamples,), {"held": (client, steps, sketches)})
-        return side
-
-    return make
+    held = (client, steps, sketches)
+    return lambda *about: _watched(make_side(*about), ExampleSide, _AuditedExamples, held=held)
 
 
 class _AuditedExamples(ExampleSide):
@@ -83,7 +84,8 @@ class Cohorts:
     moved: float = 0.0
 
     def see(self, update: Tensors, orders: Orders, summed: bool) -> None:
-        """Take note of a client's update as it goes into the sum; `summed`: in fixed point."""
+        """Take note of a client's update as it goes into the sum; `summed`: in fixed point, whose rounding is
+        worked out here once more, since the client's own is what is audited."""
         numbers = {n: t for n, t in update.items() if n != client_level.WITHIN}
         rounding = STEP / 2 * sum(t.numel() for t in numbers.values()) ** 0.5 if summed else 0.0
         self.moved = max(self.moved, (client_level.norm(numbers) + rounding) / orders.clip)
@@ -91,14 +93,7 @@ class Cohorts:
 
 def clips(cohorts: Cohorts) -> SideMaker:
     """The side of clients that clip their updates, each of which is measured."""
-
-    def make(trainer: Any, method: Method, spec: Spec) -> Any:
-        side = make_side(trainer, method, spec)
-        assert isinstance(side, ClippingSide)
-        side.__class__ = type("AuditedClips", (_AuditedClips, type(side)), {"cohorts": cohorts})
-        return side
-
-    return make
+    return lambda *about: _watched(make_side(*about), ClippingSide, _AuditedClips, cohorts=cohorts)
 
 
 class _AuditedClips(ClippingSide):
@@ -112,15 +107,7 @@ class _AuditedClips(ClippingSide):
 
 def clients(canaries: Canaries, cohorts: Cohorts) -> ChannelMaker:
     """The server's half of client-level privacy, with clients in the sums that are canaries."""
-
-    def make(context: Context) -> Any:
-        channel = make_channel(context)
-        assert isinstance(channel, ClientLevel)
-        held = {"canaries": canaries, "cohorts": cohorts}
-        channel.__class__ = type("AuditedClients", (_Audited, type(channel)), held)
-        return channel
-
-    return make
+    return lambda context: _watched(make_channel(context), ClientLevel, _Audited, canaries=canaries, cohorts=cohorts)
 
 
 class _Seen(ClientLevel):
@@ -160,34 +147,22 @@ class _Audited(_Seen):
 
 def shares(client: str, canaries: Canaries, cohorts: Cohorts) -> SideMaker:
     """The side of clients that trust nobody; one brings the canaries' updates into the sum with its own."""
-
-    def make(trainer: Any, method: Method, spec: Spec) -> Any:
-        side = make_side(trainer, method, spec)
-        assert isinstance(side, DistributedSide)
-        side.__class__ = type("AuditedShares", (_AuditedShares,), {"held": (client, canaries, cohorts)})
-        return side
-
-    return make
+    held = {"bearer": client, "canaries": canaries, "cohorts": cohorts}
+    return lambda *about: _watched(make_side(*about), DistributedSide, _AuditedShares, **held)
 
 
-class _AuditedShares(DistributedSide):
-    held: tuple[str, Canaries, Cohorts]
+class _AuditedShares(_AuditedClips):
+    bearer: str
+    canaries: Canaries
 
     def changed(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Tensors:
-        update, (bearer, canaries, cohorts) = super().changed(client, round, view, trained, orders), self.held
-        cohorts.see(update, orders, summed=True)
-        if client == bearer:
-            canaries.scatter({n: tuple(t.shape) for n, t in update.items()})
-            canaries.add(update, orders.clip, canaries.sampled(1.0))
+        update = super().changed(client, round, view, trained, orders)
+        if client == self.bearer:
+            self.canaries.scatter({n: tuple(t.shape) for n, t in update.items()})
+            self.canaries.add(update, orders.clip, self.canaries.sampled(1.0))
         return update
 
 
 def noised_mean_seen(canaries: Canaries) -> ChannelMaker:
     """The server's half where clients add the noise: what it opens is what an attacker sees."""
-
-    def make(context: Context) -> Any:
-        channel = make_channel(context)
-        channel.__class__ = type("AuditedSum", (_Seen, type(channel)), {"canaries": canaries})
-        return channel
-
-    return make
+    return lambda context: _watched(make_channel(context), ClientLevel, _Seen, canaries=canaries)

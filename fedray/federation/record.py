@@ -34,9 +34,8 @@ class RoundRecord:
     """A finished round (`round` from 1). Errors are relative Frobenius norms, None where they cannot be known; bytes
     are of all clients together; `ideal_norm` is the errors' denominator.
 
-    `cohort` is None where it is a secret. `standard_error`: of `aggregation_error` and
-    `exactness`, where they are estimates. `clip`: the round's and the next one's, of client-level privacy. `stopped`:
-    why no round may follow.
+    `cohort` is None where it is a secret. `standard_error`: of `aggregation_error` and `exactness`, where they are
+    estimates. `clip`: the round's and the next one's, of client-level privacy. `stopped`: why no round may follow.
     """
 
     round: int

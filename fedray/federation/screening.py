@@ -64,7 +64,7 @@ class Expected:
         spec = self._state.spec.of(client)
         keeps = self._method.keeps(spec)
         return {
-            factor_name(key(layer, f)): tuple(spec.adapter.shapes(layer)[f]) for layer in spec.layers for f in keeps
+            factor_name(key(layer, f)): tuple(spec.adapter.shapes(layer)[f]) for f in keeps for layer in spec.layers
         }
 
     @cached_property
@@ -156,7 +156,10 @@ def flaw_of_form(packet: Any, dtype: type, shapes: Shapes | None = None) -> str 
 
 
 def flaw_of_kept(packet: Any, factors: Shapes) -> str | None:
-    """Why what a client keeps may not be kept for it. `factors`: those that it has to keep."""
+    """Why what a client keeps may not be kept for it. `factors`: those that it has to keep; an optimizer may have no
+    state."""
+    if packet is None and not factors:
+        return None
     flaw = flaw_of_form(packet, np.float32) or flaw_of_values(packet)
     if flaw is None and {n: shape for n, shape in packet.manifest if is_factor(n)} != factors:
         flaw = "it sent other factors than its own"

@@ -6,6 +6,9 @@ unless it is asked for exactly, which forms a layer at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -29,10 +32,14 @@ def diagnose(spec: Spec, cohort: Cohort, landed: Deltas | None, exact: bool = Fa
     if landed is None:
         return Diagnostics(None, None, None)
     wanted, averaged = ideal(spec, cohort), averaging_error(spec, cohort)
-    generator = torch.Generator().manual_seed(SEED)
     widest = max(layer.n for layer in spec.layers)
-    # One set for all layers: what is drawn for one is independent from vector to vector, which is what errors rest on.
-    probes = None if exact else torch.randn(widest, PROBES, dtype=torch.float64, generator=generator)
+
+    @cache  # one set for all layers, drawn where one needs it: errors rest on the vectors' independence alone
+    def draw() -> Tensor:
+        generator = torch.Generator().manual_seed(SEED)
+        return torch.randn(widest, PROBES, dtype=torch.float64, generator=generator)
+
+    probes = None if exact else draw
     whole, lost, error = torch.zeros(3, PROBES, dtype=torch.float64)
     for layer in spec.layers:  # one at a time: in fp64 all of them would be twice as large as all updates
         delta = wanted[layer.name]
@@ -45,14 +52,14 @@ def diagnose(spec: Spec, cohort: Cohort, landed: Deltas | None, exact: bool = Fa
     return Diagnostics(missed, gone, norm, (of_missed, of_gone) if estimated else None)
 
 
-def _squares(matrix: LowRank, probes: Tensor | None) -> Tensor:
+def _squares(matrix: LowRank, probes: Callable[[], Tensor] | None) -> Tensor:
     """||M||_F^2 as each vector estimates it (fp64, PROBES of them), all alike where it is exact."""
     m, n = matrix.shape
     if matrix.k <= GRAM_COLUMNS or matrix.B.is_meta:
         return torch.full((PROBES,), matrix.norm(ROUNDING_PROBES) ** 2, dtype=torch.float64)
     if probes is None or m * n <= (m + n) * PROBES:  # the matrix itself is no dearer
         return torch.full((PROBES,), matrix.dense().square().sum().item(), dtype=torch.float64)
-    return (matrix.B @ (matrix.A @ probes[:n].to(matrix.A.device))).square().sum(0).cpu()
+    return (matrix.B @ (matrix.A @ probes()[:n].to(matrix.A.device))).square().sum(0).cpu()
 
 
 def _ratio(part: Tensor, whole: Tensor) -> tuple[float, float]:

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from benches.measure import MIB, peak_bytes, table, threads, timed
+from benches.rounds import moved_updates
 from fedray.adapters import ADAPTERS
 from fedray.adapters.base import Layer
 from fedray.config.build import make_method
@@ -63,14 +64,4 @@ def _round(name: str, kind: str, clients: int, size: int, layers: int) -> tuple[
             if f in spec.adapter.started
         }
     state = method.init(spec, {}, start)
-    view = method.view(spec, method.broadcast(state), None)
-    moved = {n: t for n, t in view.tensors.items() if n.rsplit(".", 1)[1] in view.trained}
-    names = [f"client-{i}" for i in range(clients)]
-    return (
-        method,
-        state,
-        [
-            Update(c, 1.0, {n: t + 0.01 * torch.randn(t.shape, generator=generator) for n, t in moved.items()})
-            for c in names
-        ],
-    )
+    return method, state, moved_updates(method, state, clients, generator)

@@ -8,11 +8,11 @@ import torch
 from rich.console import Console
 
 from benches.measure import MIB, largest_allocation, median_ratio, peak_bytes, table, threads, timed, timed_once
+from benches.rounds import moved_updates
 from fedray.adapters import attach
 from fedray.config.build import make_method, make_spec
 from fedray.config.read import from_dict
 from fedray.lowrank import weighted_sum
-from fedray.methods import Update
 from fedray.training.model import skeleton
 
 
@@ -47,12 +47,7 @@ def _row(name: str, shape: str, clients: int, rank: int) -> list[str]:
         start[f"{one.name}.sb_B"] = torch.linalg.qr(torch.randn(one.m, rank, generator=g)).Q
         start[f"{one.name}.sb_A"] = torch.linalg.qr(torch.randn(one.n, rank, generator=g)).Q.T.contiguous()
     state = method.init(spec, {}, start)
-    view = method.view(spec, state, None)
-    moved = {n: t for n, t in view.tensors.items() if n.rsplit(".", 1)[1] in view.trained}
-    updates = [
-        Update(f"client-{i}", 1.0 + i, {n: t + 0.01 * torch.randn(t.shape, generator=g) for n, t in moved.items()})
-        for i in range(clients)
-    ]
+    updates = moved_updates(method, state, clients, g)
     size = sum(t.numel() * 4 for u in updates for t in u.tensors.values())
 
     def aggregate() -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fedray.errors import PrivacyError
 from fedray.federation.channels.accounted import Accounted, PrivateSide
 from fedray.federation.channels.base import Training
+from fedray.federation.channels.orders import OneRun
 from fedray.federation.channels.plain import raised
 from fedray.federation.failures import WORKER_ATTEMPTS
 from fedray.federation.messages import NO_ORDERS, PUBLIC, Answered, Failure, Orders, Outcome
@@ -87,7 +87,7 @@ class KeyedSide(PrivateSide):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._run = ""  # the one that its first orders named
+        self._one_run = OneRun()
         self._fingerprints: dict[str, bytes] = {}
         self._journals: dict[tuple[str, str], Journal] = {}
 
@@ -98,9 +98,7 @@ class KeyedSide(PrivateSide):
     def key(self, client: str, orders: Orders) -> Key:
         """The key of the client's noise. Raises KeyLostError where it is not the one that the ledger knows,
         PrivacyError for another run than this worker's."""
-        self._run = self._run or orders.run
-        if orders.run != self._run:
-            raise PrivacyError("the coordinator named another run than the one this worker is for: it sends nothing")
+        self._one_run.check(orders.run)
         # Changed data are met like a lost key: other noise, and a new charge.
         key = self.keys.key(orders.run, client).bound(self._fingerprint(client))
         if orders.key and key.identity != orders.key:

@@ -17,6 +17,7 @@ from fedray.errors import PrivacyError
 from fedray.federation.channels.base import Noise, Tensors
 from fedray.federation.channels.example import NoisedCount
 from fedray.federation.channels.keyed import KeyIdentity
+from fedray.federation.channels.orders import OneRun
 from fedray.federation.channels.plain import Packed
 from fedray.federation.messages import PUBLIC, Orders, SumStep
 from fedray.federation.questions import ForgetKeys, Question, Sketch, StartFromWeights, ValueQuestion
@@ -131,16 +132,20 @@ class Masked(Packed):
         self.config, self.keys, self.count = config, keys, count
         self.identities = Identities(keys.folder, config.privacy.identities)
         self._terms: dict[str, str] = {}
-        self._run = ""  # the one that the first step or orders named
+        self._one_run = OneRun()
 
     def party(self, client: str, run: str) -> Party:
-        """The client in the sums of a run. Raises PrivacyError for another run than this worker's: each has a book of
-        its own, and over two of them the same round would be opened over other clients."""
-        self._run = self._run or run
-        if run != self._run:
-            raise PrivacyError("the coordinator named another run than the one this worker is for: it sends nothing")
+        """The client in the sums of a run. Raises PrivacyError for another run than this worker's: over the books of
+        two the same round would be opened of other clients."""
+        self._one_run.check(run)
         key = self.keys.key(run, client)
         return Party(client, key, rule_of(self.config), self.identities, self.keys.folder, run)
+
+    def _in_sum(self, client: str, orders: Orders, step: SumStep) -> Party:
+        """The client in the sum of its orders. Raises PrivacyError where these are of another run."""
+        if orders.run != step.run:
+            raise PrivacyError("the coordinator named two runs for one answer of a secure sum: it sends nothing")
+        return self.party(client, step.run)
 
     def expect(self, client: str, inputs: Callable[[], str], orders: Orders) -> None:
         """A coordinator that gives the others a model, or a clip, with which they send nothing has the sum show the one
@@ -148,9 +153,8 @@ class Masked(Packed):
         self._terms[client] = digest_of(inputs(), *orders.shape())
 
     def members(self, client: str, orders: Orders) -> tuple[str, ...]:
-        if orders.sum is None or orders.run != orders.sum.run:
-            return ()
-        return self.party(client, orders.sum.run).session(orders.sum.name).members
+        step = orders.sum
+        return () if step is None else self._in_sum(client, orders, step).session(step.name).members
 
     @property
     def step(self) -> float:
@@ -162,16 +166,15 @@ class Masked(Packed):
     def seal(
         self, client: str, tensors: Tensors, orders: Orders, asked: Question | int, noise: Noise | None = None
     ) -> Packet:
-        if orders.sum is None:
+        step = orders.sum
+        if step is None:
             if client != PUBLIC and not isinstance(asked, IN_CLEAR):
                 raise PrivacyError(
                     f"the coordinator asked for {_what(asked)} in clear, and the client's own config has "
                     "privacy.secure_aggregation: it sends nothing"
                 )
             return super().seal(client, tensors, orders, asked, noise)
-        if orders.run != orders.sum.run:
-            raise PrivacyError("the coordinator named two runs for one answer of a secure sum: it sends nothing")
-        weight, party, step = self._weight(client, orders.weight), self.party(client, orders.sum.run), orders.sum
+        party, weight = self._in_sum(client, orders, step), self._weight(client, orders.weight)
         names = sorted(tensors)
         values = torch.cat([tensors[n].detach().double().reshape(-1) for n in names]).cpu().numpy() * weight
         vector = secure_sum.encode(values, len(party.session(step.name).members))

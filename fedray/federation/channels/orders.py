@@ -27,6 +27,20 @@ if TYPE_CHECKING:
     from fedray.config.sections import Config
 
 
+class OneRun:
+    """The run that a worker is for, which is the first that it hears of: what clients have answered is written down
+    run by run, and over two of them the same question could be asked twice."""
+
+    def __init__(self) -> None:
+        self._run = ""
+
+    def check(self, run: str) -> None:
+        """Raises PrivacyError for another run."""
+        self._run = self._run or run
+        if run != self._run:
+            raise PrivacyError("the coordinator named another run than the one this worker is for: it sends nothing")
+
+
 class Budget:
     """What one client may still release in a run. `count`: the noised number of examples that it has told; `releases`:
     all that it has made."""

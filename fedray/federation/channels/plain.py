@@ -29,15 +29,7 @@ from fedray.federation.channels.base import (
     Tensors,
     Training,
 )
-from fedray.federation.messages import (
-    NO_ORDERS,
-    PUBLIC,
-    Answered,
-    Failure,
-    Orders,
-    Outcome,
-    Trained,
-)
+from fedray.federation.messages import NO_ORDERS, PUBLIC, Answered, Failure, Orders, Outcome, Trained
 from fedray.federation.questions import (
     DenseGradient,
     ForgetKeys,
@@ -222,7 +214,12 @@ class Plain:
     def judged(self, call: Training, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """The outcomes, with the clients whose update is none, or moved too far, as failures. One update at a time is
         in memory, and is read once more when it is added."""
-        flaws = self._flaws_of_kept(call, outcomes) | self._flaws(outcomes, partial(self.shapes, call), self.look)
+
+        def flaw(outcome: Outcome) -> str | None:
+            sent = self._flaw(outcome, self.shapes(call, outcome.client), self.look)
+            return sent or self._flaw_of_kept(outcome, call.expected.kept(outcome.client))
+
+        flaws = self._flaws(outcomes, flaw)
         sound = [o for o in outcomes if not o.failed and o.client not in flaws]
         flaws |= {
             o.client: f"it counts with a weight of {w:g}" for o in sound if not 0 < (w := self.weight(o)) < math.inf
@@ -241,44 +238,34 @@ class Plain:
         return None
 
     def answers(self, call: Training, question: Tensors, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        shapes = partial(call.expected.answer_shapes, question=question)
-        return left_out(outcomes, self._flaws(outcomes, shapes, lambda packet: None))
+        def flaw(outcome: Outcome) -> str | None:
+            return self._flaw(outcome, call.expected.answer_shapes(outcome.client, question), lambda packet: None)
 
-    def _flaws(
-        self,
-        outcomes: Sequence[Outcome],
-        shapes: Callable[[str], Shapes],
-        look: Callable[[Packet], str | None],
-    ) -> dict[str, str]:
-        """What is wrong with what came, by client."""
+        return left_out(outcomes, self._flaws(outcomes, flaw))
+
+    @staticmethod
+    def _flaws(outcomes: Sequence[Outcome], flaw: Callable[[Outcome], str | None]) -> dict[str, str]:
+        """What is wrong with what came, by client; what is lost by now is wrong, too."""
         flaws = {}
         for outcome in (o for o in outcomes if not o.failed):
-            if (flaw := self._flaw(outcome, shapes(outcome.client), look)) is not None:
-                flaws[outcome.client] = flaw
+            try:
+                found = flaw(outcome)
+            except LostError as error:
+                found = str(error)
+            if found is not None:
+                flaws[outcome.client] = found
         return flaws
 
     def _flaw(self, outcome: Outcome, shapes: Shapes, look: Callable[[Packet], str | None]) -> str | None:
-        try:
-            packet = self.context.pool.fetch(outcome.update)
-        except LostError as error:
-            return str(error)
+        packet = self.context.pool.fetch(outcome.update)
         return self.carrier.flaw(packet, shapes, look) or flaw_of_report(outcome.report, packet, self.tells)
 
-    def _flaws_of_kept(self, call: Training, outcomes: Sequence[Outcome]) -> dict[str, str]:
-        """What is wrong with what stays with clients, by client, where anything stays beyond the round."""
-        flaws: dict[str, str] = {}
-        for outcome in (o for o in outcomes if not o.failed):
-            factors = call.expected.kept(outcome.client)
-            if not factors and (outcome.kept is None or not self.config.federation.keep_optimizer):
-                continue
-            try:
-                kept = None if outcome.kept is None else self.context.pool.fetch(outcome.kept)
-            except LostError as error:
-                flaws[outcome.client] = str(error)
-                continue
-            if flaw := flaw_of_kept(kept, factors):
-                flaws[outcome.client] = flaw
-        return flaws
+    def _flaw_of_kept(self, outcome: Outcome, factors: Shapes) -> str | None:
+        """What is wrong with what stays with a client, where anything stays beyond the round."""
+        if not factors and not self.config.federation.keep_optimizer:
+            return None
+        kept = None if outcome.kept is None else self.context.pool.fetch(outcome.kept)
+        return flaw_of_kept(kept, factors)
 
     def weight(self, outcome: Outcome) -> float:
         """What a client's update counts with."""
