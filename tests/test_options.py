@@ -40,7 +40,7 @@ KEYS = {
     "worker": "count gpus cpus ranks backend zero_stage cache profile wait",
     "privacy": (
         "epsilon delta noise unit trust clip count_noise subspace_fraction adaptive_clip secure_aggregation "
-        "secure_threshold secure_colluding identities sweep_epsilon key_dir"
+        "secure_threshold secure_colluding identities sweep_epsilon lifetime_epsilon key_dir"
     ),
     "output": "dir resume track",
 }

@@ -12,31 +12,37 @@ from fedray.audit import sides
 from fedray.audit.attack import Attacks
 from fedray.audit.bounds import ROUNDING, example_moves, tells_of
 from fedray.audit.canaries import Canaries
+from fedray.audit.noise import NoiseSeen
 from fedray.config.sections import Config
 from fedray.errors import ConfigError
 from fedray.federation.channels.registry import make_channel, make_side
 from fedray.federation.coordinator import Coordinator
 from fedray.federation.prepare import prepare
 from fedray.federation.worker import Worker
-from fedray.privacy.accountant import epsilon
+from fedray.privacy.accountant import Release, epsilon
 from fedray.privacy.audit import audit
 from fedray.privacy.ledger import EVERYONE, Ledger
+
+#: Of all findings of a run together.
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Finding:
     """What was audited, the epsilon that is claimed of it (at `delta`), and the one that canaries prove, with a
-    confidence of 95 %. `most`: what so many canaries could prove at all: a larger claim cannot be refuted by them."""
+    confidence of 95 % for all findings of a run together. `most`: what so many canaries could prove at all: a larger
+    claim cannot be refuted by them. `noise`: what was seen of the noise itself, which any claim rests on."""
 
     what: str
     claimed: float
     proven: float
     delta: float
     most: float
+    noise: NoiseSeen
 
     @property
     def holds(self) -> bool:
-        return self.proven <= self.claimed
+        return self.proven <= self.claimed and self.noise.enough
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class _Watched:
         self.channel: sides.ChannelMaker = make_channel
         if config.privacy.trust == "nobody":
             self.side = sides.shares(client, self.canaries, self.cohorts)
-            self.channel = sides.noised_mean_seen(self.canaries)
+            self.channel = sides.noised_mean_seen(self.canaries, self.cohorts)
         elif config.privacy.unit == "client":
             self.side = sides.clips(self.cohorts)
             self.channel = sides.clients(self.canaries, self.cohorts)
@@ -117,10 +123,21 @@ class _Watched:
     def findings(self, ledger: Ledger) -> list[Finding]:
         name, delta = EVERYONE if EVERYONE in ledger.plans else self.client, ledger.delta
         assert delta is not None, "a run that has trained has its delta"
-        found = [_finding(self._what, self.canaries, ledger, name, "training", delta)]
+        watched = [(self._what, self.canaries, "training")]
         if self.sketches is not None:
-            found.insert(0, _finding("the private subspace", self.sketches, ledger, name, "subspace", delta))
-        return found
+            watched.insert(0, ("the private subspace", self.sketches, "subspace"))
+        # Bonferroni: by chance none of them proves too much.
+        confidence = 1 - (1 - CONFIDENCE) / len(watched)
+        return [
+            _finding(
+                what,
+                canaries,
+                [e.release for e in ledger.entries[name] if e.release.what.startswith(of)],
+                delta,
+                confidence,
+            )
+            for what, canaries, of in watched
+        ]
 
     def moved(self, worker: Worker, ledger: Ledger) -> float:
         """How far one of those that are protected moved a sum, in clips."""
@@ -140,10 +157,9 @@ class _Watched:
         return f"training: a client, against {against}"
 
 
-def _finding(what: str, canaries: Canaries, ledger: Ledger, name: str, release: str, delta: float) -> Finding:
+def _finding(what: str, canaries: Canaries, releases: list[Release], delta: float, confidence: float) -> Finding:
     """The claim is of the releases that the canaries were in."""
-    entries = [e.release for e in ledger.entries[name] if e.release.what.startswith(release)]
     included = canaries.included.tolist()
-    proven = audit(included, canaries.scores.tolist(), delta)
-    most = audit(included, [float(i) for i in included], delta)  # where every guess is right
-    return Finding(what, epsilon(entries, delta), proven, delta, most)
+    proven = audit(included, canaries.scores.tolist(), delta, confidence=confidence)
+    most = audit(included, [float(i) for i in included], delta, confidence=confidence)  # where every guess is right
+    return Finding(what, epsilon(releases, delta), proven, delta, most, canaries.noise)

@@ -9,17 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedray.audit.noise import NoiseSeen
+
 Tensors = Mapping[str, Tensor]
 
 
 class Canaries:
     """`count` of them, each in or out by a fair coin. Their places are drawn when the tensors are first seen; coins,
-    places and samples come from the operating system's randomness."""
+    places and samples come from the operating system's randomness. `noise`: of the sums that they were added to."""
 
     def __init__(self, count: int):
         self._generator = np.random.default_rng(secrets.randbits(128))
         self.included = self._generator.random(count) < 0.5
         self.scores = np.zeros(count)
+        self.noise = NoiseSeen()
         self._places: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by tensor: canaries, and the number of each
 
     def scatter(self, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedray.audit.bounds import hostile
@@ -21,7 +22,7 @@ from fedray.federation.wire import unpack
 from fedray.methods import Method, Spec, View
 from fedray.privacy import client_level
 from fedray.privacy.ledger import EVERYONE
-from fedray.privacy.private import Private
+from fedray.privacy.private import Private, Watch
 from fedray.privacy.secure_sum import STEP
 
 #: Makes the server's half of a run, and the client's.
@@ -34,6 +35,27 @@ def _watched(made: Any, kind: type, watcher: type, **held: Any) -> Any:
     assert isinstance(made, kind)
     made.__class__ = type(f"Audited{type(made).__name__}", (watcher, type(made)), held)
     return made
+
+
+def _watch(
+    canaries: Canaries,
+    add: Callable[[Tensors], None],
+    expected: float,
+    deviation: float,
+    seen: Callable[[Tensors], None] = lambda answer: None,
+) -> Watch:
+    """Adds canaries to a sum, and measures its noise. `seen`: is shown the answer too."""
+    sums: list[Tensors] = []
+
+    def before(total: Tensors) -> None:
+        add(total)
+        sums.append(total)
+
+    def after(answer: Tensors) -> None:
+        canaries.noise.see(sums.pop(), answer, expected, deviation)
+        seen(answer)
+
+    return Watch(before, after)
 
 
 def examples(client: str, steps: Canaries, sketches: Canaries | None) -> SideMaker:
@@ -50,11 +72,11 @@ class _AuditedExamples(ExampleSide):
         if client != watched:
             return private
 
-        def beside(gradients: Tensors) -> None:
+        def add(gradients: Tensors) -> None:
             steps.scatter({n: tuple(t.shape) for n, t in gradients.items()})
             steps.add(gradients, orders.clip, steps.sampled(orders.rate))
 
-        return replace(private, beside=beside)
+        return replace(private, watch=_watch(steps, add, orders.expected, orders.noise * orders.clip))
 
     def send(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Any:
         watched, steps, _ = self.held
@@ -68,19 +90,24 @@ class _AuditedExamples(ExampleSide):
         if client != watched or noise is None or sketches is None:
             return picked, sides, noise
 
-        def beside(total: dict[str, Tensor]) -> None:
-            sketches.spread({n: tuple(t.shape) for n, t in total.items()})
-            sketches.add(total, len(total) ** -0.5, sketches.sampled(question.orders[client].rate))
+        orders = question.orders[client]
 
-        return picked, sides, replace(noise, beside=beside, seen=sketches.see)
+        def add(total: Tensors) -> None:
+            sketches.spread({n: tuple(t.shape) for n, t in total.items()})
+            sketches.add(total, len(total) ** -0.5, sketches.sampled(orders.rate))
+
+        watch = _watch(sketches, add, orders.expected, orders.noise, sketches.see)
+        return picked, sides, replace(noise, watch=watch)
 
 
 @dataclass
 class Cohorts:
     """What an audit notes of client-level rounds: who was drawn, and the furthest that a client that keeps to nothing
-    moved a sum, or a client's update with its rounding went, in clips (of its bit about the clip, in halves)."""
+    moved a sum, or a client's update with its rounding went, in clips (of its bit about the clip, in halves).
+    `sent`: by client, its newest update in a sum of shares, before its noise."""
 
     drawn: list[list[str]] = field(default_factory=list)
+    sent: dict[str, Tensors] = field(default_factory=dict)
     moved: float = 0.0
 
     def see(self, update: Tensors, orders: Orders, summed: bool) -> None:
@@ -118,8 +145,18 @@ class _Seen(ClientLevel):
     def collect(self, call: Training, outcomes: Sequence[Outcome]) -> Intake:
         intake = super().collect(call, outcomes)
         (update,) = intake.updates
-        self.canaries.see({n: t.double() - call.expected.unmoved[n].double() for n, t in update.tensors.items()})
+        mean = {n: t.double() - call.expected.unmoved[n].double() for n, t in update.tensors.items()}
+        self.canaries.see(mean)
+        self.canaries.noise.see(self._before(outcomes), mean, *self._divisor_and_deviation(outcomes))
         return replace(intake, updates=[update])
+
+    def _before(self, outcomes: Sequence[Outcome]) -> Tensors:
+        """The sum before its noise."""
+        raise NotImplementedError
+
+    def _divisor_and_deviation(self, outcomes: Sequence[Outcome]) -> tuple[float, float]:
+        """What the mean is the sum over, and the standard deviation of the noise that is charged."""
+        raise NotImplementedError
 
 
 class _Audited(_Seen):
@@ -142,7 +179,16 @@ class _Audited(_Seen):
             self.cohorts.moved = max(self.cohorts.moved, *moves)
         self.canaries.scatter({n: tuple(t.shape) for n, t in total.items()})
         self.canaries.add(total, self._clip, self.canaries.sampled(self.ledger.plans[EVERYONE].rate))
+        self.total = total
         return total, within
+
+    def _before(self, outcomes: Sequence[Outcome]) -> Tensors:
+        return self.total
+
+    def _divisor_and_deviation(self, outcomes: Sequence[Outcome]) -> tuple[float, float]:
+        plan, adaptive = self.ledger.plans[EVERYONE], self.config.privacy.adaptive_clip is not None
+        assert self._clip_used is not None, "a round was noised"
+        return plan.expected, client_level.update_noise(plan.noise, plan.expected, adaptive) * self._clip_used
 
 
 def shares(client: str, canaries: Canaries, cohorts: Cohorts) -> SideMaker:
@@ -160,9 +206,24 @@ class _AuditedShares(_AuditedClips):
         if client == self.bearer:
             self.canaries.scatter({n: tuple(t.shape) for n, t in update.items()})
             self.canaries.add(update, orders.clip, self.canaries.sampled(1.0))
+        self.cohorts.sent[client] = update
         return update
 
 
-def noised_mean_seen(canaries: Canaries) -> ChannelMaker:
+def noised_mean_seen(canaries: Canaries, cohorts: Cohorts) -> ChannelMaker:
     """The server's half where clients add the noise: what it opens is what an attacker sees."""
-    return lambda context: _watched(make_channel(context), ClientLevel, _Seen, canaries=canaries)
+    held = {"canaries": canaries, "cohorts": cohorts}
+    return lambda context: _watched(make_channel(context), ClientLevel, _SeenOfShares, **held)
+
+
+class _SeenOfShares(_Seen):
+    cohorts: Cohorts
+
+    def _before(self, outcomes: Sequence[Outcome]) -> Tensors:
+        sent = [self.cohorts.sent[outcome.client] for outcome in outcomes]
+        return {name: torch.stack([update[name].double() for update in sent]).sum(0) for name in sent[0]}
+
+    def _divisor_and_deviation(self, outcomes: Sequence[Outcome]) -> tuple[float, float]:
+        """Each adds an equal share of the variance."""
+        plan, sent = self.ledger.plans[EVERYONE], len(outcomes)
+        return float(sent), plan.noise * plan.clip * (sent / len(self.context.clients)) ** 0.5

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from fedray.errors import PrivacyError
 from fedray.privacy.keys import Stream
 from fedray.privacy.model_checks import check_model, each_alone
 from fedray.privacy.plan import Mechanism
+from fedray.privacy.private import Watch
 
 Losses = Callable[[Callable, dict], Tensor]
 
@@ -178,14 +179,14 @@ def private_step(
     noise: Stream | None,
     check: bool,
     first: bool = False,
-    beside: Callable[[Mapping[str, Tensor]], None] | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """One optimizer step on a Poisson batch, cut into micro-batches (none, when it is empty: then the step is noise
     alone).
 
     `losses(forward, batch)`: one loss a sequence, each over its own tokens. `check`: hold what the optimizer got
     against what was meant; `first`: see that every parameter moved, too (late in a schedule a rate may be too small
-    to). `beside`: adds an audit's canaries to the sum. An example whose gradient is not finite adds nothing. Raises
+    to). `watch`: an audit's. An example whose gradient is not finite adds nothing. Raises
     PrivacyError when the step was not a private one.
     """
     clipped = clipped_sum(engine, hooks, micro_batches, losses, mechanism.clip)
@@ -193,9 +194,11 @@ def private_step(
     total = clipped.total()
     if clipped.not_finite:  # in this machine's own log: how many is private
         logging.getLogger("fedray").warning("%s gradients were not finite, and are left out", clipped.not_finite)
-    if beside is not None:
-        beside(split(total, engine.parameters))
+    if watch is not None:
+        watch.before(split(total, engine.parameters))
     mean = noised(total, mechanism, noise)
+    if watch is not None:
+        watch.after(split(mean, engine.parameters))
     gradients = _by_name(mean, engine.parameters)
     got = engine.apply(gradients, lr)
     if check:

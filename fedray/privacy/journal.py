@@ -28,6 +28,9 @@ from fedray.privacy.files import flush, hashed
 #: changed, each of which is a release of its own.
 KEYS_A_RUN = 3
 
+#: The folder of all journals, below that of the keys.
+ANSWERED = "answered"
+
 #: What is written when a run has ended.
 OVER = "over"
 
@@ -47,9 +50,8 @@ class Said:
 class Journal:
     """Of one client in one run. Several processes may write to it."""
 
-    def __init__(self, folder: Path, run: str, client: str):
-        """`folder`: of the client's keys."""
-        self.path = folder / "answered" / hashed(run) / f"{hashed(client)}.jsonl"
+    def __init__(self, path: Path):
+        self.path = path
         self._said: list[Said] = []
         self._known: dict[tuple[str, str], str] = {}  # inputs, by question and key
         self._keys: set[str] = set()
@@ -57,6 +59,11 @@ class Journal:
         self._over = False
         self._count: float | None = None
         self._read_to = 0
+
+    @staticmethod
+    def of(folder: Path, run: str, client: str) -> Journal:
+        """The journal of a client in a run; `folder`: of the client's keys."""
+        return Journal(folder / ANSWERED / hashed(run) / f"{hashed(client)}.jsonl")
 
     @property
     def said(self) -> tuple[Said, ...]:

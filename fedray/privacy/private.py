@@ -15,25 +15,32 @@ from fedray.privacy.plan import Mechanism
 
 
 @dataclass(frozen=True)
+class Watch:
+    """What an audit does at a sum that is noised. `before`: adds its canaries to the sum (fp64, by name) in place;
+    `after`: is shown what became of it, divided by the expected count."""
+
+    before: Callable[[Mapping[str, Tensor]], None]
+    after: Callable[[Mapping[str, Tensor]], None]
+
+
+@dataclass(frozen=True)
 class Private:
     """How a client's steps of a round are made private. `purpose`: what its random numbers are for; other inputs must
-    have another. `rate`: each example's chance of being in a step. `beside`: adds in place what an audit's canaries put
-    into the sum of a step's clipped gradients, by name (fp64)."""
+    have another. `rate`: each example's chance of being in a step. `watch`: an audit's, of each step's sum."""
 
     key: Key
     purpose: tuple[str | int, ...]
     rate: float
     mechanism: Mechanism
-    beside: Callable[[Mapping[str, Tensor]], None] | None = None
+    watch: Watch | None = None
 
 
 @dataclass(frozen=True)
 class SketchNoise:
     """Of a private sketch: standard deviation (the sensitivity is 1), its numbers, and what the sum is divided by.
-    `beside`: adds an audit's canaries to the sum; `seen`: is shown the answer."""
+    `watch`: an audit's, of the sum."""
 
     deviation: float
     stream: Stream
     expected: float
-    beside: Callable[[dict[str, Tensor]], None] | None = None
-    seen: Callable[[Mapping[str, Tensor]], None] | None = None
+    watch: Watch | None = None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def print_audit(console: Console, found: Audited, canaries: int) -> None:
     """Each claim with what is proven beside it, and whether a client answered twice."""
     for finding in found.findings:
-        verdict = "holds" if finding.holds else "BROKEN: more is proven than is claimed"
+        verdict = "holds" if finding.proven <= finding.claimed else "BROKEN: more is proven than is claimed"
         console.print(f"{finding.what}", soft_wrap=True)
         console.print(
             f"  claimed epsilon {finding.claimed:.3f} at delta {finding.delta:g}; proven (95 %): at least "
@@ -26,6 +26,12 @@ def print_audit(console: Console, found: Audited, canaries: int) -> None:
                 "run with a smaller epsilon",
                 soft_wrap=True,
             )
+        verdict = "holds" if finding.noise.enough else "BROKEN: less noise than is charged"
+        console.print(
+            f"  noise in its sums, over {finding.noise.numbers:,} numbers: {finding.noise.share:.3f} of what is "
+            f"charged: {verdict}",
+            soft_wrap=True,
+        )
     if found.asked:
         console.print(f"second questions from other inputs: {found.asked}, answered: {found.answered}", soft_wrap=True)
     console.print(f"the furthest that one moved a sum before its noise: {found.moved:.3f} clips", soft_wrap=True)

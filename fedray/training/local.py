@@ -247,7 +247,7 @@ class LocalTrainer:
                 private.key.stream("noise", *private.purpose, step),
                 check=step == 0,
                 first=round == 0 and step == 0,
-                beside=private.beside,
+                watch=private.watch,
             )
 
     def clipped_sum(self, examples: list[Example], clip: float) -> Tensor:

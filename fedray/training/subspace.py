@@ -139,12 +139,12 @@ def _scaled_sum(
 
 def _noised(total: dict[str, Tensor], noise: SketchNoise) -> dict[str, Tensor]:
     """(total + normals) / expected, fp32; drawn in order of the names."""
-    if noise.beside is not None:
-        noise.beside(total)
+    if noise.watch is not None:
+        noise.watch.before(total)
     drawn = {name: noise.stream.normals(t.numel()).reshape(t.shape) for name, t in sorted(total.items())}
     answer = {name: ((t + noise.deviation * drawn[name]) / noise.expected).float() for name, t in total.items()}
-    if noise.seen is not None:
-        noise.seen(answer)
+    if noise.watch is not None:
+        noise.watch.after(answer)
     return answer
 
 

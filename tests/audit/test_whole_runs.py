@@ -39,6 +39,7 @@ def test_what_is_proven_of_a_whole_run_stays_below_the_claim(make_config, tmp_pa
     assert found.holds and found.rounds == 3
     assert len(found.findings) == (2 if kind == "subspace" else 1)
     assert all(0 <= f.proven <= f.claimed for f in found.findings)
+    assert all(f.noise.share == pytest.approx(1, abs=0.1) for f in found.findings)
     # A client with noise of its own was asked again, and said nothing else. Trusted noise is not the client's.
     assert found.asked >= (0 if kind == "clients" else 9) and found.answered == 0
 
@@ -77,11 +78,34 @@ def quiet(kind, patch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_that_is_left_out_is_caught(make_config, tmp_path, monkeypatch, kind):
     quiet(kind, monkeypatch)
-    # At noise 4 little is claimed, so little must be proven to break it.
+    # At noise 4 little is claimed, so little must be proven to break it; at 8 less, which 60 canaries need.
     values = KINDS[kind][0]
-    found = audited(make_config, tmp_path, kind, privacy=values["privacy"] | {"noise": 4.0})
+    noise = 8.0 if kind == "subspace" else 4.0
+    found = audited(make_config, tmp_path, kind, privacy=values["privacy"] | {"noise": noise})
     assert not found.holds
     assert any(finding.proven > finding.claimed for finding in found.findings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_that_is_left_out_is_caught_where_more_is_claimed_than_canaries_can_prove(
+    make_config, tmp_path, monkeypatch, kind
+):
+    quiet(kind, monkeypatch)
+    values = KINDS[kind][0]
+    found = audited(make_config, tmp_path, kind, privacy=values["privacy"] | {"noise": None, "epsilon": 100.0})
+    assert not found.holds
+    broken = found.findings[0]
+    assert broken.claimed > broken.most >= broken.proven and broken.noise.share < 0.3
+
+
+def test_noise_that_is_a_tenth_short_is_caught(make_config, tmp_path, monkeypatch):
+    """No canary would see it."""
+    real = dpsgd.noised
+    short = lambda total, mechanism, noise: real(total, replace(mechanism, noise=0.9 * mechanism.noise), noise)  # noqa: E731
+    monkeypatch.setattr(dpsgd, "noised", short)
+    found = audited(make_config, tmp_path, "examples")
+    (finding,) = found.findings
+    assert finding.noise.share == pytest.approx(0.9, abs=0.03) and not finding.holds and not found.holds
 
 
 def test_a_clip_that_is_not_kept_is_caught(make_config, tmp_path, monkeypatch):

@@ -51,10 +51,17 @@ def check(config: Config) -> None:
 
 def _check_options(privacy: PrivacySection) -> None:
     """The section by itself: its budgets, and which of its keys belong to which unit."""
-    if privacy.epsilon is not None and privacy.sweep_epsilon is not None and privacy.epsilon > privacy.sweep_epsilon:
+    for name in ("sweep_epsilon", "lifetime_epsilon"):
+        of_all = getattr(privacy, name)
+        if privacy.epsilon is not None and of_all is not None and privacy.epsilon > of_all:
+            raise ValueError(
+                f"privacy.epsilon {privacy.epsilon:g} of one run is above privacy.{name} {of_all:g} of all of them: "
+                "lower it"
+            )
+    if privacy.lifetime_epsilon is not None and privacy.unit == "client" and privacy.trust == "coordinator":
         raise ValueError(
-            f"privacy.epsilon {privacy.epsilon:g} of one run is above privacy.sweep_epsilon {privacy.sweep_epsilon:g} "
-            "of all of them: lower it"
+            "privacy.lifetime_epsilon is held by clients that add their noise themselves, and with privacy.unit client "
+            "a trusted coordinator does: set privacy.trust nobody, or leave it out"
         )
     for option, unit in UNIT_OPTIONS.items():
         if getattr(privacy, option) is not None and privacy.unit != unit:

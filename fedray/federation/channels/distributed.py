@@ -234,7 +234,8 @@ class DistributedSide(KeyedSide, ClippingSide):
             )
         purpose: tuple[str | int, ...] = ("round", client, round, inputs(), *orders.shape())
         said = Said(f"round {round + 1}", key.identity, digest_of(*purpose), plan.release(1))
-        self.journal(client, orders).answer(said, self._check)
+        whole = plan.release(self.config.federation.rounds)
+        self.write_down(client, orders, said, self._check, plan.delta, [whole])
         self._purposes[client] = purpose
         return super().protect(client, round, inputs, orders)
 

@@ -128,6 +128,13 @@ def released(config: Config, how: str) -> list[Released]:
 
 def limits(config: Config) -> list[Limit]:
     """What this guarantee does not cover."""
+    bound = config.privacy.lifetime_epsilon
+    another = (
+        "a client keeps what it answers in one run within that run's budget, and does not know whether two runs are "
+        "meant to be one; set privacy.lifetime_epsilon"
+        if bound is None
+        else f"a client's releases of all runs of its key folder together stay within epsilon {bound:g}, and not more"
+    )
     return [
         Limit(
             "low",
@@ -137,9 +144,8 @@ def limits(config: Config) -> list[Limit]:
         ),
         Limit(
             "medium",
-            "A coordinator that begins another run, under another name: a client keeps what it answers in one run "
-            "within that run's budget, and does not know whether two runs are meant to be one",
-            "privacy/journal.py, Journal",
+            f"A coordinator that begins another run, under another name: {another}",
+            "privacy/lifetime.py, Lifetime",
         ),
     ]
 
@@ -275,7 +281,8 @@ class ExampleSide(KeyedSide):
         purpose: tuple[str | int, ...] = ("round", client, round, inputs(), *orders.shape())
         release = Release("training", orders.noise, orders.rate, self.config.client(client).local_steps)
         said = Said(f"round {round + 1}", key.identity, digest_of(*purpose), release)
-        self.journal(client, orders).answer(said, partial(budget.check_run, orders))
+        check = partial(budget.check_run, orders)
+        self.write_down(client, orders, said, check, budget.delta, [budget.training(orders)])
         return Private(key, purpose, orders.rate, Mechanism(orders.clip, orders.noise, orders.expected))
 
     def sketched(self, question: Sketch, client: str) -> tuple[Sequence[Any], Mapping[str, Tensor], SketchNoise | None]:
@@ -293,7 +300,7 @@ class ExampleSide(KeyedSide):
             digest_of(*purpose),
             Release("subspace", orders.noise, orders.rate),
         )
-        self.journal(client, orders).answer(said, budget.check)
+        self.write_down(client, orders, said, budget.check, budget.delta)
         picked = [every[i] for i in key.stream("sample", *purpose).sample(len(every), orders.rate)]
         noise = SketchNoise(orders.noise, key.stream("noise", *purpose), orders.expected)
         return picked, question.given(self), noise
@@ -307,8 +314,9 @@ class ExampleSide(KeyedSide):
         said = Said("count", key.identity, "", Release("count", deviation), count.item())
         # The first is before there is a budget to speak of: delta follows from it. Others have it.
         before = journal.count
-        check = Budget(self.config, client, before, journal.releases).check if before is not None else lambda made: None
-        journal.answer(said, check)
+        budget = Budget(self.config, client, count.item() if before is None else before, journal.releases)
+        check = budget.check if before is not None else lambda made: None
+        self.write_down(client, orders, said, check, budget.delta)
         return count
 
     def budget(self, client: str, orders: Orders) -> Budget:

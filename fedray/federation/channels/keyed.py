@@ -3,7 +3,7 @@ client has answered."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,11 @@ from fedray.federation.failures import WORKER_ATTEMPTS
 from fedray.federation.messages import NO_ORDERS, PUBLIC, Answered, Failure, Orders, Outcome
 from fedray.federation.questions import ForgetKeys, Question
 from fedray.federation.wire import Packet
-from fedray.privacy.journal import Journal
+from fedray.privacy.accountant import Release
+from fedray.privacy.journal import Journal, Said
 from fedray.privacy.keys import Key
 from fedray.privacy.ledger import draw_of
+from fedray.privacy.lifetime import Lifetime
 
 if TYPE_CHECKING:
     from fedray.federation.channels.base import ClientSide
@@ -90,6 +92,7 @@ class KeyedSide(PrivateSide):
         self._one_run = OneRun()
         self._fingerprints: dict[str, bytes] = {}
         self._journals: dict[tuple[str, str], Journal] = {}
+        self._lifetimes: dict[str, Lifetime] = {}
 
     def admitted(self, client: str) -> tuple[type[Question], ...]:
         questions = super().admitted(client)
@@ -113,8 +116,24 @@ class KeyedSide(PrivateSide):
     def journal(self, client: str, orders: Orders) -> Journal:
         """Of the client in the orders' run."""
         if (orders.run, client) not in self._journals:
-            self._journals[orders.run, client] = Journal(self.keys.folder, orders.run, client)
+            self._journals[orders.run, client] = Journal.of(self.keys.folder, orders.run, client)
         return self._journals[orders.run, client]
+
+    def write_down(
+        self,
+        client: str,
+        orders: Orders,
+        said: Said,
+        check: Callable[[Sequence[Release]], None],
+        delta: float,
+        planned: Sequence[Release] = (),
+    ) -> None:
+        """What is about to be said, within the run's budget (`check`) and the client's own of all runs. Raises
+        PrivacyError."""
+        if client not in self._lifetimes:
+            budget = self.config.privacy.lifetime_epsilon
+            self._lifetimes[client] = Lifetime(self.keys.folder, client, budget)
+        self._lifetimes[client].answer(self.journal(client, orders), said, check, delta, planned)
 
     def forget(self, client: str, orders: Orders) -> None:
         """First it is written down that the run is over: a coordinator could have another key drawn otherwise."""

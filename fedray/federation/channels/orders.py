@@ -54,7 +54,7 @@ class Budget:
         self._count = max(float(self._section.batch_size), count)
         self._least = max(float(self._section.batch_size), count - 9 * 2**0.5 * count_noise(config))
         delta = config.privacy.delta
-        self._delta = delta if delta is not None else default_delta(self._least)
+        self.delta = delta if delta is not None else default_delta(self._least)
 
     def check_round(self, round: int, orders: Orders) -> None:
         """Of orders for a round (from 0): its number, clip, noise and rate, and that the whole run at that noise stays
@@ -74,8 +74,12 @@ class Budget:
             self.check(releases)
 
     def _run(self, orders: Orders) -> list[Release]:
+        return [*self._before, self.training(orders)]
+
+    def training(self, orders: Orders) -> Release:
+        """All of a run's training at these orders."""
         steps = self._config.federation.rounds * self._section.local_steps
-        return [*self._before, Release("training", orders.noise, orders.rate, steps)]
+        return Release("training", orders.noise, orders.rate, steps)
 
     def check_sketch(self, orders: Orders) -> None:
         """Of orders for the sketches of a private subspace. Raises PrivacyError."""
@@ -86,7 +90,7 @@ class Budget:
         _check_shape(orders, SKETCH_CLIP, noise, subspace_rate(self._config, self._least))
         if share is not None:
             both = Release("subspace", orders.noise, orders.rate, SUBSPACE_RELEASES)
-            _check_spent(epsilon([both], self._delta), share)
+            _check_spent(epsilon([both], self.delta), share)
 
     def _check_weight(self, orders: Orders) -> None:
         """Of a secure sum: with all others near 0 it would show this client."""
@@ -103,7 +107,7 @@ class Budget:
     def check(self, releases: Sequence[Release]) -> None:
         """That all of these together stay within the budget, where there is one. Raises PrivacyError."""
         if self._privacy.epsilon is not None:
-            _check_spent(epsilon(releases, self._delta), self._privacy.epsilon)
+            _check_spent(epsilon(releases, self.delta), self._privacy.epsilon)
 
 
 def check_round_number(config: Config, round: int) -> None:

@@ -58,7 +58,9 @@ UNIT_OPTIONS = {"count_noise": "example", "subspace_fraction": "example", "adapt
 def check(config: Config) -> None:
     """Raises ValueError for settings of a guarantee that would protect nothing, since none is asked for."""
     privacy = config.privacy
-    given = [name for name in ("delta", "clip", *UNIT_OPTIONS) if getattr(privacy, name) is not None]
+    given = [
+        name for name in ("delta", "clip", "lifetime_epsilon", *UNIT_OPTIONS) if getattr(privacy, name) is not None
+    ]
     usual = {"unit": "example", "trust": "coordinator"}
     given += [name for name, value in usual.items() if getattr(privacy, name) != value]
     if given:

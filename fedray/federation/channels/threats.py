@@ -65,7 +65,7 @@ _LYING = {
     "sums": "each client's update, by standing in for the others; with `privacy.identities` sums over more than two "
     "thirds of the clients",
     "example": f"{_OF_EXAMPLES}: each client binds its noise to what it was sent, and keeps its own account of the "
-    "run; a run under another name has another account",
+    "run; runs under other names are bounded together by `privacy.lifetime_epsilon`",
     "example, sums": f"{_OF_EXAMPLES}, as to the left",
     "client": "as above, of models of its choice",
     "client, sums": "as with secure sums alone, of clipped updates",

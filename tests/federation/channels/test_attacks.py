@@ -260,13 +260,13 @@ def test_a_journal_outlives_keys_and_half_lines(make_config, tmp_path, monkeypat
     def check(releases):
         pass
 
-    journal = Journal(tmp_path, "run", CLIENT)
+    journal = Journal.of(tmp_path, "run", CLIENT)
     first = Said("round 1", "key", "inputs", Release("training", 1.0, 0.5, 2))
     journal.answer(first, check)
     journal.answer(first, check)
     with journal.path.open("a") as file:
         file.write('{"what": "round 2", "key"')  # killed while it wrote: the answer was never given
-    other = Journal(tmp_path, "run", CLIENT)
+    other = Journal.of(tmp_path, "run", CLIENT)
     other.answer(dataclasses.replace(first, what="round 2"), check)
     assert [one.what for one in journal.said] == [one.what for one in other.said] == ["round 1", "round 2"]
     assert [json.loads(line)["what"] for line in journal.path.read_text().splitlines()] == ["round 1", "round 2"]
