@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from fedray.audit.bounds import ROUNDING, example_moves, tells_of
 from fedray.audit.canaries import Canaries
 from fedray.audit.noise import NoiseSeen
 from fedray.config.sections import Config
-from fedray.errors import ConfigError
+from fedray.errors import ConfigError, FedrayError
 from fedray.federation.channels.registry import make_channel, make_side
 from fedray.federation.coordinator import Coordinator
 from fedray.federation.prepare import prepare
@@ -83,13 +83,27 @@ def audit_run(config: Config, canaries: int, folder: Path, said: Callable[[str],
     _check_room(canaries, watch, worker, prepared.trainable)
     server.evaluate_start()
     records = []
-    while not server.done and (record := server.run_round()) is not None:
+    for record in _rounds(server, pool):
         records.append(record)
         said(f"round {record['round']} of {config.federation.rounds}")
     ledger = server.channel.ledger
     findings, moved, told = watch.findings(ledger), watch.moved(worker, ledger), watch.told(records)
     server.finish()
     return Audited(findings, pool.asked, pool.answered, moved, told, len(records), time.monotonic() - began)
+
+
+def _rounds(server: Coordinator, pool: Attacks) -> Iterator[dict[str, Any]]:
+    """The records of the run. One that breaks off after a client has answered an attack was broken by that."""
+    while not server.done:
+        try:
+            record = server.run_round()
+        except FedrayError:
+            if not pool.answered:
+                raise
+            return
+        if record is None:
+            return
+        yield record
 
 
 def _check_room(canaries: int, watch: _Watched, worker: Worker, trainable: int) -> None:

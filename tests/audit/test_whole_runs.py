@@ -12,9 +12,11 @@ from fedray.audit.bounds import tells_of
 from fedray.cli import main
 from fedray.errors import ConfigError
 from fedray.federation import questions, wire, worker
-from fedray.federation.channels import accounted, client, example, masked
+from fedray.federation.channels import accounted, client, example, masked, orders
+from fedray.federation.channels.orders import check_round_number
 from fedray.privacy import client_level, discrete, dpsgd
 from fedray.privacy.journal import Journal
+from fedray.privacy.sums.book import Page
 from fedray.training import subspace
 
 SGD = {"federation__optimizer": "sgd", "federation__lr": 0.5, "federation__schedule": "constant"}
@@ -184,7 +186,8 @@ def test_a_number_that_grows_with_a_secret_cohort_tells_of_it():
 
 
 def trusts_digests(patch):
-    patch.setattr(wire.Packet, "again", lambda packet: packet)
+    real = wire.Packet.again
+    patch.setattr(wire.Packet, "again", lambda packet: packet if real(packet) else None)
 
 
 def forgets_what_was_kept(patch):
@@ -202,6 +205,30 @@ def takes_names_for_granted(patch):
     patch.setattr(questions.Sketch, "digest", digest)
 
 
+def takes_any_type(patch):
+    patch.setattr(wire.Packet, "again", lambda packet: wire.Packet(packet.manifest, packet.vector))
+
+
+def believes_its_orders(patch):
+    patch.setattr(example, "Budget", lambda *about: Believing(*about))
+
+
+class Believing(orders.Budget):
+    """As the budget that took the sampling rate, and the numbers that follow from it, from the coordinator."""
+
+    def check_round(self, round, orders):
+        check_round_number(self._config, round)
+
+    def check_run(self, orders, releases):
+        pass
+
+
+def forgets_its_sums(patch):
+    """No page is kept, nor is there a journal."""
+    keeps_no_journal(patch)
+    patch.setattr(Page, "answer", lambda self, step, after, *inputs: self.answers.setdefault(step, ""))
+
+
 def keeps_no_journal(patch):
     real = Journal.answer
     patch.setattr(Journal, "answer", lambda self, new, check: real(self, new, check) if new.what == "count" else None)
@@ -215,6 +242,9 @@ def keeps_no_journal(patch):
         (takes_any_increment, "examples", {"method__name": "flora"}),
         (takes_names_for_granted, "subspace", {}),
         (keeps_no_journal, "examples", {}),
+        (takes_any_type, "examples", {}),
+        (believes_its_orders, "examples", {}),
+        (forgets_its_sums, "nobody", {}),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import run
 
-from fedray.audit.attack import forged, renamed
+from fedray.audit.attack import as_integers, forged, renamed, structured
 from fedray.config.sections import Config
 from fedray.errors import PrivacyError
 from fedray.federation.channels.example import ExampleLevel, NoisedCount
@@ -27,19 +27,6 @@ CLIENT = "client-0"
 
 def zeros(packet: Packet) -> Packet:
     return Packet(packet.manifest, np.zeros_like(packet.vector))
-
-
-def as_integers(packet: Packet) -> Packet:
-    """The same bytes, read as other numbers."""
-    return Packet(packet.manifest, packet.vector.view(np.int32))
-
-
-def structured(packet: Packet, offset: int = 4) -> Packet:
-    """Of eight bytes a number, those at the offset: two packets that differ in it alone have one buffer and one name
-    of their type."""
-    pairs = np.stack([packet.vector, np.zeros_like(packet.vector)], 1).reshape(-1)
-    kind = np.dtype({"names": ["x"], "formats": ["<f4"], "offsets": [offset], "itemsize": 8})
-    return Packet(packet.manifest, pairs.view(kind))
 
 
 def refused(update, report) -> bool:
