@@ -54,7 +54,9 @@ class Budget:
         self._count = max(float(self._section.batch_size), count)
         self._least = max(float(self._section.batch_size), count - 9 * 2**0.5 * count_noise(config))
         delta = config.privacy.delta
-        self.delta = delta if delta is not None else default_delta(self._least)
+        # Of the count that was told, not of the least that it may mean: the coordinator's own follows from counts no
+        # smaller, and a larger delta would let it spend more than it says.
+        self.delta = delta if delta is not None else default_delta(self._count)
 
     def check_round(self, round: int, orders: Orders) -> None:
         """Of orders for a round (from 0): its number, clip, noise and rate, and that the whole run at that noise stays
