@@ -10,6 +10,7 @@ shape the result is the largest that any numbers could give, and a norm is not a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,26 @@ class LowRank:
         return LowRank(
             torch.cat([(t * w).B for t, w in zip(terms, weights, strict=True)], 1), torch.cat([t.A for t in terms], 0)
         )
+
+    @staticmethod
+    def total(terms: Iterable[LowRank], weights: Sequence[float]) -> LowRank:
+        """sum_i w_i M_i, exact, in at most min(m, n) columns: one concatenation as `sum` where that has no more, else
+        one dense matrix that each is added to, beside an identity. `terms` may be made one by one: then the memory is
+        two matrices, however many there are. O(m n) a column. Raises ValueError on an empty list."""
+        terms = iter(terms)
+        if (first := next(terms, None)) is None:
+            raise ValueError("a sum of no matrices has no shape")
+        every = itertools.chain([first], terms)
+        if first.k * len(weights) <= min(first.shape) or first.B.is_meta:
+            return LowRank.sum(list(every), weights).bounded()
+        whole = torch.zeros(first.shape, dtype=torch.promote_types(first.B.dtype, first.A.dtype), device=first.B.device)
+        for term, weight in zip(every, weights, strict=True):
+            whole.addmm_(term.B, term.A, alpha=weight)
+        return _beside_identity(whole)
+
+    def image(self, vectors: Tensor) -> Tensor:
+        """The matrix times the vectors (n x p), m x p."""
+        return self.B @ (self.A @ vectors.to(self.A.device))
 
     def _triangles(self) -> tuple[Tensor, Tensor]:
         """R of the thin QR of B and of A^T, in fp64: B A = Q_B (R_B R_A^T) Q_A^T."""
@@ -153,13 +174,18 @@ class LowRank:
         m, n = self.shape
         if self.k <= min(m, n):
             return self
-        whole = (self.B.double() @ self.A.double()).to(self.B.dtype)
-        identity = torch.eye(min(m, n), dtype=whole.dtype, device=whole.device)
-        return LowRank(identity, whole) if m <= n else LowRank(whole, identity)
+        return _beside_identity((self.B.double() @ self.A.double()).to(self.B.dtype))
 
     def dense(self) -> Tensor:
         """The m x n matrix itself, for tests and for writing into weights."""
         return self.B @ self.A
+
+
+def _beside_identity(whole: Tensor) -> LowRank:
+    """A dense matrix as thin factors."""
+    m, n = whole.shape
+    identity = torch.eye(min(m, n), dtype=whole.dtype, device=whole.device)
+    return LowRank(identity, whole) if m <= n else LowRank(whole, identity)
 
 
 def squared_distances(matrices: Sequence[LowRank]) -> Tensor:
@@ -181,6 +207,18 @@ def squared_distances(matrices: Sequence[LowRank]) -> Tensor:
 _CHUNK = 1 << 17
 """Numbers at a time in `weighted_sum`: the fp64 accumulator stays in a core's cache, so memory is read once and written
 once."""
+
+
+def add_weighted(total: Tensor, tensors: Sequence[Tensor], weights: Sequence[float]) -> None:
+    """total += sum_i w_i T_i in place, in the order given; `total`: contiguous fp64, on their device."""
+    if total.is_meta:
+        return
+    flat, sums = [t.reshape(-1) for t in tensors], total.view(-1)
+    term = torch.empty(min(len(sums), _CHUNK), dtype=torch.float64, device=total.device)
+    for start in range(0, len(sums), _CHUNK):
+        part = sums[start : start + _CHUNK]
+        for tensor, weight in zip(flat, weights, strict=True):
+            part.add_(term[: len(part)].copy_(tensor[start : start + _CHUNK]), alpha=weight)
 
 
 def weighted_sum(

@@ -7,6 +7,7 @@ that PEFT puts it into in `peft_layer.py`, what ties it to a real model in `atta
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ class Adapter(ABC):
         if len(differ) <= 1:
             mean: dict[str, Any] = {f: sum(w * c[f] for w, c in zip(weights, clients, strict=True)) for f in differ}
             return self.delta(layer, {**clients[0], **mean})
-        return LowRank.sum([self.delta(layer, c) for c in clients], weights)
+        return LowRank.total((self.delta(layer, c) for c in clients), weights)
 
     def lift(self, layer: Layer, factors: Factors, inner: LowRank) -> LowRank:
         """The delta if the product of the `pair` were `inner`; linear in it. `factors`: those at rest."""
@@ -142,8 +143,8 @@ class Adapter(ABC):
         self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors
     ) -> LowRank:
         """sum_i p_i delta(client_i) - delta(means)."""
-        terms = [self.delta(layer, c) for c in clients]
-        return LowRank.sum([*terms, self.delta(layer, means)], [*weights, -1.0])
+        terms = (self.delta(layer, factors) for factors in itertools.chain(clients, [means]))
+        return LowRank.total(terms, [*weights, -1.0])
 
     def module(self, layer: Layer) -> nn.Module | None:
         """The module that computes scale-free x -> product x, its parameters named as the factors; None for PEFT's
@@ -158,10 +159,10 @@ def covariance(clients: Sequence[Factors], weights: Sequence[float], means: Fact
     (k - 1) r columns, and no cancellation of large terms, unlike the difference of the two sums.
     """
     last = clients[-1]
-    terms = [LowRank(c[B] - means[B], c[A] - last[A]) for c in clients[:-1]]
-    if not terms:
+    if len(clients) == 1:
         return LowRank(last[B][:, :0], last[A][:0])
-    return LowRank.sum(terms, weights[:-1])
+    terms = (LowRank(c[B] - means[B], c[A] - last[A]) for c in itertools.islice(clients, len(clients) - 1))
+    return LowRank.total(terms, weights[:-1])
 
 
 def pad_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:

@@ -14,7 +14,6 @@ without any.
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +25,8 @@ from torch import Tensor
 from fedray.adapters import PAIRED
 from fedray.adapters.base import Adapter
 from fedray.errors import RoundError
-from fedray.lowrank import weighted_sum
 from fedray.methods.diagnose import diagnose
+from fedray.methods.gathering import Gathering
 from fedray.methods.increments import base_total, is_base, live_increments
 from fedray.methods.robust import RobustRule
 from fedray.methods.server import ServerOptimizer
@@ -210,10 +209,10 @@ class Method(ABC):
 
         Raises RoundError on non-finite values, and on no updates or fewer than a rule
         needs."""
-        cohort = self.gather(state, checked(updates))
+        cohort = self.gather(state, checked(updates), measured=True, exact_report=exact_report)
         taken = cohort if self.robust is None else self._robust(self.robust, state, cohort)
         merged, landed = self.merge(state, taken)
-        diagnostics = diagnose(state.spec, cohort, landed, exact_report)
+        diagnostics = diagnose(state.spec, cohort, landed)
         if self.server is not None:
             merged = self._stepped(self.server, state, taken)
         check_state(state, merged)
@@ -244,20 +243,27 @@ class Method(ABC):
         """The next state, and per layer the change of the effective weights (against the base of this round) it
         means; None where there is no global model that one could hold against the ideal."""
 
-    def gather(self, state: State, updates: Iterable[Update]) -> Cohort:
-        """Read the updates once, in order, complete them with the factors that did not train, and average."""
+    def gather(
+        self, state: State, updates: Iterable[Update], measured: bool = False, exact_report: bool = False
+    ) -> Cohort:
+        """Read the updates once, in order, complete them with the factors that did not train, and average. Kept are
+        those of small cohorts, and of large ones where a merge or a rule needs each; `measured`: what a report of the
+        loss needs too."""
         spec, message = state.spec, self.broadcast(state)
-        read = [(u.client, u.weight, spec.whole(u.tensors) if spec.ranks else dict(u.tensors)) for u in updates]
-        if not read or (total := math.fsum(weight for _, weight, _ in read)) <= 0:
-            raise RoundError("a round needs at least one update with a positive weight")
-        names, weights, received = zip(*read, strict=True)
-        shares = tuple(weight / total for weight in weights)
-        dtype = next(iter(received[0].values())).dtype
         start = self.view(spec, message, None).tensors
-        starts = [self.view(spec, message, c).tensors for c in names] if self.personal else [start] * len(names)
-        means = {name: tensor.to(dtype) for name, tensor in start.items()}
-        means |= {name: weighted_sum([r[name] for r in received], shares, dtype) for name in received[0]}
-        return Cohort(names, shares, tuple(s | r for s, r in zip(starts, received, strict=True)), means, dtype)
+
+        def start_of(client: str) -> Tensors:
+            return self.view(spec, message, client).tensors if self.personal else start
+
+        ideal: Literal["sketch", "means", "factors"] = "factors" if exact_report else "sketch"
+        linear = self.linear and self.exact == "yes"  # the delta is linear in what such a method averages
+        if not measured or linear or self.kept:
+            ideal = "means"
+        keeps = not self.linear or self.robust is not None or exact_report
+        reading = Gathering(spec, start_of, keeps, ideal)
+        for update in updates:
+            reading.add(update)
+        return reading.cohort(start)
 
 
 def _uploaded(state: State, cohort: Cohort) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from fedray.adapters.base import Layer
 from fedray.lowrank import LowRank
-from fedray.methods.state import Cohort, Spec, Tensors, key
+from fedray.methods.state import Cohort, Spec, Tensors
 
 
 class PerLayer(Mapping[str, LowRank]):
@@ -38,16 +38,15 @@ def ideal(spec: Spec, cohort: Cohort) -> PerLayer:
 def inner_mean(spec: Spec, cohort: Cohort, layer: Layer) -> LowRank:
     """sum p_i B_i A_i of the adapter's pair in one layer, in fp64: what SVD-based methods reduce to its rank."""
     B, A = spec.pair
-    return LowRank.sum([LowRank(f[B], f[A]) for f in cohort.factors(spec, layer)], cohort.weights)
+    return LowRank.total((LowRank(f[B], f[A]) for f in cohort.factors(spec, layer)), cohort.weights)
 
 
 def averaging_error(spec: Spec, cohort: Cohort) -> PerLayer:
     """sum p_i delta_i - delta(mean factors) per layer: the error that plain factor averaging makes."""
 
     def make(layer: Layer) -> LowRank:
-        factors = [{f: t[key(layer, f)].double() for f in spec.names} for t in cohort.tensors]
         means = {f: t.double() for f, t in spec.factors(layer, cohort.means).items()}
-        return spec.adapter.averaging_error(layer, factors, cohort.weights, means)
+        return spec.adapter.averaging_error(layer, cohort.factors(spec, layer, whole=True), cohort.weights, means)
 
     return PerLayer(spec.layers, make)
 

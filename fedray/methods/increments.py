@@ -69,7 +69,7 @@ def stacked_base_tensors(spec: Spec, cohort: Cohort, less: Tensors | None) -> di
     are)."""
     tensors: dict[str, Tensor] = {}
     for layer in spec.layers:
-        terms = cohort.factors(spec, layer)
+        terms = list(cohort.factors(spec, layer))
         if less is not None:
             terms.append({f: t.double() for f, t in spec.factors(layer, less).items()})
         tensors |= {f"{layer.name}.base_{f}": torch.stack([t[f] for t in terms]) for f in spec.names}

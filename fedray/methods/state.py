@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -193,30 +193,67 @@ class Diagnostics:
 
 
 @dataclass(frozen=True)
+class Sketch:
+    """What stands for sum p_i delta_i of many clients. `images`: by layer, its product (m x p, fp64) with the first n
+    of the `vectors` (p columns of independent standard normals)."""
+
+    vectors: Tensor
+    images: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Cohort:
-    """The updates of a round: names, weights p_i, complete factors per client as they came, and their means (added in
-    fp64, rounded once to the clients' dtype)."""
+    """The updates of a round: names, weights p_i, and the means of the factors (added in fp64, rounded once to the
+    clients' dtype; the others as they were before the round).
+
+    `tensors`: complete factors per client as they came; none where the cohort is large and the method needs their
+    means alone. `unrounded`: the means of what came, in fp64. Of a large cohort the ideal is told by the `sketch`, or
+    (`by_means`) it is the delta of those means.
+    """
 
     clients: tuple[str, ...]
     weights: tuple[float, ...]
     tensors: tuple[dict[str, Tensor], ...]
     means: dict[str, Tensor]
     dtype: torch.dtype
+    unrounded: dict[str, Tensor]
+    sketch: Sketch | None = None
+    by_means: bool = False
 
     def cast(self, tensors: Tensors) -> dict[str, Tensor]:
         """Back to the dtype the clients train in."""
         return {name: tensor.to(self.dtype).contiguous() for name, tensor in tensors.items()}
 
-    def factors(self, spec: Spec, layer: Layer) -> list[dict[str, Tensor]]:
-        """The clients' factors of one layer, in fp64, each at its own rank; one that all share is one tensor."""
-        shared = {f: self.tensors[0][key(layer, f)] for f in spec.names}
-        shared = {
-            f: t.double()
-            for f, t in shared.items()
-            if not spec.ranks and all(o[key(layer, f)] is t for o in self.tensors)
+    def factors(self, spec: Spec, layer: Layer, whole: bool = False) -> Sequence[dict[str, Tensor]]:
+        """The clients' factors of one layer, in fp64, each at its own rank (`whole`: with zeros up to the largest); one
+        that all share is one tensor. Each is made when it is asked for."""
+        return _Factors(self, spec, layer, whole)
+
+
+class _Factors(Sequence[dict[str, Tensor]]):
+    """Of one layer, of every client of a cohort."""
+
+    def __init__(self, cohort: Cohort, spec: Spec, layer: Layer, whole: bool):
+        self._cohort, self._spec, self._whole = cohort, spec, whole
+        self._keys = {f: key(layer, f) for f in spec.names}
+        first = cohort.tensors[0]
+        self._shared = {
+            f: first[name].double()
+            for f, name in self._keys.items()
+            if not spec.ranks and all(tensors[name] is first[name] for tensors in cohort.tensors)
         }
-        named = []
-        for client, tensors in zip(self.clients, self.tensors, strict=True):
-            separate = {key(layer, f): tensors[key(layer, f)] for f in spec.names if f not in shared}
-            named.append({factor_of(n): t.double() for n, t in spec.cut(client, separate).items()} | shared)
-        return named
+
+    def __len__(self) -> int:
+        return len(self._cohort.tensors)
+
+    @overload
+    def __getitem__(self, i: int) -> dict[str, Tensor]: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[dict[str, Tensor]]: ...
+    def __getitem__(self, i: int | slice) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        tensors = self._cohort.tensors[i]
+        separate = {name: tensors[name] for f, name in self._keys.items() if f not in self._shared}
+        cut = separate if self._whole else self._spec.cut(self._cohort.clients[i], separate)
+        return {factor_of(n): t.double() for n, t in cut.items()} | self._shared

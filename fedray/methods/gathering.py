@@ -1,0 +1,112 @@
+"""How a round's updates become a cohort: read once, in order, each folded into what is asked of all of them. They are
+kept only where the method needs each (`Gathering.keeps`), so the memory of a mean does not grow with the cohort.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedray.errors import RoundError
+from fedray.lowrank import LowRank, add_weighted
+from fedray.methods.state import Cohort, Sketch, Spec, Tensors, Update
+
+#: Up to so many columns of all clients together, every number about them is measured on the factors themselves.
+GRAM_COLUMNS = 128
+#: Gaussian vectors in the sketch of more: of one layer of rank 1 the relative standard error of a norm is 9 %, of more
+#: less.
+PROBES = 64
+#: Of those vectors.
+SEED = 0
+
+
+@dataclass
+class Gathering:
+    """`starts`: a client's factors before it trained, complete. Of a large cohort, `keeps`: every update is kept;
+    `ideal`: what tells sum p_i delta_i, the vectors' images under it or the means. Costs O(numbers) a client, with
+    sketches PROBES times that."""
+
+    spec: Spec
+    starts: Callable[[str], Tensors]
+    keeps: bool
+    ideal: Literal["sketch", "means", "factors"]
+
+    def __post_init__(self) -> None:
+        self._clients: list[str] = []
+        self._weights: list[float] = []
+        self._kept: list[dict[str, Tensor]] = []
+        self._block: list[dict[str, Tensor]] = []
+        self._sums: dict[str, Tensor] = {}
+        self._images: dict[str, Tensor] = {}
+        self._dtype = torch.float32
+        self._many = False
+
+    def add(self, update: Update) -> None:
+        """The next client's."""
+        received = self.spec.whole(update.tensors) if self.spec.ranks else dict(update.tensors)
+        self._clients.append(update.client)
+        self._weights.append(update.weight)
+        self._block.append(received)
+        if len(self._block) * self._columns > GRAM_COLUMNS:
+            self._many = True
+            self._fold()
+
+    @property
+    def _columns(self) -> int:
+        """Of one client's delta in a layer, at most."""
+        return max(self.spec.adapter.delta_columns(layer.rank) for layer in self.spec.layers)
+
+    def _fold(self) -> None:
+        """Add the block to the sums, and forget it where nobody needs it."""
+        first = len(self._clients) - len(self._block)
+        clients, weights = self._clients[first:], self._weights[first:]
+        if not self._sums:
+            self._dtype = next(iter(self._block[0].values())).dtype
+            self._sums = {
+                n: torch.zeros(t.shape, dtype=torch.float64, device=t.device) for n, t in self._block[0].items()
+            }
+        for name, total in self._sums.items():
+            add_weighted(total, [received[name] for received in self._block], weights)
+        keeps, sketches = self.keeps or not self._many, self.ideal == "sketch" and self._many
+        if keeps or sketches:
+            complete = [{**self.starts(c), **received} for c, received in zip(clients, self._block, strict=True)]
+            if sketches:
+                self._sketch(complete, weights)
+            if keeps:
+                self._kept += complete
+        self._block = []
+
+    def _sketch(self, block: Sequence[Tensors], weights: Sequence[float]) -> None:
+        for layer in self.spec.layers:
+            terms = [
+                self.spec.adapter.delta(layer, {f: t.double() for f, t in self.spec.factors(layer, tensors).items()})
+                for tensors in block
+            ]
+            image = LowRank.sum(terms, weights).image(self._vectors[: layer.n])
+            self._images[layer.name] = image if layer.name not in self._images else self._images[layer.name] + image
+
+    @cached_property
+    def _vectors(self) -> Tensor:
+        """One set for all layers: errors rest on the vectors' independence alone."""
+        generator, widest = torch.Generator().manual_seed(SEED), max(layer.n for layer in self.spec.layers)
+        return torch.randn(widest, PROBES, dtype=torch.float64, generator=generator)
+
+    def cohort(self, start: Mapping[str, Tensor]) -> Cohort:
+        """All of it; `start`: the global model's factors before the round. Raises RoundError where no update with a
+        positive weight came."""
+        if self._block:
+            self._fold()
+        if not self._clients or (total := math.fsum(self._weights)) <= 0:
+            raise RoundError("a round needs at least one update with a positive weight")
+        unrounded = {name: t / total for name, t in self._sums.items()}
+        means = {name: t.to(self._dtype) for name, t in {**start, **unrounded}.items()}
+        sketch = Sketch(self._vectors, {n: t / total for n, t in self._images.items()}) if self._images else None
+        shares = tuple(weight / total for weight in self._weights)
+        by_means = self._many and self.ideal == "means"
+        return Cohort(tuple(self._clients), shares, tuple(self._kept), means, self._dtype, unrounded, sketch, by_means)
