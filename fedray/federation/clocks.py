@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-#: CPU threads of the aggregation: a constant of the machine, so that both engines give the same bits.
-AGGREGATION_THREADS = min(8, os.cpu_count() or 1)
+from fedray.adapters.base import Layer
+
+#: Of the largest layer, from how many numbers on a second thread is worth waiting for: below, its wake-up takes longer
+#: than the work, many times so where a worker has the core.
+WORTH_THREADS = 1 << 20
+
+
+def aggregation_threads(layers: Sequence[Layer]) -> int:
+    """CPU threads of the aggregation: a function of the model and the machine, so that both engines give the same
+    bits."""
+    largest = max(layer.m * layer.n for layer in layers)
+    return min(8, os.cpu_count() or 1) if largest >= WORTH_THREADS else 1
 
 
 @contextmanager

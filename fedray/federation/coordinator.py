@@ -21,7 +21,7 @@ from fedray.data.tasks import TASKS
 from fedray.federation import checkpoint as checkpoints
 from fedray.federation.channels.base import Context, Pool
 from fedray.federation.channels.registry import make_channel
-from fedray.federation.clocks import AGGREGATION_THREADS, threads, timed
+from fedray.federation.clocks import aggregation_threads, threads, timed
 from fedray.federation.evaluation import evaluate
 from fedray.federation.messages import Outcome
 from fedray.federation.record import RoundRecord
@@ -93,7 +93,7 @@ class Coordinator:
         seconds: dict[str, float] = {}
         self.channel.begin()
         if not hasattr(self, "state"):
-            with timed(seconds, "start"), threads(AGGREGATION_THREADS):
+            with timed(seconds, "start"), threads(aggregation_threads(self.spec.layers)):
                 start = make_start(self.spec, self.data.clients, self.channel.ask)
                 self.publish(self.method.init(self.spec, self._heads, start.tensors))
                 self.start = start.record()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedray.errors import RoundError
 from fedray.federation.channels.base import Admission, Intake, Training
-from fedray.federation.clocks import AGGREGATION_THREADS, threads, timed
+from fedray.federation.clocks import aggregation_threads, threads, timed
 from fedray.federation.evaluation import evaluate
 from fedray.federation.failures import ROUND_ATTEMPTS, Action, after_round
 from fedray.federation.messages import Failure, Outcome, Trained, failures
@@ -61,7 +61,7 @@ def run_round(server: Coordinator) -> RoundRecord | None:
     down = server.count_bytes_down(*server.channel.receivers(admission))  # of this broadcast: the next comes below
 
     # The updates come in and become the next state, which is published.
-    with timed(seconds, "aggregate"), threads(AGGREGATION_THREADS):
+    with timed(seconds, "aggregate"), threads(aggregation_threads(server.state.spec.layers)):
         intake = server.channel.collect(call, attendance.outcomes)
         state, attendance, intake = second_upload(server, call, attendance, intake)
         next_state, diagnostics = server.method.aggregate(state, intake.updates, server.config.federation.exact_report)

@@ -133,7 +133,7 @@ def norm(vector: np.ndarray, start: np.ndarray | None = None) -> float:
         block = vector[first : first + _BLOCK].astype(np.float64)
         if start is not None:
             block -= start[first : first + _BLOCK]
-        total += float(block @ block)
+        total += float(np.square(block, out=block).sum())  # a product would wake BLAS's threads
     return math.sqrt(total) if total >= 0 else math.nan
 
 

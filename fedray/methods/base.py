@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +26,7 @@ from fedray.adapters import PAIRED
 from fedray.adapters.base import Adapter
 from fedray.errors import RoundError
 from fedray.methods.diagnose import diagnose
-from fedray.methods.gathering import Gathering
+from fedray.methods.gathering import Gathering, checked
 from fedray.methods.increments import base_total, is_base, live_increments
 from fedray.methods.robust import RobustRule
 from fedray.methods.server import ServerOptimizer
@@ -209,7 +209,7 @@ class Method(ABC):
 
         Raises RoundError on non-finite values, and on no updates or fewer than a rule
         needs."""
-        cohort = self.gather(state, checked(updates), measured=True, exact_report=exact_report)
+        cohort = self.gather(state, updates, measured=True, exact_report=exact_report)
         taken = cohort if self.robust is None else self._robust(self.robust, state, cohort)
         merged, landed = self.merge(state, taken)
         diagnostics = diagnose(state.spec, cohort, landed)
@@ -260,7 +260,7 @@ class Method(ABC):
         if not measured or linear or self.kept:
             ideal = "means"
         keeps = not self.linear or self.robust is not None or exact_report
-        reading = Gathering(spec, start_of, keeps, ideal)
+        reading = Gathering(spec, start_of, keeps, ideal, looks=measured)
         for update in updates:
             reading.add(update)
         return reading.cohort(start)
@@ -280,20 +280,4 @@ def check_state(before: State, after: State) -> None:
             raise RoundError(
                 f"round {after.round}: the updates are finite and their aggregate is not, in {name}: bound them by "
                 "federation.max_update_norm, or lower federation.lr"
-            )
-
-
-def checked(updates: Iterable[Update]) -> Iterator[Update]:
-    """The same updates, each looked at as it comes (`check_finite`)."""
-    for update in updates:
-        check_finite(update)
-        yield update
-
-
-def check_finite(update: Update) -> None:
-    """Raises RoundError, naming the client, for a value that is not finite."""
-    for name, tensor in update.tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise RoundError(
-                f"client '{update.client}' sent a value that is not finite in {name}: lower its learning rate"
             )

@@ -13,7 +13,8 @@ from torch import Tensor
 from fedray import seeding
 from fedray.adapters.base import Adapter, Layer
 from fedray.lowrank import LowRank
-from fedray.methods.base import Method, checked
+from fedray.methods.base import Method
+from fedray.methods.gathering import checked
 from fedray.methods.state import Cohort, Diagnostics, Spec, State, Update, factor_of, key
 from fedray.options import option
 

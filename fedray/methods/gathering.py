@@ -5,7 +5,7 @@ kept only where the method needs each (`Gathering.keeps`), so the memory of a me
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -29,13 +29,14 @@ SEED = 0
 @dataclass
 class Gathering:
     """`starts`: a client's factors before it trained, complete. Of a large cohort, `keeps`: every update is kept;
-    `ideal`: what tells sum p_i delta_i, the vectors' images under it or the means. Costs O(numbers) a client, with
-    sketches PROBES times that."""
+    `ideal`: what tells sum p_i delta_i, the vectors' images under it or the means. `looks`: raise RoundError, naming
+    the client, for a value that is not finite. Costs O(numbers) a client, with sketches PROBES times that."""
 
     spec: Spec
     starts: Callable[[str], Tensors]
     keeps: bool
     ideal: Literal["sketch", "means", "factors"]
+    looks: bool
 
     def __post_init__(self) -> None:
         self._clients: list[str] = []
@@ -73,6 +74,9 @@ class Gathering:
             }
         for name, total in self._sums.items():
             add_weighted(total, [received[name] for received in self._block], weights)
+            if self.looks and not math.isfinite(total.sum().item()):  # what is not finite stays so in a sum
+                for client, received in zip(clients, self._block, strict=True):
+                    check_finite(Update(client, 1.0, received))
         keeps, sketches = self.keeps or not self._many, self.ideal == "sketch" and self._many
         if keeps or sketches:
             complete = [{**self.starts(c), **received} for c, received in zip(clients, self._block, strict=True)]
@@ -110,3 +114,19 @@ class Gathering:
         shares = tuple(weight / total for weight in self._weights)
         by_means = self._many and self.ideal == "means"
         return Cohort(tuple(self._clients), shares, tuple(self._kept), means, self._dtype, unrounded, sketch, by_means)
+
+
+def checked(updates: Iterable[Update]) -> Iterator[Update]:
+    """The same updates, each looked at as it comes (`check_finite`)."""
+    for update in updates:
+        check_finite(update)
+        yield update
+
+
+def check_finite(update: Update) -> None:
+    """Raises RoundError, naming the client, for a value that is not finite."""
+    for name, tensor in update.tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise RoundError(
+                f"client '{update.client}' sent a value that is not finite in {name}: lower its learning rate"
+            )

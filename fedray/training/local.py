@@ -170,7 +170,7 @@ class LocalTrainer:
         examples = self.examples("train", client)
         engine = self._load(view, config, optimizer_state, base_key)
         self.model.train()
-        torch.manual_seed(seeding.derive(self.config.seed, "dropout", client, round))
+        self._seed_dropout(seeding.derive(self.config.seed, "dropout", client, round))
         kept_of = engine.optimizer_state if config.keep_optimizer else dict
         if private is not None:
             self._private_steps(engine, config, examples, round, private)
@@ -181,6 +181,12 @@ class LocalTrainer:
             losses = self._steps(engine, config, examples, client, round)
         loss = math.fsum(losses) / len(losses)
         return LocalResult(engine.read(), len(examples), loss, kept_of(), self._base_lost, time.monotonic() - started)
+
+    def _seed_dropout(self, seed: int) -> None:
+        """As `torch.manual_seed`, which where there is no GPU keeps a stack trace of every call, and never lets go."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _steps(
         self, engine: StepEngine, config: FederationSection, examples: Sequence[Example], client: str, round: int

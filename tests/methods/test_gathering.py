@@ -98,7 +98,7 @@ def test_no_update_with_a_weight_is_no_round():
     with pytest.raises(RoundError, match="at least one update with a positive weight"):
         method.aggregate(state, [])
     with pytest.raises(RoundError, match="at least one update with a positive weight"):
-        reading = Gathering(state.spec, lambda client: {}, False, "means")
+        reading = Gathering(state.spec, lambda client: {}, False, "means", True)
         reading.add(Update("one", 0.0, dict(state.tensors)))
         reading.cohort(state.tensors)
 

@@ -996,4 +996,6 @@ def test_a_sweep_that_is_stopped_goes_on_without_losing_a_trial_or_a_round(how, 
     for path in (out / "trials").glob("*/checkpoint/ledger.json"):
         for entries in Ledger.load(path).entries.values():
             assert sum(e.release.steps for e in entries if e.release.what == "training") == 5 * 6
-    assert not list((tmp_path / "keys").rglob("*"))  # and when all is over nobody can take the noise away
+    files = [path for path in (tmp_path / "keys").rglob("*") if path.is_file()]
+    # When all is over nobody can take the noise away; what was answered, and what it cost, stays known.
+    assert files and all(path.suffix in (".json", ".jsonl") for path in files)
