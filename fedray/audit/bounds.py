@@ -18,6 +18,8 @@ from fedray.training.local import LocalTrainer
 EXAMPLES = 8
 #: How much of a clip fp32 may add to it.
 ROUNDING = 1e-3
+#: Of a record's numbers, what anyone knows before the run.
+KNOWN_BEFORE = ("round",)
 #: What a client that keeps to nothing says.
 HOSTILE = 1e6
 
@@ -40,13 +42,16 @@ def hostile(reference: Mapping[str, Tensor], says: bool) -> Packet:
 
 def tells_of(records: Sequence[Mapping[str, Any]], drawn: Sequence[Sequence[str]]) -> list[str]:
     """The records' fields that name who was drawn in a round, or are in each a multiple of how many were."""
+    if not records:
+        return []
     lists = [dict(_leaves(record, list)) for record in records]
     numbers = [dict(_leaves(record, (int, float))) for record in records]
     named = [path for path in lists[0] if _names([fields.get(path, []) for fields in lists], drawn)]
     sizes = [len(who) for who in drawn]
     if len(set(sizes)) < 2:  # then a field that never changes is a multiple, too
         return named
-    return named + [path for path in numbers[0] if _follows([fields.get(path) or 0.0 for fields in numbers], sizes)]
+    paths = [path for path in numbers[0] if path not in KNOWN_BEFORE]
+    return named + [path for path in paths if _follows([fields.get(path) or 0.0 for fields in numbers], sizes)]
 
 
 def _names(lists: Sequence[list], drawn: Sequence[Sequence[str]]) -> bool:

@@ -49,7 +49,7 @@ class PrivacySection(Section):
     sweep_epsilon: float | None = Field(None, gt=0)
     """`fedray sweep`: budget of all trials together, which are releases of the same data; a single run is one trial."""
     lifetime_epsilon: float | None = Field(None, gt=0)
-    """Budget of a client over all runs of its key folder, whoever names them (at the newest run's delta); with it a run
+    """Budget of a client over all runs of its key folder, whoever names them (at privacy.delta, which it needs); a run
     that would pass it is refused at its start. Default: each run has its own alone."""
     key_dir: str | None = None
     """Where a client's machine keeps its noise keys (default: $XDG_STATE_HOME/fedray/keys, or

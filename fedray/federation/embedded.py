@@ -1,8 +1,9 @@
 """A Ray of this process's own, for the time of a run: closed to the other users of the machine.
 
-All its processes listen on the loopback address, and its token is in the environment of this process and its children
-alone. Ray by itself would listen on every address, and write one token for all clusters to `~/.ray/auth_token`, for
-anyone to read: whoever has it runs code as this user.
+All its processes listen on the loopback address, its token is in the environment of this process and its children
+alone, and its logs and sockets are in a folder of this user's. Ray by itself would listen on every address, have a
+folder that anyone may write to, and write one token for all clusters to `~/.ray/auth_token`, for anyone to read:
+whoever has it runs code as this user.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import ipaddress
 import logging
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +25,9 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined] 
 from fedray.errors import FedrayError
 from fedray.stopping import stop_on_sigterm
 
+#: Where a folder with a short path may be made.
+_SHORT = "/tmp"
+
 #: Where Ray looks for a token, the first that is there; then in the file.
 _TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
@@ -30,7 +36,7 @@ _TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 def embedded_ray() -> Iterator[None]:
     """Start it, and end it. Raises FedrayError where it would be open to others."""
     guard_token_file()
-    with _token_of_its_own():
+    with _token_of_its_own(), _folder_of_its_own() as folder:
         with _on_loopback():
             ray.init(
                 address="local",
@@ -38,6 +44,7 @@ def embedded_ray() -> Iterator[None]:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                _temp_dir=folder,
             )
         stop_on_sigterm()
         try:
@@ -45,6 +52,17 @@ def embedded_ray() -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _folder_of_its_own() -> Iterator[str]:
+    """For logs, which may quote data, and sockets: Ray's own, below /tmp/ray, are open to every user of the machine,
+    who may read the ones and take the place of the others. Short, since a socket's path has at most 107 bytes."""
+    folder = tempfile.mkdtemp(prefix="fedray-", dir=_SHORT if os.access(_SHORT, os.W_OK) else None)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

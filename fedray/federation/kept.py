@@ -26,6 +26,11 @@ def is_factor(name: str) -> bool:
     return name.startswith(_FACTORS)
 
 
+def optimizer_name(name: str) -> str:
+    """Of a kept tensor of the optimizer, `NAME/exp_avg` or the like; empty for any other."""
+    return name.removeprefix(_OPTIMIZER) if name.startswith(_OPTIMIZER) else ""
+
+
 def factors_kept(kept: Tensors) -> dict[str, Tensor]:
     """The factors among what was kept."""
     return {n.removeprefix(_FACTORS): t for n, t in kept.items() if n.startswith(_FACTORS)}

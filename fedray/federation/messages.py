@@ -126,7 +126,11 @@ class Outcome:
 
 
 def _word(said: Any) -> str:
-    return said if isinstance(said, str) else "(no words)"
+    """Words that may be written and shown anywhere: control characters, but for a traceback's lines, are spaces."""
+    if not isinstance(said, str):
+        return "(no words)"
+    sound = said.encode("utf-8", "replace").decode()
+    return "".join(c if c == "\n" or c.isprintable() else " " for c in sound)
 
 
 def failures(outcomes: list[Outcome]) -> list[Failure]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
+from fedray.errors import PrivacyError
 from fedray.federation.kept import factors_kept
 from fedray.federation.messages import Orders
 from fedray.federation.wire import Packet, unpack
@@ -90,6 +91,8 @@ class Sketch(Question):
     `columns` beyond the rank. `examples`: how many of the client's it is taken over, where the orders do not say which.
     """
 
+    along: ClassVar[Literal["m", "n"]]  # how long the sides are
+
     sides: Packet | None
     examples: int
     columns: int = 0
@@ -101,9 +104,18 @@ class Sketch(Question):
         return hashlib.sha256(words(self.name, self.examples, self.columns, sides)).hexdigest()
 
     def given(self, side: ClientSide) -> Mapping[str, Tensor]:
-        """The sides as tensors."""
+        """The sides as tensors. Raises PrivacyError for what is none of every layer: it would fail only where there is
+        an example that it is multiplied with, and that would tell of a sample that nobody may know."""
         assert self.sides is not None, f"{self.name} without sides"
-        return unpack(self.sides)
+        sides = unpack(self.sides)
+        lengths = {layer.name: (getattr(layer, self.along), min(layer.m, layer.n)) for layer in side.spec.layers}
+        fits = sides.keys() == lengths.keys() and all(
+            t.ndim == 2 and t.shape[0] == lengths[name][0] and 1 <= t.shape[1] <= lengths[name][1]
+            for name, t in sides.items()
+        )
+        if not fits:
+            raise PrivacyError("the coordinator sent sides of a sketch that are none of the model's: it sends nothing")
+        return sides
 
 
 @dataclass(frozen=True)
@@ -111,6 +123,7 @@ class RangeSketch(Sketch):
     """G Omega (m x q) a layer."""
 
     name = "RANGE"
+    along = "n"
     what = "a sketch of the gradient's columns"
 
     def given(self, side: ClientSide) -> Mapping[str, Tensor]:
@@ -132,6 +145,7 @@ class RowSketch(Sketch):
     """Q^T G (q x n) a layer."""
 
     name = "ROWS"
+    along = "m"
     what = "a sketch of the gradient's rows"
 
     def answer(self, side: ClientSide, client: str, kept: Packet | None) -> Mapping[str, Tensor]:

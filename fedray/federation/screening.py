@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from fedray.federation.kept import factor_name, is_factor
+from fedray.federation.kept import factor_name, is_factor, optimizer_name
 from fedray.federation.messages import Answered, Failure, Outcome, Trained
 from fedray.federation.wire import Manifest, Packet, pack
 from fedray.methods import Method, State
-from fedray.methods.shapes import Shapes, answer_shapes, sent_shapes, trained
+from fedray.methods.shapes import Shapes, answer_shapes, sent_shapes, trained, trained_shapes
 from fedray.methods.state import Tensors, key
 
 #: The largest norm of an update. No training comes near it, and products of four such factors (ABBA's) are still fp32.
@@ -33,6 +33,10 @@ FEWEST_NORMS = 3
 
 #: More than any tensor has, and few enough to be written out.
 MOST_NUMBERS = 2**53
+MOST_SIDES = 16
+
+#: What an optimizer keeps of each tensor that it steps on.
+OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 
 _BLOCK = 1 << 20  # numbers widened at a time
 
@@ -66,6 +70,11 @@ class Expected:
         return {
             factor_name(key(layer, f)): tuple(spec.adapter.shapes(layer)[f]) for f in keeps for layer in spec.layers
         }
+
+    @cached_property
+    def trained(self) -> Shapes:
+        """What each client's optimizer steps on: factors come whole, whatever a client's rank."""
+        return trained_shapes(self._method, self._state, next(iter(self._state.spec.ranks), ""))
 
     @cached_property
     def unmoved(self) -> Tensors:
@@ -155,15 +164,26 @@ def flaw_of_form(packet: Any, dtype: type, shapes: Shapes | None = None) -> str 
     return None if shapes is None else _difference(packet.manifest, shapes)
 
 
-def flaw_of_kept(packet: Any, factors: Shapes) -> str | None:
-    """Why what a client keeps may not be kept for it. `factors`: those that it has to keep; an optimizer may have no
-    state."""
+def flaw_of_kept(packet: Any, factors: Shapes, trained: Shapes) -> str | None:
+    """Why what a client keeps may not be kept for it. `factors`: those that it has to keep; `trained`: what an
+    optimizer may have a state of: a few tensors of each one's shape, and how many steps it took."""
     if packet is None and not factors:
         return None
     flaw = flaw_of_form(packet, np.float32) or flaw_of_values(packet)
     if flaw is None and {n: shape for n, shape in packet.manifest if is_factor(n)} != factors:
         flaw = "it sent other factors than its own"
+    flaw = flaw or _flaw_of_optimizer({n: shape for n, shape in packet.manifest if not is_factor(n)}, trained)
     return flaw and f"of what stays with it: {flaw}"
+
+
+def _flaw_of_optimizer(sent: Shapes, trained: Shapes) -> str | None:
+    """`sent`: by the name under which each is kept."""
+    for name, shape in sent.items():
+        of, _, kind = optimizer_name(name).rpartition("/")
+        steps = not of and kind == "step" and shape == (1,)
+        if not steps and not (kind in OPTIMIZER_STATES and trained.get(of) == shape):
+            return f"it sent {_short(name)} of shape {shape}, which no optimizer has"
+    return None
 
 
 def _sizes(manifest: Any) -> list[int] | None:
@@ -176,10 +196,10 @@ def _sizes(manifest: Any) -> list[int] | None:
             return None
         if not (isinstance(entry[1], tuple) and all(type(size) is int and size >= 0 for size in entry[1])):
             return None
-        size = math.prod(entry[1])
-        if size > MOST_NUMBERS or max(entry[1], default=0) > MOST_NUMBERS:
+        # Sides of a tensor without numbers must not overflow either.
+        if math.prod(max(side, 1) for side in entry[1]) > MOST_NUMBERS or len(entry[1]) > MOST_SIDES:
             return None
-        sizes.append(size)
+        sizes.append(math.prod(entry[1]))
     return sizes
 
 
@@ -218,7 +238,7 @@ def _first_not_finite(packet: Packet) -> str:
     for name, shape in packet.manifest:
         offset += math.prod(shape)
         if place < offset:
-            return name
+            return _short(name)
     raise AssertionError("the manifest is as long as the vector")
 
 

@@ -69,7 +69,8 @@ class Worker:
             private = self.side.protect(client, round, partial(inputs_digest, header, packet, kept), orders)
             held = unpack(kept) if kept is not None else {}
             view, base_key = self._view(client, header, packet, fetch, held)
-            result = self.trainer.train(view, client, round, optimizer_kept(held) or None, base_key, private)
+            steps = partial(self.trainer.train, view, client, round, optimizer_kept(held) or None, base_key, private)
+            result = self.side.trained(client, view, steps)
             update = self.side.send(client, round, view, result.tensors, orders)
         except Exception as error:  # noqa: BLE001 - whatever a client's data or step raises is that client's failure
             self.trainer.reset()

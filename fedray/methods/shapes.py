@@ -46,6 +46,11 @@ def sent_shapes(method: Method, state: State, client: str) -> Shapes:
     return _shapes(method.upload(spec, client, result, state.round))
 
 
+def trained_shapes(method: Method, state: State, client: str) -> Shapes:
+    """What it trains in the state's round, as its model holds it."""
+    return _shapes(_trained(method, state, client)[1])
+
+
 def answer_shapes(method: Method, state: State, client: str, question: Tensors) -> Shapes:
     """What it answers to the method's second message."""
     spec, result = _trained(method, state, client)

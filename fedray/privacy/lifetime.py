@@ -57,9 +57,9 @@ class Lifetime:
         assert self._budget is not None
         if rdp_epsilon(releases, delta) <= self._budget:  # a hundredth of the cost, and it bounds as well
             return
-        if (spent := epsilon(releases, delta)) > self._budget:
+        if epsilon(releases, delta) > self._budget:
             raise PrivacyError(
-                f"with this run the client would have spent epsilon {spent:.3g} of privacy.lifetime_epsilon "
+                "with this run the client would have spent more than its privacy.lifetime_epsilon "
                 f"{self._budget:g}, over all runs of its key folder: it sends nothing"
             )
 

@@ -182,6 +182,15 @@ class LocalTrainer:
         loss = math.fsum(losses) / len(losses)
         return LocalResult(engine.read(), len(examples), loss, kept_of(), self._base_lost, time.monotonic() - started)
 
+    def untrained(self, view: View, client: str) -> LocalResult:
+        """As `train` without a step: what was broadcast."""
+        trained = self._trained(view)
+        return LocalResult({n: view.tensors[n].clone() for n in trained}, len(self.examples("train", client)), None)
+
+    def _trained(self, view: View) -> dict[str, nn.Parameter]:
+        """The factors that train, and the heads."""
+        return {n: p for n, p in self._factors.items() if factor_of(n) in view.trained} | self._heads
+
     def _seed_dropout(self, seed: int) -> None:
         """As `torch.manual_seed`, which where there is no GPU keeps a stack trace of every call, and never lets go."""
         torch.default_generator.manual_seed(seed)
@@ -311,7 +320,7 @@ class LocalTrainer:
         base_key: Any,
     ) -> StepEngine:
         """Make the model what the view says. The engine is rebuilt only when other parameters train."""
-        trained = {n: p for n, p in self._factors.items() if factor_of(n) in view.trained} | self._heads
+        trained = self._trained(view)
         engine = self._engine if self._engine_for == tuple(trained) else None
         engine = engine or self._rebuild(trained)
         self._write({n: p for n, p in self._factors.items() if n not in trained}, view, engine)

@@ -31,8 +31,14 @@ with ray_session():
     command = [sys.executable, "-c", ask, gcs]
     outside = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_TOKEN"} | {"RAY_AUTH_TOKEN_PATH": sys.argv[1]}
     codes = [subprocess.run(command, env=env, capture_output=True).returncode for env in (os.environ, outside)]
+    folder = pathlib.Path(ray._private.worker._global_node.get_session_dir_path()).parent
+    family_of = [folder, *folder.parents]
+    closed = any(p.stat().st_uid == os.getuid() and not p.stat().st_mode & 0o077 for p in family_of)
+    sockets = [str(p) for p in folder.rglob("*") if p.is_socket()]
+gone = not folder.exists()
 left = "RAY_AUTH_TOKEN" in os.environ, (pathlib.Path.home() / ".ray" / "auth_token").exists()
-print(json.dumps({"listening": sorted(listening), "codes": codes, "left": left}))
+told = {"listening": sorted(listening), "codes": codes, "left": left}
+print(json.dumps(told | {"closed": closed, "sockets": sockets, "gone": gone}))
 """
 
 
@@ -56,6 +62,8 @@ def test_nobody_else_reaches_an_embedded_ray(tmp_path):
     assert {ip for _, ip in told["listening"]} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     assert told["codes"][0] == 0 and told["codes"][1] != 0  # the session's own token opens it, another does not
     assert told["left"] == [False, False]
+    # Logs, which may quote data, and the sockets of its processes: below a folder that nobody else may enter.
+    assert told["closed"] and told["gone"] and told["sockets"] and max(map(len, told["sockets"])) < 107
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o600])

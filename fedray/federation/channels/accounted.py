@@ -63,6 +63,11 @@ def _check_options(privacy: PrivacySection) -> None:
             "privacy.lifetime_epsilon is held by clients that add their noise themselves, and with privacy.unit client "
             "a trusted coordinator does: set privacy.trust nobody, or leave it out"
         )
+    if privacy.lifetime_epsilon is not None and privacy.delta is None:
+        raise ValueError(
+            "privacy.lifetime_epsilon is over many runs, whose own deltas would follow from counts that each run "
+            "noises anew, and a refusal would tell of them: give privacy.delta"
+        )
     for option, unit in UNIT_OPTIONS.items():
         if getattr(privacy, option) is not None and privacy.unit != unit:
             raise ValueError(f"privacy.{option} belongs to privacy.unit {unit}, not to {privacy.unit}: leave it out")
@@ -225,6 +230,9 @@ class PrivateSide(PlainSide):
     """A client whose sizes, losses, times and errors' words stay where they are, and that answers no question that its
     own config does not have."""
 
+    #: Errors whose words say nothing of data.
+    own_words: tuple[type[Exception], ...] = (PrivacyError,)
+
     def admitted(self, client: str) -> tuple[type[Question], ...]:
         """The questions that this run has, beside its carrier's."""
         if client == PUBLIC:
@@ -248,7 +256,7 @@ class PrivateSide(PlainSide):
 
     def failure(self, client: str, error: Exception) -> Failure:
         """An error's own words stay here, in the worker's log: they may quote data."""
-        if isinstance(error, (PrivacyError, FloatingPointError)):
+        if isinstance(error, self.own_words):
             return Failure(client, cause_of(error), "")
         who = f"client {client}" if self.logs_clients else "a client"
         logging.getLogger("fedray").error("%s failed", who, exc_info=error)

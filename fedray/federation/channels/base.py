@@ -22,6 +22,7 @@ from fedray.privacy.keys import KeyStore
 if TYPE_CHECKING:
     from fedray.config.sections import Config
     from fedray.errors import FedrayError
+    from fedray.federation.channels.orders import OneRun
     from fedray.federation.record import RoundRecord
     from fedray.privacy.private import Private, SketchNoise
 
@@ -221,7 +222,9 @@ class Channel(Protocol):
 
 
 class Sealer(Protocol):
-    """The client's half of a carrier."""
+    """The client's half of a carrier. `one_run`: the run that the client is in."""
+
+    one_run: OneRun
 
     def expect(self, client: str, inputs: Callable[[], str], orders: Orders) -> None:
         """Before a client trains: what it trains from. `inputs`: gives a digest of it."""
@@ -260,6 +263,9 @@ class ClientSide(Protocol):
 
     def protect(self, client: str, round: int, inputs: Callable[[], str], orders: Orders) -> Private | None:
         """How the steps of a round are to be made private. `inputs`: gives a digest of all that they follow from."""
+
+    def trained(self, client: str, view: View, steps: Callable[[], Any]) -> Any:
+        """What the client's local steps give, once they are taken."""
 
     def send(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Packet:
         """What is sent of what was trained, as it travels."""

@@ -8,6 +8,7 @@ config, and keeps a journal of what it has answered.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -210,6 +211,7 @@ class DistributedSide(KeyedSide, ClippingSide):
     """A client that clips its whole update and adds its share of the noise, as its own config says."""
 
     logs_clients = True  # everybody takes part
+    own_words = (PrivacyError,)  # the coordinator is not trusted
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -245,6 +247,29 @@ class DistributedSide(KeyedSide, ClippingSide):
                 f"with this round the client would have spent epsilon {spent:.3g} of {self._plan.budget:g}: it sends "
                 "nothing"
             )
+
+    def trained(self, client: str, view: View, steps: Callable[[], Any]) -> Any:
+        """Training that comes to no finite numbers changes nothing, and the client adds its noise as the others do: at
+        which broadcast it fails would tell of its data, without noise."""
+        try:
+            return steps()
+        except FloatingPointError as error:
+            self._log(client, error)
+            self.trainer.reset()
+            return self.trainer.untrained(view, client)
+
+    def changed(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Tensors:
+        """The same of an update that is not finite."""
+        try:
+            return super().changed(client, round, view, trained, orders)
+        except FloatingPointError as error:
+            self._log(client, error)
+            return super().changed(client, round, view, {n: view.tensors[n] for n in trained}, orders)
+
+    @staticmethod
+    def _log(client: str, error: FloatingPointError) -> None:
+        """In this machine's own log."""
+        logging.getLogger("fedray").error("client %s sends an update of zero, with its noise: %s", client, error)
 
     def send(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Packet:
         tensors = self.changed(client, round, view, trained, orders)

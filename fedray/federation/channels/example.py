@@ -290,7 +290,7 @@ class ExampleSide(KeyedSide):
             return super().sketched(question, client)
         if self.trainer.was_loaded:
             raise PrivacyError("the coordinator asked for a sketch of another model than the base: it sends nothing")
-        orders, every = question.orders[client], self.trainer.examples("train", client)
+        orders, every, sides = question.orders[client], self.trainer.examples("train", client), question.given(self)
         key, budget = self.key(client, orders), self.budget(client, orders)
         budget.check_sketch(orders)
         purpose = ("subspace", client, question.name, question.digest(), *orders.shape())
@@ -303,7 +303,7 @@ class ExampleSide(KeyedSide):
         self.write_down(client, orders, said, budget.check, budget.delta)
         picked = [every[i] for i in key.stream("sample", *purpose).sample(len(every), orders.rate)]
         noise = SketchNoise(orders.noise, key.stream("noise", *purpose), orders.expected)
-        return picked, question.given(self), noise
+        return picked, sides, noise
 
     def noised_count(self, client: str, orders: Orders) -> Tensor:
         """The client's number of examples with its noise, rounded: one number."""

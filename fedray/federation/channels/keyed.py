@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fedray.federation.channels.accounted import Accounted, PrivateSide
 from fedray.federation.channels.base import Training
-from fedray.federation.channels.orders import OneRun
 from fedray.federation.channels.plain import raised
 from fedray.federation.failures import WORKER_ATTEMPTS
 from fedray.federation.messages import NO_ORDERS, PUBLIC, Answered, Failure, Orders, Outcome
@@ -89,7 +88,6 @@ class KeyedSide(PrivateSide):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._one_run = OneRun()
         self._fingerprints: dict[str, bytes] = {}
         self._journals: dict[tuple[str, str], Journal] = {}
         self._lifetimes: dict[str, Lifetime] = {}
@@ -101,7 +99,7 @@ class KeyedSide(PrivateSide):
     def key(self, client: str, orders: Orders) -> Key:
         """The key of the client's noise. Raises KeyLostError where it is not the one that the ledger knows,
         PrivacyError for another run than this worker's."""
-        self._one_run.check(orders.run)
+        self.sealer.one_run.check(orders.run)  # the same for what it noises and for what it masks
         # Changed data are met like a lost key: other noise, and a new charge.
         key = self.keys.key(orders.run, client).bound(self._fingerprint(client))
         if orders.key and key.identity != orders.key:

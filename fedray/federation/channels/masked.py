@@ -132,12 +132,12 @@ class Masked(Packed):
         self.config, self.keys, self.count = config, keys, count
         self.identities = Identities(keys.folder, config.privacy.identities)
         self._terms: dict[str, str] = {}
-        self._one_run = OneRun()
+        self.one_run = OneRun()
 
     def party(self, client: str, run: str) -> Party:
         """The client in the sums of a run. Raises PrivacyError for another run than this worker's: over the books of
         two the same round would be opened of other clients."""
-        self._one_run.check(run)
+        self.one_run.check(run)
         key = self.keys.key(run, client)
         return Party(client, key, rule_of(self.config), self.identities, self.keys.folder, run)
 

@@ -32,11 +32,14 @@ class OneRun:
     run by run, and over two of them the same question could be asked twice."""
 
     def __init__(self) -> None:
-        self._run = ""
+        self._run: str | None = None
 
     def check(self, run: str) -> None:
-        """Raises PrivacyError for another run."""
-        self._run = self._run or run
+        """Raises PrivacyError for another run, and for a name that is none."""
+        if type(run) is not str or not run:
+            raise PrivacyError("the coordinator named no run: it sends nothing")
+        if self._run is None:
+            self._run = run
         if run != self._run:
             raise PrivacyError("the coordinator named another run than the one this worker is for: it sends nothing")
 

@@ -29,6 +29,7 @@ from fedray.federation.channels.base import (
     Tensors,
     Training,
 )
+from fedray.federation.channels.orders import OneRun
 from fedray.federation.messages import NO_ORDERS, PUBLIC, Answered, Failure, Orders, Outcome, Trained
 from fedray.federation.questions import (
     DenseGradient,
@@ -39,7 +40,7 @@ from fedray.federation.questions import (
     StartFromWeights,
     ValueQuestion,
 )
-from fedray.federation.screening import flaw_of_form, flaw_of_kept, flaw_of_report, flaw_of_values, left_out
+from fedray.federation.screening import Expected, flaw_of_form, flaw_of_kept, flaw_of_report, flaw_of_values, left_out
 from fedray.federation.wire import Message, Packet, pack, unpack
 from fedray.methods import Method, Spec, Update, View
 from fedray.methods.shapes import Shapes
@@ -219,7 +220,7 @@ class Plain:
 
         def flaw(outcome: Outcome) -> str | None:
             sent = self._flaw(outcome, self.shapes(call, outcome.client), self.look)
-            return sent or self._flaw_of_kept(outcome, call.expected.kept(outcome.client))
+            return sent or self._flaw_of_kept(outcome, call.expected)
 
         flaws = self._flaws(outcomes, flaw)
         sound = [o for o in outcomes if not o.failed and o.client not in flaws]
@@ -262,12 +263,13 @@ class Plain:
         packet = self.context.pool.fetch(outcome.update)
         return self.carrier.flaw(packet, shapes, look) or flaw_of_report(outcome.report, packet, self.tells)
 
-    def _flaw_of_kept(self, outcome: Outcome, factors: Shapes) -> str | None:
+    def _flaw_of_kept(self, outcome: Outcome, expected: Expected) -> str | None:
         """What is wrong with what stays with a client, where anything stays beyond the round."""
+        factors = expected.kept(outcome.client)
         if not factors and not self.config.federation.keep_optimizer:
             return None
         kept = None if outcome.kept is None else self.context.pool.fetch(outcome.kept)
-        return flaw_of_kept(kept, factors)
+        return flaw_of_kept(kept, factors, expected.trained)
 
     def weight(self, outcome: Outcome) -> float:
         """What a client's update counts with."""
@@ -307,6 +309,9 @@ class Plain:
 class Packed:
     """Vectors as they are."""
 
+    def __init__(self) -> None:
+        self.one_run = OneRun()
+
     def expect(self, client: str, inputs: Callable[[], str], orders: Orders) -> None:
         """Whatever it is."""
 
@@ -342,6 +347,10 @@ class PlainSide:
     def protect(self, client: str, round: int, inputs: Callable[[], str], orders: Orders) -> Private | None:
         self.sealer.expect(client, inputs, orders)
         return None
+
+    def trained(self, client: str, view: View, steps: Callable[[], Any]) -> Any:
+        """What the local steps give."""
+        return steps()
 
     def changed(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Tensors:
         """What is sent of what was trained."""

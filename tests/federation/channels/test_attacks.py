@@ -123,6 +123,31 @@ def test_a_client_gives_no_second_release_of_a_round(make_config, monkeypatch, n
     assert len(tried) == len(attacks)
 
 
+def shorter(sides: Packet) -> Packet:
+    """Sides of layers that the model has not got."""
+    manifest = tuple((name, (m - 1, q)) for name, (m, q) in sides.manifest)
+    return Packet(manifest, np.zeros(sum((m - 1) * q for _, (m, q) in sides.manifest), np.float32))
+
+
+def test_sides_that_fit_no_layer_are_refused_whoever_was_sampled(make_config, monkeypatch):
+    """They would fail only where an example is multiplied with them, and so tell of an empty sample."""
+    real, refusals = Worker.ask, []
+
+    def ask(self, client, question, kept):
+        if client == CLIENT and isinstance(question, RowSketch):
+            odd = dataclasses.replace(question, sides=shorter(question.sides))
+            monkeypatch.setattr(Stream, "sample", lambda self, count, rate: [])
+            refusals.append(real(self, client, odd, kept)[2].cause)
+            monkeypatch.setattr(Stream, "sample", lambda self, count, rate: list(range(count)))
+            refusals.append(real(self, client, odd, kept)[2].cause)
+        return real(self, client, question, kept)
+
+    monkeypatch.setattr(Worker, "ask", ask)
+    adapter = {"kind": "lora-sb", "rank": 2, "subspace": "private"}
+    run(make_config(method__name="fed-sb", adapter=adapter, privacy={"epsilon": 8.0}, federation__rounds=1))
+    assert len(refusals) == 2 and len(set(refusals)) == 1 and "sides of a sketch that are none" in refusals[0]
+
+
 def test_a_client_gives_no_second_release_of_a_sketch(make_config, monkeypatch):
     real, tried = Worker.ask, []
 
@@ -137,6 +162,7 @@ def test_a_client_gives_no_second_release_of_a_sketch(make_config, monkeypatch):
                 yield dataclasses.replace(question, sides=sides)
                 yield dataclasses.replace(question, sides=forged(Packet(*dataclasses.astuple(sides)), question.sides))
             yield dataclasses.replace(question, sides=structured(question.sides))
+            yield dataclasses.replace(question, sides=shorter(question.sides))
 
     def attacked(self, client, question, kept):
         done = real(self, client, question, kept)
@@ -165,7 +191,7 @@ def test_a_client_gives_no_second_release_of_a_sketch(make_config, monkeypatch):
     monkeypatch.setattr(Worker, "train", after_training)
     adapter = {"kind": "lora-sb", "rank": 2, "subspace": "private"}
     run(make_config(method__name="fed-sb", adapter=adapter, privacy={"epsilon": 8.0}, federation__rounds=1))
-    assert tried == ["RANGE"] * 3 + ["ROWS"] * 10 and asked == [0]
+    assert tried == ["RANGE"] * 3 + ["ROWS"] * 11 and asked == [0]
 
 
 def test_what_a_client_refuses_says_nothing_of_its_count_but_what_it_has_told(make_config, monkeypatch):

@@ -213,3 +213,31 @@ def test_a_lying_coordinator_gets_at_most_what_is_stated(make_config):
     assert math.isclose(against_liars(plan, 3, 3), plan.epsilon)
     assert against_liars(plan, 2, 3) > plan.epsilon
     assert Path(folder / "privacy.json").is_file()
+
+
+@pytest.mark.parametrize("where", ["in its steps", "in what they give"])
+def test_a_client_whose_training_is_not_finite_sends_noise_as_the_others_do(make_config, monkeypatch, caplog, where):
+    """The coordinator chooses what is trained from: who fails at which of its broadcasts would tell of data."""
+    real = LocalTrainer.train
+
+    def train(self, view, client, *args):
+        if client != "client-1":
+            return real(self, view, client, *args)
+        if where == "in its steps":
+            raise FloatingPointError(f"the loss of {client} became nan at local step 2")
+        result = real(self, view, client, *args)
+        bad = {name: torch.full_like(t, float("inf")) for name, t in result.tensors.items()}
+        return dataclasses.replace(result, tensors=bad)
+
+    monkeypatch.setattr(LocalTrainer, "train", train)
+    folder = run(nobody(make_config, noise=1.5, clip=0.5))
+    assert all(not record["dropped"] for record in rounds(folder)[1:])
+    assert all(torch.isfinite(t).all() for t in final_tensors(folder).values())
+    assert "client client-1 sends an update of zero, with its noise" in caplog.text
+    assert "became nan" not in (folder / "rounds.jsonl").read_text()
+
+
+def test_an_errors_own_words_stay_with_a_client_that_trusts_nobody(make_config):
+    worker = Worker(nobody(make_config), "cpu", 1)
+    said = worker.side.failure("client-0", FloatingPointError("patient Smith is not finite"))
+    assert "Smith" not in said.cause and said.cause.startswith("FloatingPointError; its words are in the log")

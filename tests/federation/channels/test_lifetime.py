@@ -39,7 +39,9 @@ def test_fresh_workers_that_are_each_told_another_run_answer_within_one_budget(m
         told.append(worker.ask(CLIENT, NoisedCount(orders={CLIENT: Orders(f"run-{i}")}), None)[2])
     answered = [report for report in told if isinstance(report, Answered)]
     assert 0 < len(answered) < 9 and told[: len(answered)] == answered
-    assert "of privacy.lifetime_epsilon 3, over all runs of its key folder: it sends nothing" in told[-1].cause
+    assert (
+        "more than its privacy.lifetime_epsilon 3, over all runs of its key folder: it sends nothing" in told[-1].cause
+    )
     (of_all,) = spent(keys, 1e-5)
     assert of_all <= 3.0
     # One more would have been too many.
@@ -87,6 +89,7 @@ def test_of_a_plan_only_what_is_not_made_is_ahead():
         ({"lifetime_epsilon": 3.0}, "would protect nothing"),
         ({"lifetime_epsilon": 3.0, "epsilon": 1.0, "unit": "client"}, "set privacy.trust nobody, or leave it out"),
         ({"lifetime_epsilon": 3.0, "epsilon": 4.0}, "is above privacy.lifetime_epsilon 3"),
+        ({"lifetime_epsilon": 3.0, "epsilon": 1.0}, "give privacy.delta"),
     ],
 )
 def test_where_nothing_would_hold_it_it_is_refused(make_config, privacy, reason):
