@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedray.audit import sides
 from fedray.audit.attack import Attacks
 from fedray.audit.bounds import ROUNDING, example_moves, tells_of
@@ -22,9 +24,12 @@ from fedray.federation.worker import Worker
 from fedray.privacy.accountant import Release, epsilon
 from fedray.privacy.audit import audit
 from fedray.privacy.ledger import EVERYONE, Ledger
+from fedray.privacy.planning import count_noise
 
 #: Of all findings of a run together.
 CONFIDENCE = 0.95
+#: Of so few numbers as there are clients: how seldom their noise looks too small, and from how many on it is looked at.
+FEW_BY_CHANCE, FEWEST_COUNTS = 1e-4, 3
 
 
 @dataclass(frozen=True)
@@ -42,27 +47,31 @@ class Finding:
 
     @property
     def holds(self) -> bool:
-        return self.proven <= self.claimed and self.noise.enough
+        return self.proven <= self.claimed and not self.noise.faults()
 
 
 @dataclass(frozen=True)
 class Audited:
     """`asked`, `answered`: how many second questions a client was asked after its answers, and how many it answered.
     `moved`: the furthest that one example, an update, or a client that keeps to nothing moved a sum, in clips. `told`:
-    fields of the records that tell of a secret cohort."""
+    fields of the records that tell of a secret cohort. `counts`: the noise on the clients' numbers of examples.
+    `fixed`: a test's word has fixed the keys, so that anyone knows the noise."""
 
     findings: list[Finding]
     asked: int
     answered: int
     moved: float
     told: list[str]
+    counts: NoiseSeen
+    fixed: bool
     rounds: int
     seconds: float
 
     @property
     def holds(self) -> bool:
         bounded = self.moved <= 1 + ROUNDING
-        return self.answered == 0 and bounded and not self.told and all(finding.holds for finding in self.findings)
+        kept = self.answered == 0 and bounded and not self.told and self.counts.enough and not self.fixed
+        return kept and all(finding.holds for finding in self.findings)
 
 
 def audit_run(config: Config, canaries: int, folder: Path, said: Callable[[str], None] = lambda line: None) -> Audited:
@@ -88,8 +97,22 @@ def audit_run(config: Config, canaries: int, folder: Path, said: Callable[[str],
         said(f"round {record['round']} of {config.federation.rounds}")
     ledger = server.channel.ledger
     findings, moved, told = watch.findings(ledger), watch.moved(worker, ledger), watch.told(records)
+    counts = _counts(config, worker, ledger)
     server.finish()
-    return Audited(findings, pool.asked, pool.answered, moved, told, len(records), time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return Audited(findings, pool.asked, pool.answered, moved, told, counts, ledger.fixed, len(records), seconds)
+
+
+def _counts(config: Config, worker: Worker, ledger: Ledger) -> NoiseSeen:
+    """The noise of what clients have told of their numbers of examples: a number each."""
+    seen = NoiseSeen(by_chance=FEW_BY_CHANCE)
+    if config.privacy.unit == "example" and len(ledger.counts) >= FEWEST_COUNTS:
+        true = {
+            client: torch.tensor([float(len(worker.trainer.examples("train", client)))]) for client in ledger.counts
+        }
+        told = {client: torch.tensor([count]) for client, count in ledger.counts.items()}
+        seen.see(true, told, 1.0, count_noise(config))
+    return seen
 
 
 def _rounds(server: Coordinator, pool: Attacks) -> Iterator[dict[str, Any]]:

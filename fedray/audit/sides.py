@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def _watched(made: Any, kind: type, watcher: type, **held: Any) -> Any:
 def _watch(
     canaries: Canaries,
     add: Callable[[Tensors], None],
-    expected: float,
+    orders: Orders,
     deviation: float,
     seen: Callable[[Tensors], None] = lambda answer: None,
 ) -> Watch:
@@ -52,10 +53,10 @@ def _watch(
         sums.append(total)
 
     def after(answer: Tensors) -> None:
-        canaries.noise.see(sums.pop(), answer, expected, deviation)
+        canaries.noise.see(sums.pop(), answer, orders.expected, deviation)
         seen(answer)
 
-    return Watch(before, after)
+    return Watch(before, after, partial(canaries.noise.see_sample, rate=orders.rate))
 
 
 def examples(client: str, steps: Canaries, sketches: Canaries | None) -> SideMaker:
@@ -76,7 +77,7 @@ class _AuditedExamples(ExampleSide):
             steps.scatter({n: tuple(t.shape) for n, t in gradients.items()})
             steps.add(gradients, orders.clip, steps.sampled(orders.rate))
 
-        return replace(private, watch=_watch(steps, add, orders.expected, orders.noise * orders.clip))
+        return replace(private, watch=_watch(steps, add, orders, orders.noise * orders.clip))
 
     def send(self, client: str, round: int, view: View, trained: Tensors, orders: Orders) -> Any:
         watched, steps, _ = self.held
@@ -96,7 +97,8 @@ class _AuditedExamples(ExampleSide):
             sketches.spread({n: tuple(t.shape) for n, t in total.items()})
             sketches.add(total, len(total) ** -0.5, sketches.sampled(orders.rate))
 
-        watch = _watch(sketches, add, orders.expected, orders.noise, sketches.see)
+        watch = _watch(sketches, add, orders, orders.noise, sketches.see)
+        watch.sampled(len(picked), len(self.trainer.examples("train", client)))
         return picked, sides, replace(noise, watch=watch)
 
 
@@ -166,6 +168,8 @@ class _Audited(_Seen):
 
     def collect(self, call: Training, outcomes: Sequence[Outcome]) -> Intake:
         self.cohorts.drawn.append([outcome.client for outcome in outcomes])
+        rate = self.ledger.plans[EVERYONE].rate
+        self.canaries.noise.see_sample(len(call.admission.cohort), len(self.context.clients), rate)
         return super().collect(call, outcomes)
 
     def _total(

@@ -60,7 +60,7 @@ def _folder_of_its_own() -> Iterator[str]:
     who may read the ones and take the place of the others. Short, since a socket's path has at most 107 bytes."""
     folder = tempfile.mkdtemp(prefix="fedray-", dir=_SHORT if os.access(_SHORT, os.W_OK) else None)
     try:
-        yield folder
+        yield f"{folder}/ray"  # Ray opens the folder that it is given to everyone: not the one above it
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -17,10 +17,12 @@ from fedray.privacy.plan import Mechanism
 @dataclass(frozen=True)
 class Watch:
     """What an audit does at a sum that is noised. `before`: adds its canaries to the sum (fp64, by name) in place;
-    `after`: is shown what became of it, divided by the expected count."""
+    `after`: is shown what became of it, divided by the expected count; `sampled`: is told how many examples are in it,
+    of how many."""
 
     before: Callable[[Mapping[str, Tensor]], None]
     after: Callable[[Mapping[str, Tensor]], None]
+    sampled: Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from fedray.audit.audited import Audited
+    from fedray.audit.noise import NoiseSeen
 
 
 def print_audit(console: Console, found: Audited, canaries: int) -> None:
@@ -26,15 +27,25 @@ def print_audit(console: Console, found: Audited, canaries: int) -> None:
                 "run with a smaller epsilon",
                 soft_wrap=True,
             )
-        verdict = "holds" if finding.noise.enough else "BROKEN: less noise than is charged"
-        console.print(
-            f"  noise in its sums, over {finding.noise.numbers:,} numbers: {finding.noise.share:.3f} of what is "
-            f"charged: {verdict}",
-            soft_wrap=True,
-        )
+        _print_noise(console, finding.noise)
     if found.asked:
         console.print(f"second questions from other inputs: {found.asked}, answered: {found.answered}", soft_wrap=True)
     console.print(f"the furthest that one moved a sum before its noise: {found.moved:.3f} clips", soft_wrap=True)
+    if not found.counts.enough:
+        console.print("BROKEN: clients tell their numbers of examples with less noise than is charged", soft_wrap=True)
+    if found.fixed:
+        console.print("BROKEN: a test's word has fixed the keys, and whoever knows it knows the noise", soft_wrap=True)
     if found.told:
         console.print(f"BROKEN: records tell of the secret cohort: {', '.join(found.told)}", soft_wrap=True)
     console.print(f"{found.rounds} rounds with {canaries} canaries, {found.seconds:.0f} s", soft_wrap=True)
+
+
+def _print_noise(console: Console, noise: NoiseSeen) -> None:
+    """What was seen of the noise itself."""
+    if not noise.numbers:
+        console.print("  none of its sums came: nothing of its noise was seen", soft_wrap=True)
+        return
+    faults = noise.faults()
+    verdict = f"BROKEN: {', '.join(faults)}" if faults else "holds"
+    said = f"{noise.share:.3f} of what is charged, over {noise.numbers:,} numbers"
+    console.print(f"  noise in its sums: {said}: {verdict}", soft_wrap=True)

@@ -248,6 +248,8 @@ class LocalTrainer:
         size = config.micro_batch  # the most samples whose gradients are in memory at once
         for step in range(config.local_steps):
             picked = private.key.stream("sample", *private.purpose, step).sample(len(examples), private.rate)
+            if private.watch is not None:
+                private.watch.sampled(len(picked), len(examples))
             picked.sort(
                 key=lambda i: (len(examples[i].input_ids), i)
             )  # less padding; each sample's gradient is its own

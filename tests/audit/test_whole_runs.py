@@ -6,17 +6,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
 
 from fedray.audit import audit_run
 from fedray.audit.bounds import tells_of
+from fedray.audit.noise import NoiseSeen
 from fedray.cli import main
 from fedray.errors import ConfigError
 from fedray.federation import questions, wire, worker
 from fedray.federation.channels import accounted, client, example, masked, orders
+from fedray.federation.channels.base import Admission
 from fedray.federation.channels.orders import check_round_number
 from fedray.privacy import client_level, discrete, dpsgd
 from fedray.privacy.journal import Journal
+from fedray.privacy.keys import TEST_KEY, Key, Stream
 from fedray.privacy.sums.book import Page
+from fedray.report.audit import print_audit
 from fedray.training import subspace
 
 SGD = {"federation__optimizer": "sgd", "federation__lr": 0.5, "federation__schedule": "constant"}
@@ -28,6 +34,12 @@ KINDS = {
     "clients": ({"method__name": "ffa", "privacy": {"noise": 1.5, "delta": 1e-5, "unit": "client"}}, 400),
     "nobody": ({"method__name": "ffa", "privacy": NOBODY}, 400),
 }
+
+
+@pytest.fixture(autouse=True)
+def _keys_of_their_own(monkeypatch):
+    """Noise that a test's word fixes is a fault."""
+    monkeypatch.delenv(TEST_KEY, raising=False)
 
 
 def audited(make_config, tmp_path, kind, **overrides):
@@ -108,6 +120,85 @@ def test_noise_that_is_a_tenth_short_is_caught(make_config, tmp_path, monkeypatc
     found = audited(make_config, tmp_path, "examples")
     (finding,) = found.findings
     assert finding.noise.share == pytest.approx(0.9, abs=0.03) and not finding.holds and not found.holds
+
+
+def samples_everyone(patch):
+    patch.setattr(Stream, "sample", lambda self, count, rate: list(range(count)))
+
+
+def draws_everyone(patch):
+    patch.setattr(
+        client.ClientLevel,
+        "admit",
+        lambda self, round, message: self.with_agreement(Admission([*self.context.clients])),
+    )
+
+
+def noises_always_alike(patch):
+    real = Key.stream
+    patch.setattr(
+        Key, "stream", lambda self, *parts: real(self, *(parts[:1] if parts[0] in ("noise", "share") else parts))
+    )
+
+
+def noises_every_other_number(patch):
+    real = Stream.normals
+
+    def normals(self, count):
+        drawn = real(self, count)
+        drawn[::2] = 0
+        return drawn * 2**0.5
+
+    patch.setattr(Stream, "normals", normals)
+
+
+def tells_exact_counts(patch):
+    real = example.ExampleSide.noised_count
+
+    def exact(self, client, orders):
+        real(self, client, orders)
+        return torch.tensor([float(len(self.trainer.examples("train", client)))])
+
+    patch.setattr(example.ExampleSide, "noised_count", exact)
+
+
+def fixes_keys(patch):
+    patch.setenv(TEST_KEY, "tests")
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "overrides", "words"),
+    [
+        (samples_everyone, "examples", {}, "samples are larger than their rate"),
+        (
+            draws_everyone,
+            "clients",
+            {"federation__cohort": 1, "federation__rounds": 6},
+            "samples are larger than their rate",
+        ),
+        (noises_always_alike, "examples", {}, "the noise of one sum is that of another"),
+        (noises_always_alike, "nobody", {}, "the noise of one sum is that of another"),
+        (noises_every_other_number, "examples", {}, "some numbers have less noise than others"),
+        (tells_exact_counts, "examples", {}, "clients tell their numbers of examples with less noise"),
+        (fixes_keys, "clients", {}, "a test's word has fixed the keys"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_noise_and_samples_that_are_not_as_charged_are_caught(
+    make_config, tmp_path, monkeypatch, fault, kind, overrides, words
+):
+    fault(monkeypatch)
+    found = audited(make_config, tmp_path, kind, **overrides)
+    console = Console(record=True, width=200)
+    print_audit(console, found, 1)
+    assert not found.holds and words in console.export_text()
+
+
+def test_what_was_not_seen_is_not_refuted(make_config, tmp_path):
+    """Of a client that was in no cohort nothing is known."""
+    seen = NoiseSeen()
+    assert not seen.faults() and seen.share == 1.0
+    assert tells_of([], []) == [] and tells_of([{"round": 1}, {"round": 2}], [["a"], ["a", "b"]]) == []
 
 
 def test_a_clip_that_is_not_kept_is_caught(make_config, tmp_path, monkeypatch):
