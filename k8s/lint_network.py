@@ -31,7 +31,7 @@ STRANGERS = frozenset({"ipBlock", "namespaceSelector"})
 
 def network(made: list[tuple[Object, Pod]], things: list[Object]) -> Iterator[tuple[Object, str]]:
     """What lets more through than it should. `made`: the objects' pods; `things`: all objects, as they are applied."""
-    policies = [t for t in things if t.get("kind") == "NetworkPolicy"]
+    policies = [_of_here(t, _labels_of_here(things)) for t in things if t.get("kind") == "NetworkPolicy"]
     for policy in policies:
         yield from ((policy, fault) for fault in _wide(policy))
     for thing, pod in made:
@@ -39,6 +39,32 @@ def network(made: list[tuple[Object, Pod]], things: list[Object]) -> Iterator[tu
             if not any(_covers(p, way, pod.labels) for p in policies):
                 yield thing, f"{pod.where}: no network policy closes its {way.lower()}"
     yield from _silos(made, policies)
+
+
+def _labels_of_here(things: list[Object]) -> Object:
+    """The labels of the namespace that all of it is applied to."""
+    for thing in things:
+        if thing.get("kind") == "Namespace":
+            about = part(thing, "metadata")
+            return {**part(about, "labels"), "kubernetes.io/metadata.name": about.get("name")}
+    return {}
+
+
+def _of_here(policy: Object, labels: Object) -> Object:
+    """The policy with peers that name this namespace, or all of them, as what they are here: its own pods."""
+    spec = dict(part(policy, "spec"))
+    for way, peers in (("egress", "to"), ("ingress", "from")):
+        rules = []
+        for rule in listed(spec, way):
+            here = [
+                {"podSelector": part(peer, "podSelector")}
+                for peer in listed(rule, peers)
+                if "namespaceSelector" in peer and matches(part(peer, "namespaceSelector"), labels)
+            ]
+            rules.append({**rule, peers: [*listed(rule, peers), *here]} if here else rule)
+        if way in spec:
+            spec[way] = rules
+    return {**policy, "spec": spec}
 
 
 def outside(policy: Object) -> list[str]:
@@ -77,18 +103,27 @@ def _wide(policy: Object) -> Iterator[str]:
         for rule in listed(part(policy, "spec"), way):
             if not rule.get(peers):
                 yield f"an {way} rule without '{peers}' is open to everybody"
+            if sum(_addresses(peer) for peer in listed(rule, peers)) > WIDEST:
+                yield f"an {way} rule takes in more than {WIDEST} addresses together: name single ones"
             for peer in listed(rule, peers):
                 yield from (f"an {way} rule {fault}" for fault in _wide_peer(peer, rule, way))
+
+
+def _addresses(peer: Object) -> int:
+    block = part(peer, "ipBlock").get("cidr")
+    return ipaddress.ip_network(block, strict=False).num_addresses if block else 0
 
 
 def _wide_peer(peer: Object, rule: Object, way: str) -> Iterator[str]:
     block = part(peer, "ipBlock").get("cidr")
     if block and ipaddress.ip_network(block, strict=False).num_addresses > WIDEST:
         yield f"takes in {block}: name single addresses"
-    if not rule.get("ports") and not STRANGERS.isdisjoint(peer):
+    if not STRANGERS.isdisjoint(peer) and (not rule.get("ports") or any("endPort" in p for p in rule["ports"])):
         yield "lets every port through to others than fedray's pods"
     if way == "egress" and _whole_namespace(peer):
         yield "takes in every pod of a namespace: say which with podSelector"
+    if part(peer, "namespaceSelector") == {} and "namespaceSelector" in peer:
+        yield "takes in every namespace: say which with namespaceSelector"
 
 
 def _whole_namespace(peer: Object) -> bool:

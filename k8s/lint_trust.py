@@ -5,10 +5,12 @@ API tokens and keys mounted where they are needed and nowhere else. What README.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from lint_isolation import isolation
 from lint_network import network, outside
 from lint_schemas import Object, listed, part
 
@@ -69,6 +71,8 @@ def pods(thing: Object) -> Iterator[Pod]:
         yield _pod("the pod", thing)
     if "template" in spec:
         yield _pod("the pod", spec["template"])
+    if thing.get("kind") == "CronJob":
+        yield _pod("the pod", part(part(part(spec, "jobTemplate"), "spec"), "template"))
     if cluster:
         scaled = bool(cluster.get("enableInTreeAutoscaling"))
         yield _pod("the head", part(part(cluster, "headGroupSpec"), "template"), ray=True, scaled=scaled)
@@ -84,9 +88,12 @@ def trust(things: list[Object], rendered: bool) -> Iterator[tuple[Object, str]]:
     `rendered`: they are what kustomize made, so images have their digests and the network policies are there."""
     for thing in things:
         yield from ((thing, fault) for fault in _object(thing, rendered))
+    made = [(thing, pod) for thing in things for pod in pods(thing)]
     yield from _keys(things)
+    yield from _authorities_key(made)
+    yield from isolation(made, things)
     if rendered:
-        yield from network([(thing, pod) for thing in things for pod in pods(thing)], things)
+        yield from network(made, things)
 
 
 def to_fill(things: list[Object]) -> Iterator[tuple[Object, str]]:
@@ -111,6 +118,8 @@ def _object(thing: Object, rendered: bool) -> Iterator[str]:
     if cluster.get("enableInTreeAutoscaling"):
         yield from (f"the autoscaler: {fault}" for fault in _autoscaler(part(cluster, "autoscalerOptions")))
     yield from _deadline(thing)
+    if thing.get("kind") in ("StatefulSet", "Deployment", "Pod"):
+        yield from _redis_server(thing)
 
 
 def _labels(cluster: Object) -> Iterator[str]:
@@ -160,7 +169,8 @@ def _token(pod: Pod) -> Iterator[str]:
     if volumes and not pod.scaled:
         yield "there is an API token in it, and nothing scales from here"
     for container in pod.containers():
-        if _mounted(container) & set(volumes):
+        places = {str(m.get("mountPath")).rstrip("/") for m in listed(container, "volumeMounts")}
+        if _mounted(container) & set(volumes) or API_TOKEN in places:
             yield f"'{container['name']}' mounts the API token: the autoscaler's container alone needs it"
 
 
@@ -186,7 +196,7 @@ def _speaks_tls(container: Object) -> Iterator[str]:
     if env.get("RAY_USE_TLS") != "1":
         yield "Ray speaks without TLS: RAY_USE_TLS is not 1"
     for name in TLS_FILES:
-        if not any(env.get(name, "").startswith(f"{place}/") for place in mounts):
+        if not any(env.get(name, "").startswith(f"{place}/") for place in mounts if place.startswith("/")):
             yield f"Ray speaks without TLS: {name} is in no volume of its container"
 
 
@@ -196,13 +206,24 @@ def _redis(cluster: Object) -> Iterator[str]:
         yield f"what the head keeps in Redis, code among it, travels in clear: rediss:// and not '{address}'"
 
 
+def _redis_server(thing: Object) -> Iterator[str]:
+    """What a Redis of these pods listens to."""
+    for pod in pods(thing):
+        for container in pod.containers("containers"):
+            words = " ".join(_command(container)).split()
+            if "redis-server" in words or str(container.get("image", "")).split("@")[0].split("/")[-1] == "redis":
+                given = dict(itertools.pairwise(words))
+                if given.get("--port") != "0" or "--tls-port" not in given or "--requirepass" not in given:
+                    yield f"{pod.where}: Redis listens in clear, or to anyone: --port 0 --tls-port --requirepass"
+
+
 def _operators_tls(cluster: Object) -> Iterator[str]:
     if part(cluster, "tlsOptions").get("enabled"):
         yield "tlsOptions gives all workers one key and renews no certificate of a pod that runs: certify.py instead"
 
 
 def _ray_pod(pod: Pod) -> Iterator[str]:
-    for container in pod.containers("containers")[:1]:
+    for container in pod.containers("containers"):
         yield from _speaks_tls(container)
     certify = _certify(pod)
     if certify is None:
@@ -210,7 +231,7 @@ def _ray_pod(pod: Pod) -> Iterator[str]:
         return
     if "--head" in _command(certify) and pod.where != "the head":
         yield "its certificate holds the head's name: certify.py --head is for the head"
-    yield from _authority(pod, certify)
+    yield from _own_key(pod, certify)
     yield from _lifetime(pod, certify)
 
 
@@ -220,17 +241,50 @@ def _command(container: Object) -> list[str]:
     return [piece for word in words for piece in (word.split("=", 1) if word.startswith("--") else [word])]
 
 
-def _authority(pod: Pod, certify: Object) -> Iterator[str]:
-    """The key that signs certificates is for the init container: code that gets into Ray's must not have it."""
-    secrets = {v["name"] for v in listed(pod.spec, "volumes") if "secret" in v}
-    keys = secrets & _mounted(certify)
-    for container in pod.containers():
-        if container is not certify and keys & _mounted(container):
-            yield f"'{container['name']}' mounts the authority's key, which is for certify.py alone"
+def _authorities_key(made: list[tuple[Object, Pod]]) -> Iterator[tuple[Object, str]]:
+    """The key that signs certificates is for the init container: code that gets into Ray's must not have it, by
+    whichever way a secret comes into a container."""
+    keys: set[str] = set()
+    for _, pod in made:
+        if (certify := _certify(pod)) is not None:
+            keys |= _secrets(pod, certify)
+    for thing, pod in made:
+        for container in pod.containers():
+            if container is not _certify(pod) and keys & _secrets(pod, container):
+                yield (
+                    thing,
+                    f"{pod.where}: '{container['name']}' mounts the authority's key, which is for certify.py alone",
+                )
+
+
+def _secrets(pod: Pod, container: Object) -> set[str]:
+    """The names of all secrets that a container sees: in volumes, projected or not, and in its environment."""
+    mounted, found = _mounted(container), set()
+    for volume in (v for v in listed(pod.spec, "volumes") if v["name"] in mounted):
+        found.add(part(volume, "secret").get("secretName"))
+        found |= {part(s, "secret").get("name") for s in listed(part(volume, "projected"), "sources")}
+    found |= {part(part(e, "valueFrom"), "secretKeyRef").get("name") for e in listed(container, "env")}
+    found |= {part(e, "secretRef").get("name") for e in listed(container, "envFrom")}
+    return {str(name) for name in found if name}
+
+
+def _own_key(pod: Pod, certify: Object) -> Iterator[str]:
+    """A pod's private key is in its memory, and nowhere else."""
+    words = _command(certify)
+    place = words[words.index("--out") + 1] if "--out" in words else "/tls"
+    named = {m.get("mountPath"): m["name"] for m in listed(certify, "volumeMounts")}.get(place)
+    volume = next((v for v in listed(pod.spec, "volumes") if v["name"] == named), {})
+    if part(volume, "emptyDir").get("medium") != "Memory":
+        yield f"its private key lies on a disk: {place} is an emptyDir with medium Memory"
 
 
 def _certify(pod: Pod) -> Object | None:
-    return next((c for c in pod.containers("initContainers") if "certify.py" in " ".join(_command(c))), None)
+    return next((c for c in pod.containers("initContainers") if _runs_certify(_command(c))), None)
+
+
+def _runs_certify(words: list[str]) -> bool:
+    script = words[1:2] if words[:1] == ["python"] else words[:1]
+    return [word.rsplit("/", 1)[-1] for word in script] == ["certify.py"]
 
 
 def _given(container: Object, option: str, default: int) -> int:
@@ -273,7 +327,7 @@ def _keys(things: list[Object]) -> Iterator[tuple[Object, str]]:
     there = [(thing, pod) for thing in things for pod in pods(thing)]
     mounted: dict[str, set[str]] = {}
     for _, pod in there:
-        for claim in _claims(pod).values():
+        for claim in claims(pod).values():
             mounted.setdefault(claim, set()).add(pod.party)
     for thing, pod in there:
         if pod.ray:
@@ -284,14 +338,14 @@ def _key_place(pod: Pod, mounted: dict[str, set[str]]) -> Iterator[str]:
     container = next(iter(pod.containers("containers")), {})
     place = {e.get("name"): e.get("value") for e in listed(container, "env")}.get("XDG_STATE_HOME")
     volume = {m.get("mountPath"): m["name"] for m in listed(container, "volumeMounts")}.get(place)
-    claim = _claims(pod).get(str(volume))
+    claim = claims(pod).get(str(volume))
     if claim is None:
         yield f"its keys ({place}) lie on no claim of their own: XDG_STATE_HOME is where one is mounted"
     elif others := mounted[claim] - {pod.party}:
         yield f"its keys lie on the claim {claim}, which others mount too: {', '.join(sorted(others))}"
 
 
-def _claims(pod: Pod) -> dict[str, Any]:
+def claims(pod: Pod) -> dict[str, Any]:
     """By volume: the claim behind it."""
     volumes = listed(pod.spec, "volumes")
     return {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v}

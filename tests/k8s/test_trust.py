@@ -30,6 +30,24 @@ WORKER = f"{CLUSTER}.workerGroupSpecs.0.template.spec"
 OTHER = f"{CLUSTER}.workerGroupSpecs.1.template.spec"
 SETTINGS = ("RAY_USE_TLS", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
 
+#: The authority's secret once more, and where it would be seen.
+SECOND = {"name": "p", "secret": {"secretName": "fedray-ca"}}
+PROJECTED = {"name": "p", "projected": {"sources": [{"secret": {"name": "fedray-ca"}}]}}
+MOUNTED = {"name": "p", "mountPath": "/p"}
+#: A peer that names the namespace that it is in.
+HERE = {
+    "from": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "fedray"}}, "podSelector": {}}],
+    "ports": [{"port": 8077}],
+}
+ADMIN = {"kind": "ClusterRoleBinding", "metadata": {"name": "z"}, "roleRef": {"name": "cluster-admin"}}
+NIGHTLY = {
+    "kind": "CronJob",
+    "metadata": {"name": "z"},
+    "spec": {
+        "jobTemplate": {"spec": {"template": {"spec": {"containers": [{"name": "x", "image": "CronJob:latest"}]}}}}
+    },
+}
+
 #: A change to objects that are applied together.
 Changes = Callable[[list[dict]], None]
 
@@ -88,6 +106,16 @@ def claim(where: str, volume: str, name: str) -> Change:
         found["persistentVolumeClaim"]["claimName"] = name
 
     return change
+
+
+def on_disk(thing: dict) -> None:
+    """A worker's private key in a folder of its machine's disk."""
+    (volume,) = [v for v in next(iter(groups_of_workers(thing)))["template"]["spec"]["volumes"] if v["name"] == "tls"]
+    volume["emptyDir"] = {}
+
+
+def groups_of_workers(thing: dict) -> list[dict]:
+    return cluster_of(thing)["workerGroupSpecs"]
 
 
 def speakers(made: list[dict]) -> list[dict]:
@@ -238,7 +266,93 @@ BROKEN: list[tuple[str, Changes, str]] = [
         job(claim(OTHER, "data", "silo-a-keys")),
         "worker group 'silo-a': its keys lie on the claim silo-a-keys, which others mount too: silo b",
     ),
+    # The machine, the API server, and what is one silo's.
+    (
+        "rayjob",
+        job(put(f"{WORKER}.hostNetwork", True)),
+        "worker group 'gpu-1': it is on its machine's own: hostNetwork",
+    ),
+    ("rayjob", job(add(f"{HEAD}.volumes", {"name": "h", "hostPath": {"path": "/"}})), "is a folder of its machine"),
+    ("rayjob", job(put(f"{HEAD}.containers.0.securityContext", {"privileged": True})), "'ray-head' is privileged"),
+    ("rayjob", of("Namespace", put("metadata.labels", {})), "its pods may take their machine"),
+    ("rayjob", lambda made: made.append(ADMIN), "gives an account rights at the API server"),
+    ("rayjob", lambda made: made.append(NIGHTLY), "image 'cron:latest' is not named"),
+    ("rayjob", job(put(f"{CLUSTER}.headGroupSpec.serviceType", "LoadBalancer")), "the head is reached from outside"),
+    ("rayjob", job(put(f"{CLUSTER}.headGroupSpec.enableIngress", True)), "the head is reached from outside"),
+    ("raycluster", of("Service", put("spec.type", "NodePort")), "a service of type NodePort is reached from outside"),
+    (
+        "rayjob-silos",
+        job(add(f"{HEAD}.containers.0.env", {"name": "RAY_AUTH_MODE", "value": "disabled"})),
+        "'ray-head' asks for no token: RAY_AUTH_MODE is disabled",
+    ),
+    ("rayjob-silos", job(put(f"{OTHER}.nodeSelector", "-")), "worker group 'silo-b': it may run on any machine"),
+    (
+        "rayjob-silos",
+        job(claim(OTHER, "data", "silo-a-data")),
+        "its claim silo-a-data is mounted by others too: silo b",
+    ),
+    (
+        "rayjob-silos",
+        job(claim(HEAD, "results", "silo-a-data")),
+        "its claim silo-a-data is mounted by others too: head",
+    ),
+    (
+        "rayjob-silos",
+        job(add(f"{WORKER}.volumes", SECOND), add(f"{WORKER}.containers.0.volumeMounts", MOUNTED)),
+        "'ray-worker' mounts the authority's key",
+    ),
+    (
+        "rayjob-silos",
+        job(add(f"{WORKER}.volumes", PROJECTED), add(f"{WORKER}.containers.0.volumeMounts", MOUNTED)),
+        "'ray-worker' mounts the authority's key",
+    ),
+    (
+        "rayjob-silos",
+        job(add(f"{WORKER}.containers.0.env", {"name": "CA", "valueFrom": {"secretKeyRef": {"name": "fedray-ca"}}})),
+        "'ray-worker' mounts the authority's key",
+    ),
+    (
+        "rayjob-silos",
+        job(add(f"{WORKER}.containers.0.volumeMounts", {"name": "p", "mountPath": lint_trust.API_TOKEN})),
+        "'ray-worker' mounts the API token",
+    ),
+    ("rayjob", job(on_disk), "worker group 'gpu-1': its private key lies on a disk"),
+    (
+        "rayjob",
+        job(put(f"{WORKER}.initContainers.0.command", ["true", "certify.py"])),
+        "no init container makes the pod",
+    ),
+    (
+        "rayjob",
+        job(add(f"{WORKER}.containers", {"name": "x", "image": f"x@sha256:{64 * '1'}", "command": ["ray", "start"]})),
+        "worker group 'gpu-1': Ray speaks without TLS: RAY_USE_TLS is not 1",
+    ),
+    (
+        "raycluster",
+        of("StatefulSet", put("spec.template.spec.containers.0.command", ["redis-server", "--protected-mode", "no"])),
+        "Redis listens in clear, or to anyone",
+    ),
     # Network policies.
+    (
+        "rayjob-silos",
+        policy("fedray-silo-and-head", add("spec.ingress", HERE)),
+        "silo a reaches silo b on port 8077 by an ingress rule",
+    ),
+    (
+        "rayjob",
+        policy("fedray-job-api", put("spec.ingress.0.from", [{"namespaceSelector": {}}])),
+        "an ingress rule takes in every namespace",
+    ),
+    (
+        "rayjob",
+        policy("fedray-job-api", put("spec.ingress.0.ports", [{"port": 1, "endPort": 65535}])),
+        "an ingress rule lets every port through",
+    ),
+    (
+        "rayjob",
+        policy("fedray-all", put(f"{DNS}.to", [{"ipBlock": {"cidr": f"10.0.{i}.0/28"}} for i in range(9)])),
+        "an egress rule takes in more than 16 addresses together",
+    ),
     ("rayjob", without("NetworkPolicy", "fedray-all"), "the submitter: no network policy closes its ingress"),
     ("rayjob", with_loader(put("metadata.labels", {})), "the pod: no network policy closes its egress"),
     (
