@@ -44,7 +44,7 @@ NIGHTLY = {
     "kind": "CronJob",
     "metadata": {"name": "z"},
     "spec": {
-        "jobTemplate": {"spec": {"template": {"spec": {"containers": [{"name": "x", "image": "CronJob:latest"}]}}}}
+        "jobTemplate": {"spec": {"template": {"spec": {"containers": [{"name": "x", "image": "cron:latest"}]}}}}
     },
 }
 
