@@ -5,11 +5,13 @@ second release that nobody charged. Before the last round it asks what no client
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from fedray.data.encoded import Encoded
 from fedray.federation.channels.masked import SumQuestion
 from fedray.federation.messages import NO_ORDERS, Answered, Orders, Outcome, SumStep
 from fedray.federation.pool_inline import InlinePool
@@ -74,17 +76,47 @@ class Attacks(InlinePool):
         attacked = self.client in orders and hasattr(self.worker.side, "journal")
         call = (round, handle, self.client, kept.get(self.client), orders.get(self.client, NO_ORDERS))
         if attacked and round == self._last:
-            self._attack(None, false(*call))
+            self._attack_first(call)
         outcomes = super().train(handle, round, clients, kept, deadline, orders)
         honest = next((o.update for o in outcomes if o.client == self.client and not o.failed), None)
         if attacked and honest is not None:
             self._attack(honest, rounds(*call))
+            with self._one_example_fewer():  # the same noise over other data would show their difference
+                self._attack(honest, iter([again(*call)]))
         return outcomes
 
-    def _attack(self, honest: Packet | None, calls: Iterator[Call]) -> None:
+    def _attack_first(self, call: tuple[int, Message, str, Packet | None, Orders]) -> None:
+        """What no client answers at all, nor refuses otherwise where its data are others."""
+        round, handle, client, kept, orders = call
+        ordered = (round, handle, client, kept, replace(orders, key=""))
+        causes = self._attack(None, false(*ordered))
+        with self._one_example_fewer():
+            others = self._attack(None, false(*ordered))
+        self.answered += sum(cause != other for cause, other in zip(causes, others, strict=True))
+
+    @contextmanager
+    def _one_example_fewer(self) -> Iterator[None]:
+        """For a while the client has all of its examples but one."""
+        trainer, side, place = self.worker.trainer, self.worker.side, ("train", self.client)
+        every = trainer.examples(*place)
+        fingerprints: dict[str, bytes] = getattr(side, "_fingerprints", {})
+        trainer._encoded[place] = Encoded.of(every[1:])
+        fingerprints.pop(self.client, None)
+        try:
+            yield
+        finally:
+            trainer._encoded[place] = every
+            fingerprints.pop(self.client, None)
+
+    def _attack(self, honest: Packet | None, calls: Iterator[Call]) -> list[str]:
+        """What the client says to each."""
+        causes = []
         for call in calls:
             self.worker.forget_increments()  # whatever it still holds is asked for again
-            self._count(honest, self.worker.train(self.client, *call)[0])
+            update, _, report = self.worker.train(self.client, *call)
+            self._count(honest, update)
+            causes.append(getattr(report, "cause", ""))
+        return causes
 
     def ask(
         self, question: Question, clients: Sequence[str], kept: Mapping[str, Any], deadline: float | None
@@ -108,6 +140,11 @@ class Attacks(InlinePool):
 
 
 Call = tuple[int, Header, Packet, Callable[[int], Packet], Packet | None, Orders]
+
+
+def again(round: int, handle: Message, client: str, kept: Packet | None, orders: Orders) -> Call:
+    """The same call once more."""
+    return round, handle.header, handle.packet_of(client), handle.increments.__getitem__, kept, orders
 
 
 def false(round: int, handle: Message, client: str, kept: Packet | None, orders: Orders) -> Iterator[Call]:

@@ -13,7 +13,7 @@ from fedray.audit import audit_run
 from fedray.audit.bounds import tells_of
 from fedray.audit.noise import NoiseSeen
 from fedray.cli import main
-from fedray.errors import ConfigError
+from fedray.errors import ConfigError, PrivacyError
 from fedray.federation import questions, wire, worker
 from fedray.federation.channels import accounted, client, example, masked, orders
 from fedray.federation.channels.base import Admission
@@ -24,6 +24,7 @@ from fedray.privacy.keys import TEST_KEY, Key, Stream
 from fedray.privacy.sums.book import Page
 from fedray.report.audit import print_audit
 from fedray.training import subspace
+from fedray.training.local import LocalTrainer
 
 SGD = {"federation__optimizer": "sgd", "federation__lr": 0.5, "federation__schedule": "constant"}
 SUBSPACE = {"method__name": "fed-sb", "adapter": {"kind": "lora-sb", "rank": 4, "subspace": "private"}}
@@ -314,6 +315,30 @@ class Believing(orders.Budget):
         pass
 
 
+def noises_other_data_alike(patch):
+    patch.setattr(Key, "bound", lambda self, what: self)
+
+
+def tells_of_its_size(patch):
+    """As a worker that held the true count against the orders, and sent the words out."""
+    real = orders.Budget.check_round
+
+    def check_round(self, round, ordered):
+        try:
+            real(self, round, ordered)
+        except PrivacyError as error:
+            raise PrivacyError(f"{error} ({sizes[-1]} examples)") from None
+
+    sizes, examples = [0], LocalTrainer.examples
+
+    def counted(self, part, client=""):
+        sizes.append(len(examples(self, part, client)))
+        return examples(self, part, client)
+
+    patch.setattr(LocalTrainer, "examples", counted)
+    patch.setattr(orders.Budget, "check_round", check_round)
+
+
 def forgets_its_sums(patch):
     """No page is kept, nor is there a journal."""
     keeps_no_journal(patch)
@@ -336,6 +361,8 @@ def keeps_no_journal(patch):
         (takes_any_type, "examples", {}),
         (believes_its_orders, "examples", {}),
         (forgets_its_sums, "nobody", {}),
+        (noises_other_data_alike, "examples", {}),
+        (tells_of_its_size, "examples", {}),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -43,9 +43,7 @@ ADMIN = {"kind": "ClusterRoleBinding", "metadata": {"name": "z"}, "roleRef": {"n
 NIGHTLY = {
     "kind": "CronJob",
     "metadata": {"name": "z"},
-    "spec": {
-        "jobTemplate": {"spec": {"template": {"spec": {"containers": [{"name": "x", "image": "cron:latest"}]}}}}
-    },
+    "spec": {"jobTemplate": {"spec": {"template": {"spec": {"containers": [{"name": "x", "image": "cron:latest"}]}}}}},
 }
 
 #: A change to objects that are applied together.
