@@ -168,8 +168,8 @@ def rounds(round: int, handle: Message, client: str, kept: Packet | None, orders
     yield round, header, packet, fetch, kept, replace(orders, expected=orders.expected * 2)
     yield round, header, packet, fetch, kept, replace(orders, run=f"{orders.run}-again", key="")
     if orders.sum is not None:
-        again = replace(orders.sum, run=f"{orders.run}-again")
-        yield round, header, packet, fetch, kept, replace(orders, run=again.run, key="", sum=again)
+        elsewhere = replace(orders.sum, run=f"{orders.run}-again")
+        yield round, header, packet, fetch, kept, replace(orders, run=elsewhere.run, key="", sum=elsewhere)
     if kept is not None:
         yield round, header, packet, fetch, zeros(kept), orders
         yield round, header, packet, fetch, forged(zeros(kept), kept), orders

@@ -188,19 +188,20 @@ def _flaw_of_optimizer(sent: Shapes, trained: Shapes) -> str | None:
 
 def _sizes(manifest: Any) -> list[int] | None:
     """How many numbers each tensor has; None for what is no manifest."""
-    if not isinstance(manifest, tuple):
+    if not isinstance(manifest, tuple) or not all(_is_entry(entry) for entry in manifest):
         return None
-    sizes = []
-    for entry in manifest:
-        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
-            return None
-        if not (isinstance(entry[1], tuple) and all(type(size) is int and size >= 0 for size in entry[1])):
-            return None
-        # Sides of a tensor without numbers must not overflow either.
-        if math.prod(max(side, 1) for side in entry[1]) > MOST_NUMBERS or len(entry[1]) > MOST_SIDES:
-            return None
-        sizes.append(math.prod(entry[1]))
-    return sizes
+    return [math.prod(shape) for _, shape in manifest]
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is a name and a shape that a tensor may have."""
+    if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
+        return False
+    shape = entry[1]
+    if not (isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)):
+        return False
+    # Sides of a tensor without numbers must not overflow either.
+    return len(shape) <= MOST_SIDES and math.prod(max(side, 1) for side in shape) <= MOST_NUMBERS
 
 
 def _difference(manifest: Manifest, shapes: Shapes) -> str | None:

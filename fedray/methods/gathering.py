@@ -58,7 +58,7 @@ class Gathering:
             self._many = True
             self._fold()
 
-    @property
+    @cached_property
     def _columns(self) -> int:
         """Of one client's delta in a layer, at most."""
         return max(self.spec.adapter.delta_columns(layer.rank) for layer in self.spec.layers)
@@ -67,24 +67,25 @@ class Gathering:
         """Add the block to the sums, and forget it where nobody needs it."""
         first = len(self._clients) - len(self._block)
         clients, weights = self._clients[first:], self._weights[first:]
-        if not self._sums:
-            self._dtype = next(iter(self._block[0].values())).dtype
-            self._sums = {
-                n: torch.zeros(t.shape, dtype=torch.float64, device=t.device) for n, t in self._block[0].items()
-            }
-        for name, total in self._sums.items():
-            add_weighted(total, [received[name] for received in self._block], weights)
-            if self.looks and not math.isfinite(total.sum().item()):  # what is not finite stays so in a sum
-                for client, received in zip(clients, self._block, strict=True):
-                    check_finite(Update(client, 1.0, received))
+        self._sum(weights)
+        if self.looks and not all(math.isfinite(t.sum().item()) for t in self._sums.values()):
+            for client, received in zip(clients, self._block, strict=True):  # what is not finite stays so in a sum
+                check_finite(Update(client, 1.0, received))
         keeps, sketches = self.keeps or not self._many, self.ideal == "sketch" and self._many
         if keeps or sketches:
             complete = [{**self.starts(c), **received} for c, received in zip(clients, self._block, strict=True)]
+            self._kept += complete if keeps else []
             if sketches:
                 self._sketch(complete, weights)
-            if keeps:
-                self._kept += complete
         self._block = []
+
+    def _sum(self, weights: Sequence[float]) -> None:
+        if not self._sums:
+            block = self._block[0]
+            self._dtype = next(iter(block.values())).dtype
+            self._sums = {n: torch.zeros(t.shape, dtype=torch.float64, device=t.device) for n, t in block.items()}
+        for name, total in self._sums.items():
+            add_weighted(total, [received[name] for received in self._block], weights)
 
     def _sketch(self, block: Sequence[Tensors], weights: Sequence[float]) -> None:
         for layer in self.spec.layers:

@@ -58,19 +58,25 @@ def _check_options(privacy: PrivacySection) -> None:
                 f"privacy.epsilon {privacy.epsilon:g} of one run is above privacy.{name} {of_all:g} of all of them: "
                 "lower it"
             )
-    if privacy.lifetime_epsilon is not None and privacy.unit == "client" and privacy.trust == "coordinator":
+    if privacy.lifetime_epsilon is not None:
+        _check_lifetime(privacy)
+    for option, unit in UNIT_OPTIONS.items():
+        if getattr(privacy, option) is not None and privacy.unit != unit:
+            raise ValueError(f"privacy.{option} belongs to privacy.unit {unit}, not to {privacy.unit}: leave it out")
+
+
+def _check_lifetime(privacy: PrivacySection) -> None:
+    """Raises ValueError where no client could hold it."""
+    if privacy.unit == "client" and privacy.trust == "coordinator":
         raise ValueError(
             "privacy.lifetime_epsilon is held by clients that add their noise themselves, and with privacy.unit client "
             "a trusted coordinator does: set privacy.trust nobody, or leave it out"
         )
-    if privacy.lifetime_epsilon is not None and privacy.delta is None:
+    if privacy.delta is None:
         raise ValueError(
             "privacy.lifetime_epsilon is over many runs, whose own deltas would follow from counts that each run "
             "noises anew, and a refusal would tell of them: give privacy.delta"
         )
-    for option, unit in UNIT_OPTIONS.items():
-        if getattr(privacy, option) is not None and privacy.unit != unit:
-            raise ValueError(f"privacy.{option} belongs to privacy.unit {unit}, not to {privacy.unit}: leave it out")
 
 
 def _check_subspace(config: Config) -> None:
