@@ -3,6 +3,7 @@
     python jobs/bench.py                # all of it
     python jobs/bench.py aggregation    # factored against dense, 4096 x 4096, 10 clients, rank 16
     python jobs/bench.py cohorts        # an aggregation's cost a client with 10, 100 and 1,000 of them
+    python jobs/bench.py overhead       # what a trivial client costs; --peer-python PATH: beside Flower, pfl-research
     python jobs/bench.py step           # a DeepSpeed client step against the same loop in plain PyTorch
     python jobs/bench.py abba           # ABBA's memory and step against LoRA's at equal parameters, and LoHa's
     python jobs/bench.py privacy        # a DP-SGD step against the plain step
@@ -22,6 +23,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memo
 from benches.abba import abba
 from benches.aggregation import aggregation
 from benches.cohorts import cohorts
+from benches.overhead import overhead
 from benches.privacy import private
 from benches.secure_sums import secure
 from benches.sharing import sharing
@@ -41,7 +43,10 @@ def main() -> None:
     parser.add_argument(
         "--shape", default="llama-3.2-1b", help="of the whole model: a shape that ships with fedray, or a model"
     )
-    parser.add_argument("--clients", type=int, default=10, help="of the whole model")
+    parser.add_argument("--clients", type=int, help="of the whole model (10), and of the overhead (100)")
+    parser.add_argument(
+        "--peer-python", action="append", default=[], metavar="PATH", help="of an environment with flwr or pfl; repeat"
+    )
     args, flags = parser.parse_known_args()
     if flags and args.part != "sharing":
         parser.error(f"unknown: {' '.join(flags)} (only `sharing` takes a run's own flags)")
@@ -53,12 +58,13 @@ def main() -> None:
 BENCHES: dict[str, Callable[[Console, argparse.Namespace, list[str]], None]] = {
     "aggregation": lambda console, args, _: aggregation(console, args.size, args.size, clients=10, rank=16),
     "cohorts": lambda console, args, _: cohorts(console),
+    "overhead": lambda console, args, _: overhead(console, args.peer_python, args.clients or 100),
     "step": lambda console, args, _: step(console, args.rounds),
     "abba": lambda console, args, _: abba(console, args.rounds),
     "privacy": lambda console, args, _: private(console, args.rounds),
     "secure": lambda console, args, _: secure(console),
     "sharing": lambda console, _, flags: sharing(console, flags),
-    "model": lambda console, args, _: whole_model(console, args.shape, args.clients, 16),
+    "model": lambda console, args, _: whole_model(console, args.shape, args.clients or 10, 16),
 }
 
 if __name__ == "__main__":

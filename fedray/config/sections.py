@@ -353,7 +353,8 @@ class Config(Section):
 
     def client(self, name: str) -> FederationSection:
         """The federation section as it holds for one client."""
-        section = self.clients.get(name, ClientSection())
+        if (section := self.clients.get(name)) is None:
+            return self.federation
         differing = section.model_dump(exclude_none=True, exclude={"source", "node_labels"})
         return self.federation.model_copy(update=differing)
 

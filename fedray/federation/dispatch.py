@@ -1,5 +1,4 @@
-"""One piece of work for each of some clients, handed to Ray's workers as they come free: repeats, deadlines,
-restarts."""
+"""Work for each of some clients, handed to Ray's workers as they come free: repeats, deadlines, restarts."""
 
 from __future__ import annotations
 
@@ -11,12 +10,15 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from fedray.errors import LostError
 from fedray.federation.failures import WORKER_ATTEMPTS, Action, ClientState, after_client
-from fedray.federation.messages import PUBLIC, Failure, Outcome
+from fedray.federation.messages import PUBLIC, Failure, Outcome, Trained
 from fedray.federation.placement import Home
+from fedray.federation.queues import Queue, Speeds
 
-#: Starts a client's work on a worker: references to its update, to what it keeps, and to its report.
-Call = Callable[[Any, str], tuple[Any, Any, Any]]
+#: Starts clients' work on a worker as one task: references to their updates, to what each of them keeps, and to their
+#: reports.
+Call = Callable[[Any, Sequence[str]], Sequence[Any]]
 
 
 class Workers:
@@ -47,11 +49,11 @@ class Workers:
         """Whether a worker may do a client's work; what belongs to no client, anyone may."""
         return client is None or client == PUBLIC or client in self._serves[index]
 
-    def choose(self, client: str, idle: Sequence[int]) -> int | None:
-        """The client's own worker, idle or not, or the first of the idle ones that may serve it."""
+    def serving(self, client: str) -> tuple[int, ...]:
+        """The workers that do a client's work: its own, or all that may serve it."""
         if client in self._owner:
-            return self._owner[client]
-        return next((i for i in idle if self.may(i, client)), None)
+            return (self._owner[client],)
+        return tuple(i for i in range(len(self.actors)) if self.may(i, client))
 
     def ready(self) -> list[int]:
         """Those that are neither restarting nor lost."""
@@ -79,18 +81,31 @@ class Workers:
 
 
 @dataclass(frozen=True)
-class _Running:
-    """A client's work on a worker."""
+class Part:
+    """One client's update among those that a task of `of` clients gives as one object: a handle for `Pool.fetch`."""
 
-    client: str
+    task: Any
     index: int
-    update: Any
-    kept: Any
+    of: int
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Clients' work on a worker."""
+
+    clients: tuple[str, ...]
+    index: int
+    updates: Any
+    kept: tuple[Any, ...]
+    began: float
 
 
 class Dispatch:
-    """All clients at once, as far as workers go; a client that waits takes the first worker that is free. `progress` is
-    told of each client that is done; after `deadline` seconds who is not is late."""
+    """All clients at once, as far as workers go; who waits is taken by the first worker that is free. `progress` is
+    told of each client that is done; after `deadline` seconds who is not is late. `speeds`: of such work so far.
+
+    Linear in the clients, with as many queues as there are sets of workers that serve them.
+    """
 
     def __init__(
         self,
@@ -99,23 +114,32 @@ class Dispatch:
         call: Call,
         deadline: float | None,
         progress: Callable[[str], None],
+        speeds: Speeds,
     ):
         self._workers, self._clients, self._call, self._progress = workers, list(clients), call, progress
         self._ends = time.monotonic() + deadline if deadline is not None else None
-        self._states = dict.fromkeys(clients, ClientState.WAITING)
+        self._speeds = speeds
+        self._serving = {client: workers.serving(client) for client in clients}
+        self._queues = self._queued()
         self._attempts = dict.fromkeys(clients, 0)
         self._outcomes: dict[str, Outcome] = {}
         self._idle = workers.ready()
-        self._running: dict[Any, _Running] = {}
+        self._running: dict[Any, _Task] = {}
+
+    def _queued(self) -> dict[tuple[int, ...], Queue]:
+        """The clients by the workers that serve them."""
+        waiting: dict[tuple[int, ...], list[str]] = {}
+        for client in self._clients:
+            waiting.setdefault(self._serving[client], []).append(client)
+        return {workers: Queue(members, len(workers), self._speeds) for workers, members in waiting.items()}
 
     def run(self) -> list[Outcome]:
         """The outcomes, in the order of the clients."""
-        while not all(state.terminal for state in self._states.values()):
+        while len(self._outcomes) < len(self._clients):
             self._hand_out()
             pending = [*self._running, *self._workers.restarting]
             if not pending:
-                for client in self._waiting():
-                    self._give_up(client, ClientState.WORKER_DIED, "no worker is left")
+                self._give_up_waiting(ClientState.WORKER_DIED, "no worker is left")
                 continue
             left = None if self._ends is None else max(0.0, self._ends - time.monotonic())
             ready, _ = ray.wait(pending, num_returns=1, timeout=left)
@@ -125,68 +149,80 @@ class Dispatch:
                 self._out_of_time()
         return [self._outcomes[client] for client in self._clients]
 
-    def _waiting(self) -> list[str]:
-        return [c for c in self._clients if self._states[c] is ClientState.WAITING]
-
     def _hand_out(self) -> None:
         """Work for every worker that is idle and may serve one of those who wait."""
-        for client in self._waiting():
-            index = self._workers.choose(client, self._idle)
-            if index in self._workers.lost:
-                self._give_up(client, ClientState.WORKER_DIED, "it could not be restarted")
-            if index is None or index not in self._idle:
-                continue
-            self._idle.remove(index)
+        for workers, queue in self._queues.items():
+            if self._workers.lost.issuperset(workers):
+                for client in queue.empty():
+                    self._give_up(client, ClientState.WORKER_DIED, "it could not be restarted")
+            for index in [i for i in self._idle if i in workers]:
+                if clients := queue.take():
+                    self._idle.remove(index)
+                    self._start(index, clients)
+
+    def _start(self, index: int, clients: Sequence[str]) -> None:
+        for client in clients:
             self._attempts[client] += 1
-            self._states[client] = ClientState.TRAINING
-            update, kept, report = self._call(self._workers.actors[index], client)
-            self._running[report] = _Running(client, index, update, kept)
+        updates, *kept, reports = self._call(self._workers.actors[index], clients)
+        self._running[reports] = _Task(tuple(clients), index, updates, tuple(kept), time.monotonic())
 
     def _take(self, reference: Any) -> None:
-        """Something is ready: a worker that restarted, or a client's report."""
+        """Something is ready: a worker that restarted, or a task's reports."""
         if reference in self._workers.restarting:
             if (index := self._workers.restarted(reference)) is not None:
                 self._idle.append(index)
             return
-        work = self._running.pop(reference)
-        state, outcome = self._finish(reference, work)
-        self._states[work.client] = state
-        if state in (ClientState.WAITING, ClientState.WORKER_DIED):
-            self._workers.await_restart(work.index)
-        else:
-            self._idle.append(work.index)
-        if outcome is not None:
-            self._outcomes[work.client] = outcome
-            self._progress(work.client)
-
-    def _finish(self, reference: Any, work: _Running) -> tuple[ClientState, Outcome | None]:
-        """The client's next state, and its outcome unless it is to be repeated."""
-        client = work.client
+        task = self._running.pop(reference)
         try:
-            report = ray.get(reference)
-        except (RayActorError, RayTaskError) as error:  # the second: the broadcast could not be fetched
-            cause = one_line(error)
-        else:
-            if isinstance(report, Failure):
-                return ClientState.RAISED, Outcome(client, report)
-            return ClientState.REPORTED, Outcome(client, report, work.update, work.kept)
-        decision = after_client(ClientState.WORKER_DIED, client, self._attempts[client], cause)
-        if decision.action is Action.REPEAT:
-            return ClientState.WAITING, None
-        return ClientState.WORKER_DIED, Outcome(client, Failure(client, decision.reason, cause))
+            reports = results_of(len(task.clients), ray.get(reference))
+        except (RayActorError, RayTaskError, LostError) as error:  # the second: the broadcast could not be fetched
+            self._workers.await_restart(task.index)
+            self._died(task, one_line(error))
+            return
+        self._idle.append(task.index)
+        seconds = [report.seconds if isinstance(report, Trained) else 0.0 for report in reports]
+        self._speeds.saw(task.clients, time.monotonic() - task.began, seconds)
+        for i, (client, report) in enumerate(zip(task.clients, reports, strict=True)):
+            handles = (
+                (None, None) if isinstance(report, Failure) else (Part(task.updates, i, len(reports)), task.kept[i])
+            )
+            self._end(Outcome(client, report, *handles))
+
+    def _died(self, task: _Task, cause: str) -> None:
+        """A worker died over these clients: one of them may be why, and each is tried again by itself."""
+        for client in task.clients:
+            decision = after_client(ClientState.WORKER_DIED, client, self._attempts[client], cause)
+            if decision.action is Action.REPEAT:
+                self._queues[self._serving[client]].put_back(client)
+            else:
+                self._end(Outcome(client, Failure(client, decision.reason, cause)))
 
     def _out_of_time(self) -> None:
         """The deadline has passed: whoever is not done is late, and what workers compute will not be used."""
-        for work in self._running.values():
-            self._give_up(work.client, ClientState.LATE)
-            self._workers.stop(work.index)
-        for client in self._waiting():
-            self._give_up(client, ClientState.LATE)
+        for task in self._running.values():
+            self._workers.stop(task.index)
+            for client in task.clients:
+                self._give_up(client, ClientState.LATE)
+        self._give_up_waiting(ClientState.LATE)
+
+    def _give_up_waiting(self, state: ClientState, cause: str = "") -> None:
+        for client in (c for queue in self._queues.values() for c in queue.empty()):
+            self._give_up(client, state, cause)
 
     def _give_up(self, client: str, state: ClientState, cause: str = "") -> None:
-        self._states[client] = state
         reason = after_client(state, client, WORKER_ATTEMPTS, cause).reason
         self._outcomes[client] = Outcome(client, Failure(client, reason, ""))
+
+    def _end(self, outcome: Outcome) -> None:
+        self._outcomes[outcome.client] = outcome
+        self._progress(outcome.client)
+
+
+def results_of(clients: int, given: Any) -> list[Any]:
+    """What a task gave for so many clients. Raises LostError where it is not one for each."""
+    if not isinstance(given, list) or len(given) != clients:
+        raise LostError(f"its worker gave something else than {clients} results")
+    return given
 
 
 def one_line(error: Exception) -> str:

@@ -10,12 +10,13 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from fedray.errors import LostError, RoundError
-from fedray.federation.dispatch import Dispatch, Workers, one_line
+from fedray.federation.dispatch import Call, Dispatch, Part, Workers, one_line, results_of
 from fedray.federation.failures import WORKER_ATTEMPTS
 from fedray.federation.listening import unheard
 from fedray.federation.messages import Orders, Outcome
 from fedray.federation.placement import Home
 from fedray.federation.questions import Question
+from fedray.federation.queues import Speeds
 from fedray.federation.wire import Header, Message, Packet
 
 
@@ -46,8 +47,11 @@ class RayPool:
     ):
         self.workers, self.progress = Workers(workers, order, homes), progress
         self._increments: dict[int, Any] = {}
+        self._speeds: dict[str, Speeds] = {}
+        self._last: tuple[Any, Any] | None = None
 
     def publish(self, message: Message) -> Published:
+        self._last = None
         self._increments = {
             v: self._increments[v] if v in self._increments else ray.put(p) for v, p in message.increments.items()
         }
@@ -63,31 +67,46 @@ class RayPool:
         deadline: float | None,
         orders: Mapping[str, Orders],
     ) -> list[Outcome]:
-        def call(worker: Any, client: str) -> tuple[Any, Any, Any]:
-            remote = worker.train.options(num_returns=3).remote
-            packet = handle.packet_of(client)
-            return remote(client, round, handle.header, packet, handle.increments, kept.get(client), orders[client])
+        def call(worker: Any, clients: Sequence[str]) -> Sequence[Any]:
+            work = [(c, handle.packet_of(c), kept.get(c), orders[c]) for c in clients]
+            remote = worker.train.options(num_returns=len(clients) + 2).remote
+            return remote(work, round, handle.header, handle.increments)
 
-        return Dispatch(self.workers, clients, call, deadline, self.progress).run()
+        return self._dispatched(clients, call, deadline, "training", self.progress)
 
     def ask(
         self, question: Question, clients: Sequence[str], kept: Mapping[str, Any], deadline: float | None
     ) -> list[Outcome]:
         shared = ray.put(question) if question.common else None
 
-        def call(worker: Any, client: str) -> tuple[Any, Any, Any]:
-            asked = question.of(client) if shared is None else shared
-            return worker.ask.options(num_returns=3).remote(client, asked, kept.get(client))
+        def call(worker: Any, clients: Sequence[str]) -> Sequence[Any]:
+            work = [(c, question.of(c) if shared is None else shared, kept.get(c)) for c in clients]
+            return worker.ask.options(num_returns=len(clients) + 2).remote(work)
 
-        return Dispatch(self.workers, clients, call, deadline, unheard).run()
+        return self._dispatched(clients, call, deadline, question.name, unheard)
+
+    def _dispatched(
+        self, clients: Sequence[str], call: Call, deadline: float | None, what: str, progress: Callable[[str], None]
+    ) -> list[Outcome]:
+        speeds = self._speeds.setdefault(what, Speeds())
+        return Dispatch(self.workers, clients, call, deadline, progress, speeds).run()
 
     def fetch(self, update: Any) -> Packet:
-        if not isinstance(update, ray.ObjectRef):
+        reference = update.task if isinstance(update, Part) else update
+        if not isinstance(reference, ray.ObjectRef):
             return update
         try:
-            return ray.get(update)
+            found = self._fetched(reference)
         except RayError as error:  # its node went away after the client had reported
             raise LostError(f"what it sent was lost: {one_line(error)}") from error
+        return results_of(update.of, found)[update.index] if isinstance(update, Part) else found
+
+    def _fetched(self, reference: Any) -> Any:
+        """What it refers to. A task's updates are asked for one after the other: the last task's are at hand."""
+        if self._last is None or self._last[0] != reference:
+            self._last = None  # before others are fetched
+            self._last = reference, ray.get(reference)
+        return self._last[1]
 
     def evaluate(self, handle: Published, part: str, client: str | None, kept: Any = None) -> tuple[list[dict], float]:
         """Shared by all workers; a pure function, so it is simply asked again when a worker dies over it."""

@@ -225,12 +225,19 @@ def _short(name: str) -> str:
 
 def flaw_of_values(packet: Packet) -> str | None:
     """Why values of fp32 are none that training gives."""
+    if _largest(packet.vector) * math.sqrt(max(1, len(packet.vector))) <= LARGEST:
+        return None  # a tenth of the time that the norm takes, which is below this
     size = norm(packet.vector)
     if not math.isfinite(size):
         return f"it sent a value that is not finite in {_first_not_finite(packet)}: lower its learning rate"
     if size > LARGEST:
         return f"its update has norm {size:.3g}, and no training gives more than {LARGEST:g}: lower its learning rate"
     return None
+
+
+def _largest(vector: np.ndarray) -> float:
+    """The largest absolute value; not a number where one is none."""
+    return float(max(-vector.min(), vector.max())) if len(vector) else 0.0
 
 
 def _first_not_finite(packet: Packet) -> str:

@@ -62,25 +62,27 @@ class WorkerActor:
         return True
 
     def train(
-        self,
-        client: str,
-        round: int,
-        header: Header,
-        packet: Packet,
-        increments: dict[int, Any],
-        kept: Packet | None,
-        orders: Orders,
-    ) -> tuple[Packet | None, Packet | None, Trained | Failure]:
-        done = self.worker.train(client, round, header, packet, lambda v: ray.get(increments[v]), kept, orders)
-        self._log("trained", done[2], client, round=round + 1)
-        return done
+        self, work: Sequence[tuple[str, Any, Any, Orders]], round: int, header: Header, increments: dict[int, Any]
+    ) -> tuple[Any, ...]:
+        """As a task's objects: the updates, what each client keeps, and the reports. `work`: client, packet of the
+        broadcast, what it kept, and its orders."""
+        resolve, done = _Resolved(), []
+        for client, packet, kept, orders in work:
+            fetch = lambda version: resolve(increments[version])  # noqa: E731
+            done.append(
+                self.worker.train(client, round, header, resolve(packet), fetch, resolve(kept, once=True), orders)
+            )
+            self._log("trained", done[-1][2], client, round=round + 1)
+        return _as_objects(done)
 
-    def ask(
-        self, client: str, question: Question, kept: Packet | None
-    ) -> tuple[Packet | None, None, Answered | Failure]:
-        done = self.worker.ask(client, question, kept)
-        self._log("answered", done[2], client, question=question.name.lower())
-        return done
+    def ask(self, work: Sequence[tuple[str, Any, Any]]) -> tuple[Any, ...]:
+        """As `train`. `work`: client, question, and what it kept."""
+        resolve, done = _Resolved(), []
+        for client, question, kept in work:
+            asked: Question = resolve(question)
+            done.append(self.worker.ask(client, asked, resolve(kept, once=True)))
+            self._log("answered", done[-1][2], client, question=asked.name.lower())
+        return _as_objects(done)
 
     def _log(self, name: str, report: Trained | Answered | Failure, client: str, **fields: Any) -> None:
         if not self.worker.side.logs_clients:
@@ -102,6 +104,30 @@ class WorkerActor:
         kept: Packet | None,
     ) -> tuple[list[list[dict[str, Any]]], float]:
         return self.worker.evaluate(part, client, share, header, packet, lambda v: ray.get(increments[v]), kept)
+
+
+class _Resolved:
+    """What references stand for; what several clients of a task share is fetched once."""
+
+    def __init__(self) -> None:
+        self._held: dict[Any, Any] = {}
+
+    def __call__(self, handle: Any, once: bool = False) -> Any:
+        """`once`: nobody else asks for it."""
+        if not isinstance(handle, ray.ObjectRef):
+            return handle
+        if once:
+            return ray.get(handle)
+        if handle not in self._held:
+            self._held[handle] = ray.get(handle)
+        return self._held[handle]
+
+
+def _as_objects(done: Sequence[tuple[Packet | None, Packet | None, Any]]) -> tuple[Any, ...]:
+    """One for all updates, which are read one after the other, one for what each client keeps, which may last, and one
+    for the reports."""
+    updates, kept, reports = zip(*done, strict=True)
+    return list(updates), *kept, list(reports)
 
 
 def start_workers(

@@ -169,7 +169,7 @@ class LocalTrainer:
         config = self.config.client(client)
         examples = self.examples("train", client)
         engine = self._load(view, config, optimizer_state, base_key)
-        self.model.train()
+        self._set_mode(training=True)
         self._seed_dropout(seeding.derive(self.config.seed, "dropout", client, round))
         kept_of = engine.optimizer_state if config.keep_optimizer else dict
         if private is not None:
@@ -190,6 +190,11 @@ class LocalTrainer:
     def _trained(self, view: View) -> dict[str, nn.Parameter]:
         """The factors that train, and the heads."""
         return {n: p for n, p in self._factors.items() if factor_of(n) in view.trained} | self._heads
+
+    def _set_mode(self, training: bool) -> None:
+        """Walks over all modules only where it changes something: it costs as much as a small model's step."""
+        if self.model.training is not training:
+            self.model.train(training)
 
     def _seed_dropout(self, seed: int) -> None:
         """As `torch.manual_seed`, which where there is no GPU keeps a stack trace of every call, and never lets go."""
@@ -274,7 +279,7 @@ class LocalTrainer:
 
         if self._hooks is None or self._engine is None:
             raise ValueError("no private step was taken: there is no sum to look at")
-        self.model.train()
+        self._set_mode(training=True)
         batches = [self._batch(examples)] if examples else []
         total = clipped_sum(self._engine, self._hooks, batches, self.task.losses, clip).total()
         self.reset()
@@ -286,7 +291,7 @@ class LocalTrainer:
     ) -> list[list[dict]]:
         """Statistics of every `share[1]`-th batch from `share[0]` on, in order; batches do not depend on the share."""
         engine = self._load(view, self.config.federation, None, base_key)
-        self.model.eval()
+        self._set_mode(training=False)
         examples, size = self.examples(part, client), 4 * self.config.federation.batch_size
         starts = range(0, len(examples), size)
         result = []
@@ -302,7 +307,7 @@ class LocalTrainer:
     def logits(self, view: View, inputs: dict[str, Tensor]) -> Tensor:
         """Logits of the model that a view means: what exported adapters are held against."""
         engine = self._load(view, self.config.federation, None, None)
-        self.model.eval()
+        self._set_mode(training=False)
         with torch.no_grad():
             return engine.forward({k: v.to(self.device) for k, v in inputs.items()}).float().cpu()
 
