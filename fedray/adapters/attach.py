@@ -134,14 +134,15 @@ def _heads_in_fp32(model: PeftModel) -> None:
                 )
 
 
-def _lora_layers(model: PeftModel) -> list[tuple[str, LoraLayer]]:
+def adapted(model: PeftModel) -> list[tuple[str, LoraLayer]]:
+    """The modules that carry the adapters, by the names of their layers, sorted."""
     return sorted((name.removeprefix(PREFIX), m) for name, m in model.named_modules() if isinstance(m, LoraLayer))
 
 
 def layers(model: PeftModel) -> tuple[Layer, ...]:
     """The adapted layers by name, rank and scale read from the adapter itself. Works on the meta device."""
     result = []
-    for name, module in _lora_layers(model):
+    for name, module in adapted(model):
         m, n = module.out_features, module.in_features
         linear = ADAPTER in module.lora_A and isinstance(module.get_base_layer(), (nn.Linear, Conv1D))
         if not linear or m is None or n is None:
@@ -156,7 +157,7 @@ def factors(model: PeftModel) -> dict[str, nn.Parameter]:
     """`LAYER.FACTOR` of every layer, sorted by name: `lora_A` (r x n) and `lora_B` (m x r), or what the adapter calls
     its own."""
     named: dict[str, nn.Parameter] = {}
-    for name, module in _lora_layers(model):
+    for name, module in adapted(model):
         if isinstance(module, FactoredLinear):
             named |= {f"{name}.{factor}": parameter for factor, parameter in module.lora_A[ADAPTER].named_parameters()}
         else:
@@ -166,16 +167,20 @@ def factors(model: PeftModel) -> dict[str, nn.Parameter]:
 
 def base_layers(model: PeftModel) -> dict[str, nn.Module]:
     """The frozen layer under each adapter, by name."""
-    return {name: module.get_base_layer() for name, module in _lora_layers(model)}
+    return {name: module.get_base_layer() for name, module in adapted(model)}
+
+
+def head_modules(model: PeftModel) -> list[tuple[str, nn.Module]]:
+    """The modules trained whole, by the base model's names."""
+    wrappers = ((name, m) for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper))
+    return [(name.removeprefix(PREFIX), m.modules_to_save[ADAPTER]) for name, m in wrappers]
 
 
 def heads(model: PeftModel) -> dict[str, nn.Parameter]:
     """Parameters of the modules trained whole, by the base model's names, sorted."""
-    named = {}
-    for name, module in model.named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            for part, parameter in module.modules_to_save[ADAPTER].named_parameters():
-                named[f"{name.removeprefix(PREFIX)}.{part}"] = parameter
+    named: dict[str, nn.Parameter] = {}
+    for name, module in head_modules(model):
+        named |= {f"{name}.{part}": parameter for part, parameter in module.named_parameters()}
     return dict(sorted(named.items()))
 
 
@@ -187,7 +192,7 @@ class BaseWeights:
     """
 
     def __init__(self, model: PeftModel, gathered: Callable[[list[nn.Parameter]], AbstractContextManager[None]]):
-        self._modules = dict(_lora_layers(model))
+        self._modules = dict(adapted(model))
         self._gathered = gathered
         self._originals: dict[str, Tensor] = {}
         self._written: frozenset[str] = frozenset()

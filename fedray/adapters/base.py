@@ -146,6 +146,11 @@ class Adapter(ABC):
         terms = (self.delta(layer, factors) for factors in itertools.chain(clients, [means]))
         return LowRank.total(terms, [*weights, -1.0])
 
+    @abstractmethod
+    def together(self, factors: Factors, x_ctn: Tensor) -> Tensor:
+        """The scale-free products of c clients, each applied to its own t inputs: c x t x n -> c x t x m. A factor has
+        a first dimension c, or none where all clients share it."""
+
     def module(self, layer: Layer) -> nn.Module | None:
         """The module that computes scale-free x -> product x, its parameters named as the factors; None for PEFT's
         own LoRA."""

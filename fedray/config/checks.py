@@ -166,6 +166,24 @@ def _profile(config: Config, method: Method) -> None:
         )
 
 
+def _together(config: Config, method: Method) -> None:
+    """Clients train together over one base, each as it would alone."""
+    if config.worker.batch_clients == 1:
+        return
+    reasons = {
+        f"the clients of {method.name} have bases of their own here": method.personal,
+        "the clients of silos train on their own machines": config.siloed,
+        "federation.keep_optimizer brings optimizers that have taken different numbers of steps": (
+            config.federation.keep_optimizer
+        ),
+        "privacy.unit example clips each example by itself": config.privacy.on and config.privacy.unit == "example",
+        f"worker.zero_stage {config.worker.zero_stage} partitions the model": config.worker.zero_stage > 0,
+        "worker.profile traces one client": config.worker.profile is not None,
+    }
+    for reason in (words for words, holds in reasons.items() if holds):
+        raise ValueError(f"worker.batch_clients {config.worker.batch_clients} cannot be: {reason}; leave one out")
+
+
 #: In the order in which they are made: the first sentence is the one that a person sees.
 CHECKS: tuple[Callable[[Config, Method], None], ...] = (
     check_privacy,
@@ -180,4 +198,5 @@ CHECKS: tuple[Callable[[Config, Method], None], ...] = (
     _silo_sources,
     _silos,
     _profile,
+    _together,
 )

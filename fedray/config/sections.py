@@ -290,6 +290,9 @@ class WorkerSection(Section):
     """DeepSpeed, or the plain PyTorch loop that is its oracle."""
     zero_stage: int = Field(0, ge=0, le=3)
     """DeepSpeed ZeRO stage."""
+    batch_clients: int = Field(1, ge=1)
+    """Clients that train together in one pass over the base that they share, for simulations: as one after the other
+    to 1e-5, and so many times the activations."""
     cache: str | None = None
     """Folder on each worker's machine where tokenised data are kept for other processes to map (default: nowhere;
     `fedray sweep`: a folder of its own)."""

@@ -9,7 +9,7 @@ from fedray.federation.clocks import threads
 from fedray.federation.messages import Orders, Outcome
 from fedray.federation.questions import Question
 from fedray.federation.wire import Message, Packet
-from fedray.federation.worker import Worker
+from fedray.federation.worker import Work, Worker
 
 
 class InlinePool:
@@ -32,13 +32,14 @@ class InlinePool:
     ) -> list[Outcome]:
         """A deadline means nothing to clients that run one after the other, and is not enforced here."""
         outcomes, fetch = [], handle.increments.__getitem__
-        for client in clients:
-            packet = handle.packet_of(client)
-            update, keeps, report = self.worker.train(
-                client, round, handle.header, packet, fetch, kept.get(client), orders[client]
-            )
-            outcomes.append(Outcome(client, report, update, keeps))
-            self.progress(client)
+        together = self.worker.trainer.config.worker.batch_clients
+        for first in range(0, len(clients), together):
+            here = clients[first : first + together]
+            work = [Work(client, handle.packet_of(client), kept.get(client), orders[client]) for client in here]
+            done = self.worker.train_all(round, handle.header, fetch, work)
+            for client, (update, keeps, report) in zip(here, done, strict=True):
+                outcomes.append(Outcome(client, report, update, keeps))
+                self.progress(client)
         return outcomes
 
     def ask(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,36 @@ from fedray.federation.questions import Question
 from fedray.federation.wire import Header, Packet, as_announced, decode, inputs_digest, pack, unpack
 from fedray.methods import Method, Spec, View
 from fedray.methods.state import factor_of
+from fedray.privacy.private import Private
 from fedray.training.local import LocalResult, LocalTrainer
+from fedray.training.together import train_together
 
 Fetch = Callable[[int], Packet]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One client's part in a round: the packet that it is sent, what it kept last time, and its orders."""
+
+    client: str
+    packet: Packet
+    kept: Packet | None
+    orders: Orders
+
+
+#: A client's update, what it keeps, and its report, or its failure.
+Done = tuple[Packet | None, Packet | None, Trained | Failure]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A client that is about to train. `held`: what it kept, unpacked."""
+
+    work: Work
+    view: View
+    base_key: Any
+    held: dict[str, Tensor]
+    private: Private | None
 
 
 class Worker:
@@ -55,27 +83,75 @@ class Worker:
         """The adapted layers and the heads' initial values."""
         return self.trainer.describe()
 
+    def train_all(self, round: int, header: Header, fetch: Fetch, work: Sequence[Work]) -> list[Done]:
+        """`train` for each of these clients, `worker.batch_clients` of them together."""
+        together = self.trainer.config.worker.batch_clients
+        if together == 1:
+            return [self.train(w.client, round, header, w.packet, fetch, w.kept, w.orders) for w in work]
+        return [
+            done
+            for first in range(0, len(work), together)
+            for done in self._train_together(round, header, fetch, work[first : first + together])
+        ]
+
     def train(
         self, client: str, round: int, header: Header, packet: Packet, fetch: Fetch, kept: Packet | None, orders: Orders
-    ) -> tuple[Packet | None, Packet | None, Trained | Failure]:
+    ) -> Done:
         """(update, what the client keeps, report) of a client's round (from 0), or its failure. Never raises for the
         client's sake.
 
         `kept`: what it kept last time, its optimizer state and its own factors; they never reach the aggregation.
         """
         try:
-            # Objects of its own: what somebody else says of them (a digest) is not believed.
-            header, packet, kept = Header.parse(header.to_text()), packet.again(), kept and kept.again()
-            private = self.side.protect(client, round, partial(inputs_digest, header, packet, kept), orders)
-            held = unpack(kept) if kept is not None else {}
-            view, base_key = self._view(client, header, packet, fetch, held)
-            steps = partial(self.trainer.train, view, client, round, optimizer_kept(held) or None, base_key, private)
-            result = self.side.trained(client, view, steps)
-            update = self.side.send(client, round, view, result.tensors, orders)
+            begun = self._begin(round, header, fetch, Work(client, packet, kept, orders))
+            state = optimizer_kept(begun.held) or None
+            return self._end(
+                round,
+                begun,
+                partial(self.trainer.train, begun.view, client, round, state, begun.base_key, begun.private),
+            )
         except Exception as error:  # noqa: BLE001 - whatever a client's data or step raises is that client's failure
-            self.trainer.reset()
-            return None, None, self.side.failure(client, error)
-        return update, self._kept(result), self.side.report(client, result, update.nbytes, private)
+            return self._failed(client, error)
+
+    def _train_together(self, round: int, header: Header, fetch: Fetch, work: Sequence[Work]) -> list[Done]:
+        begun: dict[str, _Begun] = {}
+        done: dict[str, Done] = {}
+        for part in work:
+            try:
+                begun[part.client] = self._begin(round, header, fetch, part)
+            except Exception as error:  # noqa: BLE001 - as in `train`
+                done[part.client] = self._failed(part.client, error)
+        try:
+            views = {client: one.view for client, one in begun.items()}
+            results = train_together(self.trainer, views, round, header.base_key)
+        except Exception as error:  # noqa: BLE001 - of which client, nobody can tell
+            results = dict.fromkeys(begun, error)
+        for client, one in begun.items():
+            try:
+                done[client] = self._end(round, one, partial(_given, results[client]))
+            except Exception as error:  # noqa: BLE001 - as in `train`
+                done[client] = self._failed(client, error)
+        return [done[part.client] for part in work]
+
+    def _begin(self, round: int, header: Header, fetch: Fetch, work: Work) -> _Begun:
+        """What a client trains from, and how."""
+        # Objects of its own: what somebody else says of them (a digest) is not believed.
+        header, packet, kept = Header.parse(header.to_text()), work.packet.again(), work.kept and work.kept.again()
+        private = self.side.protect(work.client, round, partial(inputs_digest, header, packet, kept), work.orders)
+        held = unpack(kept) if kept is not None else {}
+        view, base_key = self._view(work.client, header, packet, fetch, held)
+        return _Begun(work, view, base_key, held, private)
+
+    def _end(self, round: int, begun: _Begun, steps: Callable[[], LocalResult]) -> Done:
+        """What a client's steps give, as it is sent, kept and told."""
+        client, orders = begun.work.client, begun.work.orders
+        result = self.side.trained(client, begun.view, steps)
+        update = self.side.send(client, round, begun.view, result.tensors, orders)
+        return update, self._kept(result), self.side.report(client, result, update.nbytes, begun.private)
+
+    def _failed(self, client: str, error: Exception) -> Done:
+        self.trainer.reset()
+        return None, None, self.side.failure(client, error)
 
     def _kept(self, result: LocalResult) -> Packet | None:
         """What stays with the client of its round."""
@@ -129,3 +205,10 @@ class Worker:
         factors = {n: t for n, t in factors_kept(held).items() if factor_of(n) in keeps}
         view = View(view.tensors | factors, view.base, view.trained)
         return view, None if self.method.personal else header.base_key
+
+
+def _given(result: LocalResult | Exception) -> LocalResult:
+    """The steps of a client that has taken them, or failed in them."""
+    if isinstance(result, Exception):
+        raise result
+    return result

@@ -75,6 +75,15 @@ def sample(examples: int, batch: int, step: int, *seed: str | int) -> list[int]:
     return picked
 
 
+def flaw_of_loss(loss: float, step: int, round: int) -> FloatingPointError | None:
+    """The error of a loss at a local step of a round (both from 0) that is no number."""
+    if math.isfinite(loss):
+        return None
+    return FloatingPointError(
+        f"the loss became {loss} at local step {step + 1} of round {round + 1}: lower federation.lr"
+    )
+
+
 class LocalTrainer:
     """Trains and evaluates on one device. `threads`: PyTorch's CPU threads, part of what fixes the bits. `reads`: as
     `load_data` takes it."""
@@ -87,10 +96,11 @@ class LocalTrainer:
         self.data = data if data is not None else load_data(config, reads)
         self.task: Task = TASKS[config.model.task](config, self.data, load_tokenizer(config))
         self.model = load_model(config, len(self.data.classes)).to(self.device)
-        self._factors, self._heads = attach.factors(self.model), attach.heads(self.model)
+        self.factors, self._heads = attach.factors(self.model), attach.heads(self.model)
         self._initial_heads = {n: p.detach().float().cpu().clone() for n, p in self._heads.items()}
         self.layers = attach.layers(self.model)
         self._engine: StepEngine | None = None
+        self._mode: bool | None = None  # of all modules: a model comes with some in the one and some in the other
         self._hooks: SampleHooks | None = None
         self._engine_for: tuple[str, ...] = ()
         self._base = attach.BaseWeights(self.model, self._gathered)
@@ -169,7 +179,7 @@ class LocalTrainer:
         config = self.config.client(client)
         examples = self.examples("train", client)
         engine = self._load(view, config, optimizer_state, base_key)
-        self._set_mode(training=True)
+        self.set_mode(training=True)
         self._seed_dropout(seeding.derive(self.config.seed, "dropout", client, round))
         kept_of = engine.optimizer_state if config.keep_optimizer else dict
         if private is not None:
@@ -178,23 +188,24 @@ class LocalTrainer:
                 engine.read(), len(examples), None, kept_of(), self._base_lost, time.monotonic() - started
             )
         with self._profiled(client, round):
-            losses = self._steps(engine, config, examples, client, round)
+            losses = self._steps(engine, config, client, round)
         loss = math.fsum(losses) / len(losses)
         return LocalResult(engine.read(), len(examples), loss, kept_of(), self._base_lost, time.monotonic() - started)
 
     def untrained(self, view: View, client: str) -> LocalResult:
         """As `train` without a step: what was broadcast."""
-        trained = self._trained(view)
+        trained = self.trained(view)
         return LocalResult({n: view.tensors[n].clone() for n in trained}, len(self.examples("train", client)), None)
 
-    def _trained(self, view: View) -> dict[str, nn.Parameter]:
+    def trained(self, view: View) -> dict[str, nn.Parameter]:
         """The factors that train, and the heads."""
-        return {n: p for n, p in self._factors.items() if factor_of(n) in view.trained} | self._heads
+        return {n: p for n, p in self.factors.items() if factor_of(n) in view.trained} | self._heads
 
-    def _set_mode(self, training: bool) -> None:
+    def set_mode(self, training: bool) -> None:
         """Walks over all modules only where it changes something: it costs as much as a small model's step."""
-        if self.model.training is not training:
+        if self._mode is not training or self.model.training is not training:
             self.model.train(training)
+            self._mode = training
 
     def _seed_dropout(self, seed: int) -> None:
         """As `torch.manual_seed`, which where there is no GPU keeps a stack trace of every call, and never lets go."""
@@ -202,23 +213,24 @@ class LocalTrainer:
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _steps(
-        self, engine: StepEngine, config: FederationSection, examples: Sequence[Example], client: str, round: int
-    ) -> list[float]:
+    def micro_batches(self, config: FederationSection, client: str, round: int, step: int) -> list[list[Example]]:
+        """The examples of a client's local step, as they are in memory at once."""
+        examples = self.examples("train", client)
+        picked = sample(
+            len(examples), config.batch_size, round * config.local_steps + step, self.config.seed, "data", client
+        )
+        size = config.micro_batch
+        if config.accumulate > 1:  # micro-batches of similar lengths: less padding, the same examples in the batch
+            picked.sort(key=lambda i: len(examples[i].input_ids))
+        return [[examples[i] for i in picked[j : j + size]] for j in range(0, len(picked), size)]
+
+    def _steps(self, engine: StepEngine, config: FederationSection, client: str, round: int) -> list[float]:
         losses = []
         for step in range(config.local_steps):
-            picked = sample(
-                len(examples), config.batch_size, round * config.local_steps + step, self.config.seed, "data", client
-            )
-            size = config.micro_batch
-            if config.accumulate > 1:  # micro-batches of similar lengths: less padding, the same examples in the batch
-                picked.sort(key=lambda i: len(examples[i].input_ids))
-            micro = [self._batch([examples[i] for i in picked[j : j + size]]) for j in range(0, len(picked), size)]
+            micro = [self._batch(part) for part in self.micro_batches(config, client, round, step)]
             losses.append(engine.step(micro, self.task.loss, learning_rate(config, round, step)))
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(
-                    f"the loss became {losses[-1]} at local step {step + 1} of round {round + 1}: lower federation.lr"
-                )
+            if error := flaw_of_loss(losses[-1], step, round):
+                raise error
         return losses
 
     @contextlib.contextmanager
@@ -279,7 +291,7 @@ class LocalTrainer:
 
         if self._hooks is None or self._engine is None:
             raise ValueError("no private step was taken: there is no sum to look at")
-        self._set_mode(training=True)
+        self.set_mode(training=True)
         batches = [self._batch(examples)] if examples else []
         total = clipped_sum(self._engine, self._hooks, batches, self.task.losses, clip).total()
         self.reset()
@@ -291,7 +303,7 @@ class LocalTrainer:
     ) -> list[list[dict]]:
         """Statistics of every `share[1]`-th batch from `share[0]` on, in order; batches do not depend on the share."""
         engine = self._load(view, self.config.federation, None, base_key)
-        self._set_mode(training=False)
+        self.set_mode(training=False)
         examples, size = self.examples(part, client), 4 * self.config.federation.batch_size
         starts = range(0, len(examples), size)
         result = []
@@ -307,7 +319,7 @@ class LocalTrainer:
     def logits(self, view: View, inputs: dict[str, Tensor]) -> Tensor:
         """Logits of the model that a view means: what exported adapters are held against."""
         engine = self._load(view, self.config.federation, None, None)
-        self._set_mode(training=False)
+        self.set_mode(training=False)
         with torch.no_grad():
             return engine.forward({k: v.to(self.device) for k, v in inputs.items()}).float().cpu()
 
@@ -327,16 +339,20 @@ class LocalTrainer:
         base_key: Any,
     ) -> StepEngine:
         """Make the model what the view says. The engine is rebuilt only when other parameters train."""
-        trained = self._trained(view)
+        trained = self.trained(view)
         engine = self._engine if self._engine_for == tuple(trained) else None
         engine = engine or self._rebuild(trained)
-        self._write({n: p for n, p in self._factors.items() if n not in trained}, view, engine)
+        self._write({n: p for n, p in self.factors.items() if n not in trained}, view, engine)
         engine.load(view.tensors, optimizer_state)
+        self.load_base(view, base_key)
+        return engine
+
+    def load_base(self, view: View, base_key: Any) -> None:
+        """The base weights that a view means, unless they are there."""
         if base_key is None or base_key != self._base_key:
             self._base_key = None  # until it is written: what fails half-way is nobody's base
             self._base_lost = self._base.write(view.base)
             self._base_key = base_key
-        return engine
 
     @staticmethod
     def _write(frozen: dict[str, nn.Parameter], view: View, engine: StepEngine) -> None:
@@ -350,7 +366,7 @@ class LocalTrainer:
         """An engine over these parameters, with new hooks where its steps are private."""
         if self._engine is not None:
             self._engine.close()
-        for name, parameter in self._factors.items():
+        for name, parameter in self.factors.items():
             parameter.requires_grad_(name in trained)
         private = self.config.privacy.on and self.config.privacy.unit == "example"
         self._engine = make_engine(self.model, trained, self.config.federation, self.config.worker, private)
@@ -366,5 +382,5 @@ class LocalTrainer:
     def _gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """A context in which the parameters are whole and may be written."""
         if self._engine is None:
-            raise RuntimeError("no engine holds the model yet")
+            return contextlib.nullcontext()  # nobody has partitioned them yet
         return self._engine.gathered(parameters)

@@ -154,7 +154,7 @@ def _pass(trainer: LocalTrainer, examples: Sequence[Example], layers: Sequence[s
 
     In evaluation mode (no dropout), and in fp32 from the hooks on.
     """
-    trainer.model.eval()
+    trainer.set_mode(training=False)
     size = trainer.config.federation.micro_batch  # what the run's own steps have memory for
     ordered = sorted(examples, key=lambda e: len(e.input_ids))
     with _hooked(trainer.model, layers, add):
