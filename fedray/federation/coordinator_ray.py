@@ -35,7 +35,8 @@ class CoordinatorActor:
         self._done: list[str] = []
         log_lines(Path(folder).name, "coordinator")
         progress = unheard if hides_cohort(config) else self._done.append
-        self._coordinator = Coordinator(config, folder, facts, RayPool(workers, order, progress, homes))
+        pool = RayPool(workers, order, progress, homes, config.worker.batch_clients)
+        self._coordinator = Coordinator(config, folder, facts, pool)
 
     def rounds_done(self) -> int:
         return self._coordinator.rounds_done

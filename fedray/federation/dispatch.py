@@ -102,7 +102,8 @@ class _Task:
 
 class Dispatch:
     """All clients at once, as far as workers go; who waits is taken by the first worker that is free. `progress` is
-    told of each client that is done; after `deadline` seconds who is not is late. `speeds`: of such work so far.
+    told of each client that is done; after `deadline` seconds who is not is late. `speeds`: of such work so far;
+    `together`: how many clients a worker takes at once.
 
     Linear in the clients, with as many queues as there are sets of workers that serve them.
     """
@@ -115,10 +116,11 @@ class Dispatch:
         deadline: float | None,
         progress: Callable[[str], None],
         speeds: Speeds,
+        together: int = 1,
     ):
         self._workers, self._clients, self._call, self._progress = workers, list(clients), call, progress
         self._ends = time.monotonic() + deadline if deadline is not None else None
-        self._speeds = speeds
+        self._speeds, self._together = speeds, together
         self._serving = {client: workers.serving(client) for client in clients}
         self._queues = self._queued()
         self._attempts = dict.fromkeys(clients, 0)
@@ -131,7 +133,9 @@ class Dispatch:
         waiting: dict[tuple[int, ...], list[str]] = {}
         for client in self._clients:
             waiting.setdefault(self._serving[client], []).append(client)
-        return {workers: Queue(members, len(workers), self._speeds) for workers, members in waiting.items()}
+        return {
+            workers: Queue(members, len(workers), self._speeds, self._together) for workers, members in waiting.items()
+        }
 
     def run(self) -> list[Outcome]:
         """The outcomes, in the order of the clients."""

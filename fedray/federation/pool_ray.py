@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from fedray.errors import LostError, RoundError
-from fedray.federation.dispatch import Call, Dispatch, Part, Workers, one_line, results_of
+from fedray.federation.dispatch import Dispatch, Part, Workers, one_line, results_of
 from fedray.federation.failures import WORKER_ATTEMPTS
 from fedray.federation.listening import unheard
 from fedray.federation.messages import Orders, Outcome
@@ -36,7 +36,8 @@ class Published:
 
 
 class RayPool:
-    """The pool as the coordinator sees it; see `Workers` for `order` and `homes`."""
+    """The pool as the coordinator sees it; see `Workers` for `order` and `homes`, `Dispatch` for
+    `together`."""
 
     def __init__(
         self,
@@ -44,8 +45,9 @@ class RayPool:
         order: Sequence[str],
         progress: Callable[[str], None] = unheard,
         homes: Sequence[Home] = (),
+        together: int = 1,
     ):
-        self.workers, self.progress = Workers(workers, order, homes), progress
+        self.workers, self.progress, self._together = Workers(workers, order, homes), progress, together
         self._increments: dict[int, Any] = {}
         self._speeds: dict[str, Speeds] = {}
         self._last: tuple[Any, Any] | None = None
@@ -72,7 +74,8 @@ class RayPool:
             remote = worker.train.options(num_returns=len(clients) + 2).remote
             return remote(work, round, handle.header, handle.increments)
 
-        return self._dispatched(clients, call, deadline, "training", self.progress)
+        speeds = self._speeds.setdefault("training", Speeds())
+        return Dispatch(self.workers, clients, call, deadline, self.progress, speeds, self._together).run()
 
     def ask(
         self, question: Question, clients: Sequence[str], kept: Mapping[str, Any], deadline: float | None
@@ -83,13 +86,8 @@ class RayPool:
             work = [(c, question.of(c) if shared is None else shared, kept.get(c)) for c in clients]
             return worker.ask.options(num_returns=len(clients) + 2).remote(work)
 
-        return self._dispatched(clients, call, deadline, question.name, unheard)
-
-    def _dispatched(
-        self, clients: Sequence[str], call: Call, deadline: float | None, what: str, progress: Callable[[str], None]
-    ) -> list[Outcome]:
-        speeds = self._speeds.setdefault(what, Speeds())
-        return Dispatch(self.workers, clients, call, deadline, progress, speeds).run()
+        speeds = self._speeds.setdefault(question.name, Speeds())
+        return Dispatch(self.workers, clients, call, deadline, unheard, speeds).run()
 
     def fetch(self, update: Any) -> Packet:
         reference = update.task if isinstance(update, Part) else update

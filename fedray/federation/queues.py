@@ -45,10 +45,11 @@ class Speeds:
 
 
 class Queue:
-    """Clients that wait for one of the same workers, of which there are `workers`."""
+    """Clients that wait for one of the same `workers` (a number); `together`: so many of them train at once."""
 
-    def __init__(self, clients: Iterable[str], workers: int, speeds: Speeds):
+    def __init__(self, clients: Iterable[str], workers: int, speeds: Speeds, together: int = 1):
         self._waiting, self._workers, self._speeds = deque(speeds.longest_first(clients)), workers, speeds
+        self._together = together
         self._alone: set[str] = set()
 
     def put_back(self, client: str) -> None:
@@ -61,13 +62,13 @@ class Queue:
         where none waits."""
         if not self._waiting:
             return []
-        most = max(1, len(self._waiting) // (2 * self._workers))
-        taken, seconds = [self._waiting.popleft()], 0.0
-        while len(taken) < most and not self._alone & {taken[-1], self._waiting[0]}:
-            last = self._speeds.of(taken[-1])
-            seconds += TASK_SECONDS if last is None else last
-            following = self._speeds.of(self._waiting[0])
-            if following is None or seconds + following > TASK_SECONDS:
+        most = max(len(self._waiting) // (2 * self._workers), min(self._together, len(self._waiting)))
+        taken: list[str] = []
+        seconds = 0.0
+        while not taken or (len(taken) < most and not self._alone & {taken[-1], self._waiting[0]}):
+            known = self._speeds.of(self._waiting[0])
+            seconds += TASK_SECONDS if known is None else known
+            if len(taken) >= self._together and seconds > TASK_SECONDS:
                 break
             taken.append(self._waiting.popleft())
         return taken

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -171,6 +172,7 @@ class DeepSpeedEngine:
     def __init__(self, model: nn.Module, parameters: Parameters, config: FederationSection, zero_stage: int):
         self.model, self.parameters, self.config, self.stage = model, parameters, config, zero_stage
         deepspeed = _deepspeed(next(model.parameters()).device)
+        numbers = sum(math.prod(whole_shape(parameter)) for parameter in parameters.values())
         self.engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=make_optimizer(parameters, config),
@@ -178,7 +180,8 @@ class DeepSpeedEngine:
                 "train_micro_batch_size_per_gpu": 1,  # nominal: DeepSpeed only multiplies it out
                 "gradient_accumulation_steps": config.accumulate,
                 "gradient_clipping": config.max_grad_norm or 0.0,
-                "zero_optimization": {"stage": zero_stage},
+                # Its own bucket is 2 GB, made with every engine, whatever trains.
+                "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": numbers},
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": sys.maxsize,
             },

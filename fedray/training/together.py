@@ -142,7 +142,7 @@ class Together:
     def read(self) -> list[dict[str, Tensor]]:
         """Each client's trained factors and heads, as fp32 CPU tensors."""
         read = {name: parameter.detach().to("cpu", torch.float32) for name, parameter in self._parameters.items()}
-        return [{name: tensor[i].clone() for name, tensor in read.items()} for i in range(self._count)]
+        return [{name: tensor[i] for name, tensor in read.items()} for i in range(self._count)]
 
     def _losses(self, task: Task, batches: Sequence[Sequence[Example]]) -> list[Tensor]:
         own = [self._batch(task, batch) for batch in batches]

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +22,8 @@ from fedray.federation.run import execute
 
 #: One layer of a one-layer Llama, 512 -> 256, at rank 128: 98,304 trained numbers.
 TARGET, RANK, HIDDEN, INNER, TEXT = "down_proj", 128, 256, 512, "a cat sat"
+#: Clients of a pass, where they train together (worker.batch_clients).
+TOGETHER = 25
 PEERS = Path(__file__).parent / "peers"
 #: Which module each peer's environment has.
 MODULES = {"flower": "flwr", "pfl": "pfl"}
@@ -35,8 +38,9 @@ def overhead(console: Console, pythons: Sequence[str], clients: int, rounds: int
         root = Path(folder)
         write_model(root)
         runs: dict[str, Rounds] = {
-            "fedray, one process": lambda: fedray_rounds(root, "inline", clients, rounds),
-            "fedray, Ray": lambda: fedray_rounds(root, "ray", clients, rounds),
+            f"fedray, {where}{words}": partial(fedray_rounds, root, engine, clients, rounds, together)
+            for together, words in ((1, ""), (TOGETHER, f", {TOGETHER} together"))
+            for engine, where in (("inline", "one process"), ("ray", "Ray"))
         }
         for python in pythons:
             runs |= peer_runs(python, root, clients, rounds)
@@ -74,7 +78,7 @@ def write_model(root: Path) -> None:
     ByT5Tokenizer(extra_ids=0).save_pretrained(root / "model")
 
 
-def fedray_rounds(root: Path, engine: str, clients: int, rounds: int) -> list[float]:
+def fedray_rounds(root: Path, engine: str, clients: int, rounds: int, together: int = 1) -> list[float]:
     """Seconds of the rounds after the first, in which engines are built."""
     text, out = root / f"text-{clients}.jsonl", tempfile.mkdtemp(dir=root)
     text.write_text(f"{json.dumps({'text': TEXT})}\n" * (2 * clients))
@@ -93,7 +97,7 @@ def fedray_rounds(root: Path, engine: str, clients: int, rounds: int) -> list[fl
                 "optimizer": "sgd",
                 "evaluate_every": rounds,
             },
-            "worker": {"cpus": 1, "backend": "torch"},
+            "worker": {"cpus": 1, "backend": "torch", "batch_clients": together},
             "output": {"dir": f"{out}/run", "track": None},
         }
     )

@@ -62,6 +62,12 @@ def test_of_clients_that_were_never_seen_the_last_ones_tell():
     assert speeds.of("a") == speeds.of("b") == 0.5
 
 
+def test_clients_that_train_together_share_a_task_however_long():
+    clients = [f"c{i}" for i in range(10)]
+    assert [len(t) for t in tasks_of(Queue(clients, 2, Speeds(), together=4))] == [4, 4, 2]
+    assert [len(t) for t in tasks_of(Queue(clients, 2, told(dict.fromkeys(clients, 9.0)), together=4))] == [4, 4, 2]
+
+
 def test_who_is_put_back_is_tried_by_itself():
     clients = [f"c{i}" for i in range(40)]
     queue = Queue(clients, 1, told(dict.fromkeys(clients, 1e-3)))

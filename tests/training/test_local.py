@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import psutil
 import pytest
 import torch
 from support import OPTIONS, distance, moved, trainer_and_view
@@ -178,6 +179,16 @@ def test_adapters_are_identical_on_every_worker_and_scale_is_the_adapters_own(ma
     assert {layer.scale for layer in one[0].layers} == {3.0}
     assert {layer.name.rsplit(".", 1)[1] for layer in one[0].layers} == {"q_proj", "down_proj"}
     assert {(layer.m, layer.n) for layer in one[0].layers} == {(32, 32), (32, 48)}
+
+
+def test_an_engine_takes_memory_for_what_trains_and_no_more(make_config):
+    """DeepSpeed's own bucket is 2 GB, made anew with each engine: on a GPU they are real."""
+    trainer, view = trainer_and_view(make_config(worker={"cpus": 1, "zero_stage": 3}))
+    trainer.train(view, "client-0", 0)
+    before = psutil.Process().memory_info().vms
+    trainer.reset()
+    trainer.train(view, "client-0", 1)
+    assert psutil.Process().memory_info().vms - before < 500 * 2**20
 
 
 def test_heads_are_trained_whole(make_config):
