@@ -44,6 +44,16 @@ def _rounds(config: Config, method: Method) -> None:
         raise ValueError("federation.deadline needs engine ray: inline clients run one after the other")
 
 
+def _best(config: Config, method: Method) -> None:
+    """What a choice was made by is no measure of it."""
+    given = [name for name in ("patience", "best_round") if getattr(config.federation, name)]
+    if given and config.data.evaluate_on != "validation":
+        raise ValueError(
+            f"federation.{given[0]} chooses a round by its metrics, and those of the test split would then flatter it: "
+            "give data.evaluate_on validation"
+        )
+
+
 def _robust(config: Config, method: Method) -> None:
     """A rule that is no mean cannot be taken of a sum, nor noised as one."""
     if method.robust is None or method.robust.linear:
@@ -189,6 +199,7 @@ CHECKS: tuple[Callable[[Config, Method], None], ...] = (
     check_privacy,
     _batches,
     _rounds,
+    _best,
     _robust,
     _robust_weights,
     _robust_start,

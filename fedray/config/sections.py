@@ -240,6 +240,12 @@ class FederationSection(Section):
     this."""
     evaluate_every: int = Field(1, ge=1)
     """Rounds between evaluations; the first and the last state are always evaluated."""
+    patience: int | None = Field(None, ge=1)
+    """End the run after so many evaluations without a better one, by the task's metric; needs data.evaluate_on
+    validation."""
+    best_round: bool = False
+    """The result (adapter, exports, final metrics) is the state of the best round that was evaluated, and not of the
+    last; needs data.evaluate_on validation."""
     deadline: float | None = Field(None, gt=0)
     """Seconds a round may take; a client that is not done is left out."""
     quorum: float = Field(1.0, gt=0, le=1)

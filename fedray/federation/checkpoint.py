@@ -1,7 +1,7 @@
 """The checkpoint: the server's state and what the round loop needs, written whole or not at all after every round.
 
 `checkpoint/round-00003/` holds `tensors.safetensors` and `state.json`. It is written under another name, flushed to
-disk and renamed, so a kill at any moment leaves the previous one; the last two are kept.
+disk and renamed, so a kill at any moment leaves the previous one; the last two are kept, and that of the run's result.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedray.errors import RoundError
 from fedray.methods import Increment, Spec, State
 from fedray.privacy.files import flush
 
@@ -36,12 +38,40 @@ class Checkpoint:
     """What the run's channel must find again: how far its ledger had come."""
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write atomically; older ones are removed afterwards."""
-    state = checkpoint.state
-    final = folder / f"round-{state.round:05d}"
+def save(folder: Path, checkpoint: Checkpoint, result: int | None = None) -> None:
+    """Write atomically; older ones are removed afterwards, but for that of round `result`. Raises RoundError where it
+    cannot be written: the previous one is as it was."""
     part = folder / f".writing-{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
+    try:
+        _write(part, checkpoint)
+        final = _path(folder, checkpoint.state.round)
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        left = rounds[-1].name if (rounds := _rounds(folder)) else "none"
+        raise RoundError(
+            f"the checkpoint of round {checkpoint.state.round} could not be written to {folder} ({_words(error)}): the "
+            f"last one that is whole is {left}; make room there, and go on with output.resume"
+        ) from error
+    for old in _rounds(folder)[:-KEPT]:
+        if old != _path(folder, result):
+            shutil.rmtree(old)
+
+
+def _words(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def _path(folder: Path, round: int | None) -> Path:
+    return folder / ("none" if round is None else f"round-{round:05d}")
+
+
+def _write(part: Path, checkpoint: Checkpoint) -> None:
+    """The files of a checkpoint in a folder that is not there yet, on disk when this returns."""
+    state = checkpoint.state
     part.mkdir(parents=True)
     tensors = {f"tensors/{n}": t for n, t in state.tensors.items()}
     for increment in state.increments:
@@ -66,11 +96,6 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     (part / "state.json").write_text(json.dumps(plain))
     for path in (part / "tensors.safetensors", part / "state.json", part):
         flush(path)
-    shutil.rmtree(final, ignore_errors=True)
-    part.rename(final)
-    flush(folder)
-    for old in _rounds(folder)[:-KEPT]:
-        shutil.rmtree(old)
 
 
 def _rounds(folder: Path) -> list[Path]:
@@ -81,11 +106,18 @@ def _rounds(folder: Path) -> list[Path]:
 def latest(folder: Path, spec: Spec) -> Checkpoint | None:
     """The last complete checkpoint, or None. `spec` is not stored: it follows from config and model."""
     rounds = _rounds(folder)
-    if not rounds:
-        return None
-    plain = json.loads((rounds[-1] / "state.json").read_text())
+    return _read(rounds[-1], spec) if rounds else None
+
+
+def of_round(folder: Path, round: int, spec: Spec) -> Checkpoint:
+    """The checkpoint of a round, one that is kept; `spec`: as in `latest`."""
+    return _read(_path(folder, round), spec)
+
+
+def _read(path: Path, spec: Spec) -> Checkpoint:
+    plain = json.loads((path / "state.json").read_text())
     by_kind: dict[str, dict[str, Tensor]] = {"tensors": {}, "increments": {}, "memory": {}, "kept": {}}
-    for name, tensor in load_file(rounds[-1] / "tensors.safetensors").items():
+    for name, tensor in load_file(path / "tensors.safetensors").items():
         kind, rest = name.split("/", 1)
         by_kind[kind][rest] = tensor
     increments = tuple(

@@ -19,6 +19,7 @@ from fedray.config.sections import Config
 from fedray.data.partition import FederatedData, load_data
 from fedray.data.tasks import TASKS
 from fedray.federation import checkpoint as checkpoints
+from fedray.federation.best import round_to_keep
 from fedray.federation.channels.base import Context, Pool
 from fedray.federation.channels.registry import make_channel
 from fedray.federation.clocks import aggregation_threads, threads, timed
@@ -167,4 +168,4 @@ class Coordinator:
         kept = {client: unpack(self.pool.fetch(handle)) for client, handle in self.kept.items()}
         mark = self.channel.mark()
         saved = checkpoints.Checkpoint(self.state, self._seen, kept, tuple(self.records), self.start, mark)
-        checkpoints.save(self._checkpoints, saved)
+        checkpoints.save(self._checkpoints, saved, round_to_keep(self.config, self.records))

@@ -22,6 +22,7 @@ from fedray.data.partition import client_names, load_data
 from fedray.data.tasks import TASKS, grouped
 from fedray.errors import ConfigError
 from fedray.federation import checkpoint as checkpoints
+from fedray.federation.best import result_of, round_to_keep
 from fedray.federation.kept import factors_kept
 from fedray.methods import State, View
 from fedray.methods.state import factor_of
@@ -52,17 +53,21 @@ def classes_of(config: Config) -> int:
 
 
 def load_checkpoint(folder: Path, config: Config, classes: int) -> checkpoints.Checkpoint:
-    """The last checkpoint. Raises ConfigError when there is none."""
+    """The checkpoint of the run's result, which is the last one unless `federation.best_round` says otherwise. Raises
+    ConfigError when there is none."""
     clients = [] if isinstance(config.adapter.rank, int) else client_names(config)
     spec = make_spec(config, attach.layers(skeleton(config, classes or 2)), clients)
     last = checkpoints.latest(Path(folder) / "checkpoint", spec)
     if last is None:
         raise ConfigError(f"'{folder}' has no checkpoint yet: its first round is not done")
-    return last
+    result = round_to_keep(config, last.records)
+    if result is None or result == last.state.round:
+        return last
+    return checkpoints.of_round(Path(folder) / "checkpoint", result, spec)
 
 
 def load_state(folder: Path, config: Config, classes: int) -> State:
-    """The last checkpoint's state. Raises ConfigError when there is none."""
+    """The state of the run's result. Raises ConfigError when there is none."""
     return load_checkpoint(folder, config, classes).state
 
 
@@ -171,7 +176,7 @@ def summarise(
     metric = TASKS[config.model.task].metric
     start, rounds = records[0], records[1:]
     begun = start.get("start")
-    end = next(r for r in reversed(records) if r["metrics"] is not None)
+    end = result_of(config, records) or start
     moved = [*rounds, begun] if begun else rounds
     return {
         "adapter": config.adapter.kind,
@@ -182,6 +187,7 @@ def summarise(
         "initial_by_group": _by_group(start, metric),
         "final_by_group": _by_group(end, metric),
         "rounds": len(rounds),
+        "result_round": end["round"],
         "clients": clients,
         "trainable_params": trainable,
         "bytes_up": sum(r["bytes_up"] for r in moved),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fedray.errors import RoundError
+from fedray.federation.best import out_of_patience
 from fedray.federation.channels.base import Admission, Intake, Training
 from fedray.federation.clocks import aggregation_threads, threads, timed
 from fedray.federation.evaluation import evaluate
@@ -73,7 +74,7 @@ def run_round(server: Coordinator) -> RoundRecord | None:
     record = ended(server, server.channel.annotate(record, server.message, last=server.done))
     if server.done or record.stopped or record.round % server.config.federation.evaluate_every == 0:
         with timed(seconds, "evaluate"):
-            record = record.replace(evaluation=evaluate(server))
+            record = judged_by_metric(server, record.replace(evaluation=evaluate(server)))
     return server.write_down(record.replace(seconds=seconds))
 
 
@@ -185,6 +186,12 @@ def described(
         ideal_norm=diagnostics.ideal_norm,
         standard_error=diagnostics.standard_error,
     )
+
+
+def judged_by_metric(server: Coordinator, record: RoundRecord) -> RoundRecord:
+    """The record with the reason, if patience is at its end."""
+    reason = None if server.done else out_of_patience(server.config, [*server.records, record.to_json()])
+    return record if record.stopped or reason is None else record.replace(stopped=reason)
 
 
 def ended(server: Coordinator, record: RoundRecord) -> RoundRecord:

@@ -31,6 +31,7 @@ from fedray.methods import View
 from fedray.methods.state import factor_of
 from fedray.privacy.private import Private
 from fedray.training.engine import StepEngine, make_engine
+from fedray.training.memory import out_of_memory
 from fedray.training.model import load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -188,7 +189,12 @@ class LocalTrainer:
                 engine.read(), len(examples), None, kept_of(), self._base_lost, time.monotonic() - started
             )
         with self._profiled(client, round):
-            losses = self._steps(engine, config, client, round)
+            try:
+                losses = self._steps(engine, config, client, round)
+            except torch.OutOfMemoryError:
+                losses = []
+        if not losses:  # outside of the handler, whose traceback holds the step's tensors
+            raise out_of_memory(self, self._rebuild(self.trained(view)), config, client)
         loss = math.fsum(losses) / len(losses)
         return LocalResult(engine.read(), len(examples), loss, kept_of(), self._base_lost, time.monotonic() - started)
 
@@ -227,7 +233,7 @@ class LocalTrainer:
     def _steps(self, engine: StepEngine, config: FederationSection, client: str, round: int) -> list[float]:
         losses = []
         for step in range(config.local_steps):
-            micro = [self._batch(part) for part in self.micro_batches(config, client, round, step)]
+            micro = [self.batch(part) for part in self.micro_batches(config, client, round, step)]
             losses.append(engine.step(micro, self.task.loss, learning_rate(config, round, step)))
             if error := flaw_of_loss(losses[-1], step, round):
                 raise error
@@ -270,7 +276,7 @@ class LocalTrainer:
             picked.sort(
                 key=lambda i: (len(examples[i].input_ids), i)
             )  # less padding; each sample's gradient is its own
-            micro = [self._batch([examples[i] for i in picked[j : j + size]]) for j in range(0, len(picked), size)]
+            micro = [self.batch([examples[i] for i in picked[j : j + size]]) for j in range(0, len(picked), size)]
             private_step(
                 engine,
                 self._hooks,
@@ -292,7 +298,7 @@ class LocalTrainer:
         if self._hooks is None or self._engine is None:
             raise ValueError("no private step was taken: there is no sum to look at")
         self.set_mode(training=True)
-        batches = [self._batch(examples)] if examples else []
+        batches = [self.batch(examples)] if examples else []
         total = clipped_sum(self._engine, self._hooks, batches, self.task.losses, clip).total()
         self.reset()
         return total
@@ -309,7 +315,7 @@ class LocalTrainer:
         result = []
         for start in list(starts)[share[0] :: share[1]]:
             rows = examples[start : start + size]
-            result.append(self.task.statistics(engine.forward, rows, self._batch(rows)))
+            result.append(self.task.statistics(engine.forward, rows, self.batch(rows)))
         return result
 
     def reset(self) -> None:
@@ -328,7 +334,8 @@ class LocalTrainer:
         """What the weights' dtype could not hold of the base update written last."""
         return self._base_lost
 
-    def _batch(self, examples: list[Example]) -> dict[str, Tensor]:
+    def batch(self, examples: list[Example]) -> dict[str, Tensor]:
+        """As the task collates them, on the device."""
         return {name: tensor.to(self.device) for name, tensor in self.task.collate(examples).items()}
 
     def _load(

@@ -23,7 +23,7 @@ from fedray.federation.run import execute
 #: One layer of a one-layer Llama, 512 -> 256, at rank 128: 98,304 trained numbers.
 TARGET, RANK, HIDDEN, INNER, TEXT = "down_proj", 128, 256, 512, "a cat sat"
 #: Clients of a pass, where they train together (worker.batch_clients).
-TOGETHER = 25
+TOGETHER = 50
 PEERS = Path(__file__).parent / "peers"
 #: Which module each peer's environment has.
 MODULES = {"flower": "flwr", "pfl": "pfl"}

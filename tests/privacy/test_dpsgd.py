@@ -57,7 +57,7 @@ def plain_steps(trainer, view, client, plan) -> dict:
         with torch.no_grad():
             for name, parameter in named.items():
                 parameter.copy_(own[name])
-        losses = trainer.task.losses(engine.forward, trainer._batch([examples[i] for i in picked]))
+        losses = trainer.task.losses(engine.forward, trainer.batch([examples[i] for i in picked]))
         gradients = torch.autograd.grad(losses.sum() / plan.mechanism.expected, list(named.values()))
         for parameter, gradient in zip(own.values(), gradients, strict=True):
             parameter.grad = gradient
@@ -137,7 +137,7 @@ def test_the_clipped_gradient_is_that_of_a_batch_of_one_loop(make_config, option
     assert len({len(e.input_ids) for e in examples}) > 2  # ragged, so padded; completions are masked
     alone, norms = [], []
     for example in examples:
-        loss = trainer.task.losses(engine.forward, trainer._batch([example])).sum()
+        loss = trainer.task.losses(engine.forward, trainer.batch([example])).sum()
         gradients = torch.autograd.grad(loss, list(engine.parameters.values()))
         alone.append(torch.cat([g.double().flatten() for g in gradients]))
         norms.append(alone[-1].norm().item())
@@ -147,7 +147,7 @@ def test_the_clipped_gradient_is_that_of_a_batch_of_one_loop(make_config, option
     clipped = ClippedSum(engine.parameters, clip)
     with trainer._hooks.awake():
         for part in (examples[:4], examples[4:]):
-            losses = trainer.task.losses(engine.forward, trainer._batch(part))
+            losses = trainer.task.losses(engine.forward, trainer.batch(part))
             engine.backward(losses.sum(), False)
             clipped.add(len(part))
     total = clipped.total()

@@ -283,7 +283,7 @@ def test_fedprox_adds_the_pull_towards_the_broadcast_to_every_gradient(make_conf
     start = {n: p.detach().clone() for n, p in parameters.items()}
     examples = free.examples("train", "client-1")
     for step in range(5):
-        batch = free._batch([examples[i] for i in sample(len(examples), 4, step, 0, "data", "client-1")])
+        batch = free.batch([examples[i] for i in sample(len(examples), 4, step, 0, "data", "client-1")])
         loss = free.task.loss(free._engine.forward, batch) + mu / 2 * sum(
             (p - start[n]).square().sum() for n, p in parameters.items()
         )
