@@ -19,6 +19,9 @@ from fedray.federation.questions import Question
 from fedray.federation.queues import Speeds
 from fedray.federation.wire import Header, Message, Packet
 
+#: Bytes of fetched updates that are held at once, beside the one that was fetched last.
+AT_HAND = 64 * 2**20
+
 
 @dataclass
 class Published:
@@ -50,10 +53,10 @@ class RayPool:
         self.workers, self.progress, self._together = Workers(workers, order, homes), progress, together
         self._increments: dict[int, Any] = {}
         self._speeds: dict[str, Speeds] = {}
-        self._last: tuple[Any, Any] | None = None
+        self._at_hand: dict[Any, Any] = {}
 
     def publish(self, message: Message) -> Published:
-        self._last = None
+        self._at_hand.clear()
         self._increments = {
             v: self._increments[v] if v in self._increments else ray.put(p) for v, p in message.increments.items()
         }
@@ -100,11 +103,13 @@ class RayPool:
         return results_of(update.of, found)[update.index] if isinstance(update, Part) else found
 
     def _fetched(self, reference: Any) -> Any:
-        """What it refers to. A task's updates are asked for one after the other: the last task's are at hand."""
-        if self._last is None or self._last[0] != reference:
-            self._last = None  # before others are fetched
-            self._last = reference, ray.get(reference)
-        return self._last[1]
+        """What it refers to. Clients of one task are asked for apart from each other: the last tasks' updates stay at
+        hand, as far as they are small."""
+        if reference not in self._at_hand:
+            self._at_hand[reference] = ray.get(reference)
+            while len(self._at_hand) > 1 and sum(map(_bytes_of, self._at_hand.values())) > AT_HAND:
+                del self._at_hand[next(iter(self._at_hand))]
+        return self._at_hand[reference]
 
     def evaluate(self, handle: Published, part: str, client: str | None, kept: Any = None) -> tuple[list[dict], float]:
         """Shared by all workers; a pure function, so it is simply asked again when a worker dies over it."""
@@ -134,6 +139,11 @@ class RayPool:
             except RayActorError:
                 self.workers.await_restart(i)
         return results
+
+
+def _bytes_of(fetched: Any) -> int:
+    """Of updates that are packets; whatever else it is, is judged by others."""
+    return sum(p.nbytes for p in fetched if isinstance(p, Packet)) if isinstance(fetched, list) else 0
 
 
 def in_order(shares: Sequence[list[list[dict]]]) -> list[dict]:
