@@ -2,8 +2,9 @@
 
 | event             | first times                     | then                                            |
 |-------------------|---------------------------------|-------------------------------------------------|
-| a worker dies     | the client's round is repeated  | the client is left out                          |
+| a worker dies     | the client's round is repeated, by itself | the client is left out                |
 | a client raises   | it is left out (its inputs are fixed, so it would raise again)                    |
+| a client does not fit on its device | it is left out; the reason says how many of its sequences do fit          |
 | the deadline ends | the client is left out                                                            |
 | below the quorum  | the missing clients are tried again once | the run fails, naming clients and causes |
 | a second upload (fedask) fails | as above, with a deadline of its own; below the quorum the run fails at once      |
@@ -12,7 +13,8 @@
 | an update is beyond the clip (unit client)     | the same                                         |
 | fewer clients than a secure sum's threshold    | the run fails: the sum stays closed              |
 | a client's budget is spent                     | it is left out of all later rounds               |
-| everybody's budget is spent, or `max_bytes` is | the run ends with the last round's state         |
+| everybody's budget is spent, or `max_bytes` or `patience` is | the run ends                       |
+| a checkpoint cannot be written (a full disk)   | the run fails; the one before it is whole, and the run goes on from it |
 """
 
 from __future__ import annotations
