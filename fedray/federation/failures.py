@@ -14,7 +14,7 @@
 | fewer clients than a secure sum's threshold    | the run fails: the sum stays closed              |
 | a client's budget is spent                     | it is left out of all later rounds               |
 | everybody's budget is spent, or `max_bytes` or `patience` is | the run ends                       |
-| a checkpoint cannot be written (a full disk)   | the run fails; the one before it is whole, and the run goes on from it |
+| a checkpoint cannot be written (a full disk)   | the run fails; it goes on from the one before it |
 """
 
 from __future__ import annotations
