@@ -88,7 +88,7 @@ class Abba(Adapter):
         rows, columns = khatri_rao_rows(factors[B1], inner.B), khatri_rao_columns(factors[A1], inner.A)
         return LowRank(rows, columns) * layer.scale
 
-    def together(self, factors: Factors, x_ctn: Tensor) -> Tensor:
+    def together(self, layer: Layer, factors: Factors, x_ctn: Tensor) -> Tensor:
         columns = (factors[A1][..., :, None, :] * factors[A2][..., None, :, :]).flatten(-3, -2)
         rows = (factors[B1][..., :, None] * factors[B2][..., None, :]).flatten(-2)
         return x_ctn @ columns.mT @ rows.mT

@@ -149,8 +149,15 @@ def layers(model: PeftModel) -> tuple[Layer, ...]:
             raise ConfigError(
                 f"adapter.targets match {name}, which is no linear layer: leave embeddings and convolutions out"
             )
-        result.append(Layer(name, m, n, module.r[ADAPTER], module.scaling[ADAPTER]))
+        result.append(shape_of(name, module))
     return tuple(result)
+
+
+def shape_of(name: str, module: LoraLayer) -> Layer:
+    """What an adapted linear layer of that name is."""
+    m, n = module.out_features, module.in_features
+    assert m is not None and n is not None, "what has no sides was refused when it was adapted"
+    return Layer(name, m, n, module.r[ADAPTER], module.scaling[ADAPTER])
 
 
 def factors(model: PeftModel) -> dict[str, nn.Parameter]:

@@ -7,6 +7,7 @@ that PEFT puts it into in `peft_layer.py`, what ties it to a real model in `atta
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -146,10 +147,17 @@ class Adapter(ABC):
         terms = (self.delta(layer, factors) for factors in itertools.chain(clients, [means]))
         return LowRank.total(terms, [*weights, -1.0])
 
-    @abstractmethod
-    def together(self, factors: Factors, x_ctn: Tensor) -> Tensor:
+    def together(self, layer: Layer, factors: Factors, x_ctn: Tensor) -> Tensor:
         """The scale-free products of c clients, each applied to its own t inputs: c x t x n -> c x t x m. A factor has
-        a first dimension c, or none where all clients share it."""
+        a first dimension c, or none where all clients share it. One client after the other unless an adapter knows
+        better."""
+        plain, shapes = dataclasses.replace(layer, scale=1.0), self.shapes(layer)
+        outputs = []
+        for i, x_tn in enumerate(x_ctn):
+            own = {name: t if t.dim() == len(shapes[name]) else t[i] for name, t in factors.items()}
+            delta = self.delta(plain, own)
+            outputs.append(x_tn @ delta.A.T @ delta.B.T)
+        return torch.stack(outputs)
 
     def module(self, layer: Layer) -> nn.Module | None:
         """The module that computes scale-free x -> product x, its parameters named as the factors; None for PEFT's

@@ -35,7 +35,7 @@ class Lora(Adapter):
     def delta(self, layer: Layer, factors: Factors) -> LowRank:
         return LowRank(factors[B], factors[A]) * layer.scale
 
-    def together(self, factors: Factors, x_ctn: Tensor) -> Tensor:
+    def together(self, layer: Layer, factors: Factors, x_ctn: Tensor) -> Tensor:
         return x_ctn @ factors[A].mT @ factors[B].mT
 
     def lift(self, layer: Layer, factors: Factors, inner: LowRank) -> LowRank:

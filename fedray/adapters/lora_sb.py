@@ -97,7 +97,7 @@ class LoraSB(Adapter):
     def delta(self, layer: Layer, factors: Factors) -> LowRank:
         return LowRank(layer.scale * factors[B] @ factors[R], factors[A])
 
-    def together(self, factors: Factors, x_ctn: Tensor) -> Tensor:
+    def together(self, layer: Layer, factors: Factors, x_ctn: Tensor) -> Tensor:
         return x_ctn @ factors[A].mT @ factors[R].mT @ factors[B].mT
 
     def averaging_error(

@@ -65,7 +65,7 @@ class Ravan(Adapter):
         core = torch.block_diag(*(factors[H] * factors[S][:, None, None]))
         return LowRank(layer.scale * factors[B] @ core, factors[A])
 
-    def together(self, factors: Factors, x_ctn: Tensor) -> Tensor:
+    def together(self, layer: Layer, factors: Factors, x_ctn: Tensor) -> Tensor:
         cores = factors[H] * factors[S][..., None, None]
         u_cthr = (x_ctn @ factors[A].mT).unflatten(-1, cores.shape[-3:-1])
         heads = (u_cthr.transpose(-3, -2) @ cores.mT).transpose(-3, -2)

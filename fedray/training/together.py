@@ -186,6 +186,7 @@ class Together:
             yield
 
     def _layer_forward(self, name: str, layer: Any) -> Callable[..., Tensor]:
+        shape = attach.shape_of(name, layer)
         held = self._parameters | self._frozen
         factors = {factor_of(key): t for key, t in held.items() if layer_of(key) == name}
         scale, dropout = layer.scaling[attach.ADAPTER], layer.lora_dropout[attach.ADAPTER]
@@ -193,7 +194,7 @@ class Together:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             result: Tensor = layer.base_layer(x, *args, **kwargs)
             x_ctn = dropout(x).to(torch.float32).reshape(self._count, -1, x.shape[-1])
-            product = self._adapter.together(factors, x_ctn) * scale
+            product = self._adapter.together(shape, factors, x_ctn) * scale
             return result + product.reshape(result.shape).to(result.dtype)
 
         return forward

@@ -8,7 +8,7 @@ import torch
 from support import rounds, run
 
 from fedray.adapters import ADAPTERS
-from fedray.adapters.base import Layer
+from fedray.adapters.base import Adapter, Layer
 from fedray.errors import ConfigError, RoundError
 from fedray.federation.results import classes_of, global_view, load_state, read_run_config
 from fedray.federation.worker import Worker
@@ -59,7 +59,9 @@ def test_each_clients_product_is_the_delta_of_its_factors(kind):
     shapes, x_ctn = adapter.shapes(layer), random(3, 5, 10)
     for shared in [(), *((name,) for name in shapes), tuple(shapes)]:
         factors = {n: random(*s) if n in shared else random(3, *s) for n, s in shapes.items()}
-        y_ctm = adapter.together(factors, x_ctn) * layer.scale
+        y_ctm = adapter.together(layer, factors, x_ctn) * layer.scale
+        one_by_one = Adapter.together(adapter, layer, factors, x_ctn) * layer.scale
+        torch.testing.assert_close(one_by_one, y_ctm)
         for i in range(3):
             own = {n: t if n in shared else t[i] for n, t in factors.items()}
             torch.testing.assert_close(y_ctm[i], x_ctn[i] @ adapter.delta(layer, own).dense().T)
