@@ -156,7 +156,8 @@ def layers(model: PeftModel) -> tuple[Layer, ...]:
 def shape_of(name: str, module: LoraLayer) -> Layer:
     """What an adapted linear layer of that name is."""
     m, n = module.out_features, module.in_features
-    assert m is not None and n is not None, "what has no sides was refused when it was adapted"
+    if m is None or n is None:
+        raise TypeError(f"{name} has no sides: it is no linear layer")
     return Layer(name, m, n, module.r[ADAPTER], module.scaling[ADAPTER])
 
 
