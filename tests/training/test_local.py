@@ -157,7 +157,7 @@ def test_batches_of_similar_length_hold_the_same_examples(make_config, monkeypat
         batches = []
         real = trainer.task.collate
         monkeypatch.setattr(
-            local.LocalTrainer, "_batch", lambda self, rows, b=batches, real=real: (b.extend(rows), real(rows))[1]
+            local.LocalTrainer, "batch", lambda self, rows, b=batches, real=real: (b.extend(rows), real(rows))[1]
         )
         trainer.train(view, "client-0", 0)
         seen[accumulate] = sorted(tuple(e.input_ids) for e in batches)

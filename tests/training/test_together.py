@@ -179,6 +179,14 @@ def test_what_cannot_be_together_is_refused_with_a_sentence(make_config, values,
         make_config(**{"worker": BATCHED["worker"]} | values)
 
 
+def test_together_inside_secure_sums(make_config):
+    """Each client masks its own: the sum is what it is one after the other, but for fixed point's steps."""
+    secure = {"privacy": {"secure_aggregation": True}, "method__name": "ffa", "federation__optimizer": "sgd"}
+    one, other = (tensors(run(make_config(**secure | w))) for w in ({}, BATCHED))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-5)
+
+
 def test_together_on_ray_and_under_client_level_privacy(make_config, ray_session):
     """The same bits in both engines: who trains with whom follows from tasks, so each task is of whole batches."""
     options = dict(federation__clients=3, federation__optimizer="sgd", **BATCHED)
