@@ -25,7 +25,6 @@ from fedray.config.build import make_adapter
 from fedray.config.sections import FederationSection
 from fedray.data.tasks import Example, Task
 from fedray.methods import View
-from fedray.methods.state import factor_of, layer_of
 from fedray.training.engine import Proximal, make_optimizer
 from fedray.training.local import LocalResult, LocalTrainer, flaw_of_loss, learning_rate
 
@@ -119,6 +118,7 @@ class Together:
             for name in trained[0]
         }
         self._frozen = {name: _stacked([client[name] for client in frozen]).to(self._device) for name in frozen[0]}
+        self._held: dict[str, Tensor] = {**self._parameters, **self._frozen}
         self._optimizer = make_optimizer(self._parameters, config)
         Proximal(self._optimizer, config.proximal)
         self._dropouts = _Dropouts([torch.Generator(self._device).manual_seed(seed) for seed in seeds])
@@ -187,8 +187,7 @@ class Together:
 
     def _layer_forward(self, name: str, layer: Any) -> Callable[..., Tensor]:
         shape = attach.shape_of(name, layer)
-        held = self._parameters | self._frozen
-        factors = {factor_of(key): t for key, t in held.items() if layer_of(key) == name}
+        factors = {factor: self._held[f"{name}.{factor}"] for factor in self._adapter.shapes(shape)}
         scale, dropout = layer.scaling[attach.ADAPTER], layer.lora_dropout[attach.ADAPTER]
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
