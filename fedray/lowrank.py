@@ -259,14 +259,15 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def khatri_rao_rows(left: Tensor, right: Tensor) -> Tensor:
-    """Row-wise Khatri-Rao product: (m x p), (m x q) -> m x (p q), column p' q + q' is left[:, p'] * right[:, q']."""
-    return (left[:, :, None] * right[:, None, :]).reshape(left.shape[0], -1)
+    """Row-wise Khatri-Rao product: (m x p), (m x q) -> m x (p q), column p' q + q' is left[:, p'] * right[:, q'].
+    Dimensions before those are broadcast."""
+    return (left[..., :, None] * right[..., None, :]).flatten(-2)
 
 
 def khatri_rao_columns(left: Tensor, right: Tensor) -> Tensor:
     """Column-wise Khatri-Rao product: (p x n), (q x n) -> (p q) x n, so that rows @ columns is the Hadamard product
-    of the two matrices."""
-    return (left[:, None, :] * right[None, :, :]).reshape(-1, left.shape[1])
+    of the two matrices. Dimensions before those are broadcast."""
+    return (left[..., :, None, :] * right[..., None, :, :]).flatten(-3, -2)
 
 
 def top_svd(

@@ -89,8 +89,7 @@ class Abba(Adapter):
         return LowRank(rows, columns) * layer.scale
 
     def together(self, layer: Layer, factors: Factors, x_ctn: Tensor) -> Tensor:
-        columns = (factors[A1][..., :, None, :] * factors[A2][..., None, :, :]).flatten(-3, -2)
-        rows = (factors[B1][..., :, None] * factors[B2][..., None, :]).flatten(-2)
+        rows, columns = khatri_rao_rows(factors[B1], factors[B2]), khatri_rao_columns(factors[A1], factors[A2])
         return x_ctn @ columns.mT @ rows.mT
 
     def averaging_error(

@@ -141,23 +141,17 @@ def adapted(model: PeftModel) -> list[tuple[str, LoraLayer]]:
 
 def layers(model: PeftModel) -> tuple[Layer, ...]:
     """The adapted layers by name, rank and scale read from the adapter itself. Works on the meta device."""
-    result = []
-    for name, module in adapted(model):
-        m, n = module.out_features, module.in_features
-        linear = ADAPTER in module.lora_A and isinstance(module.get_base_layer(), (nn.Linear, Conv1D))
-        if not linear or m is None or n is None:
-            raise ConfigError(
-                f"adapter.targets match {name}, which is no linear layer: leave embeddings and convolutions out"
-            )
-        result.append(shape_of(name, module))
-    return tuple(result)
+    return tuple(shape_of(name, module) for name, module in adapted(model))
 
 
 def shape_of(name: str, module: LoraLayer) -> Layer:
-    """What an adapted linear layer of that name is."""
+    """What the adapted layer of that name is. Raises ConfigError for one that is not linear."""
     m, n = module.out_features, module.in_features
-    if m is None or n is None:
-        raise TypeError(f"{name} has no sides: it is no linear layer")
+    linear = ADAPTER in module.lora_A and isinstance(module.get_base_layer(), (nn.Linear, Conv1D))
+    if not linear or m is None or n is None:
+        raise ConfigError(
+            f"adapter.targets match {name}, which is no linear layer: leave embeddings and convolutions out"
+        )
     return Layer(name, m, n, module.r[ADAPTER], module.scaling[ADAPTER])
 
 

@@ -57,7 +57,7 @@ def save(folder: Path, checkpoint: Checkpoint, result: int | None = None) -> Non
             f"last one that is whole is {left}; make room there, and go on with output.resume"
         ) from error
     for old in _rounds(folder)[:-KEPT]:
-        if old != _path(folder, result):
+        if result is None or old != _path(folder, result):
             shutil.rmtree(old)
 
 
@@ -65,8 +65,8 @@ def _words(error: Exception) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
-def _path(folder: Path, round: int | None) -> Path:
-    return folder / ("none" if round is None else f"round-{round:05d}")
+def _path(folder: Path, round: int) -> Path:
+    return folder / f"round-{round:05d}"
 
 
 def _write(part: Path, checkpoint: Checkpoint) -> None:

@@ -105,7 +105,7 @@ class Dispatch:
     told of each client that is done; after `deadline` seconds who is not is late. `speeds`: of such work so far;
     `together`: how many clients a worker takes at once.
 
-    Linear in the clients, with as many queues as there are sets of workers that serve them.
+    Linear in the clients, times the workers: there are as many queues as sets of workers that serve some client.
     """
 
     def __init__(
@@ -123,6 +123,10 @@ class Dispatch:
         self._speeds, self._together = speeds, together
         self._serving = {client: workers.serving(client) for client in clients}
         self._queues = self._queued()
+        self._queues_of: dict[int, list[Queue]] = {}
+        for serving, queue in self._queues.items():
+            for index in serving:
+                self._queues_of.setdefault(index, []).append(queue)
         self._attempts = dict.fromkeys(clients, 0)
         self._outcomes: dict[str, Outcome] = {}
         self._idle = workers.ready()
@@ -155,14 +159,17 @@ class Dispatch:
 
     def _hand_out(self) -> None:
         """Work for every worker that is idle and may serve one of those who wait."""
-        for workers, queue in self._queues.items():
-            if self._workers.lost.issuperset(workers):
+        for serving, queue in self._queues.items() if self._workers.lost else ():
+            if self._workers.lost.issuperset(serving):
                 for client in queue.empty():
                     self._give_up(client, ClientState.WORKER_DIED, "it could not be restarted")
-            for index in [i for i in self._idle if i in workers]:
-                if clients := queue.take():
-                    self._idle.remove(index)
-                    self._start(index, clients)
+        idle, self._idle = self._idle, []
+        for index in idle:
+            clients = next(filter(None, (queue.take() for queue in self._queues_of.get(index, []))), None)
+            if clients is None:
+                self._idle.append(index)
+            else:
+                self._start(index, clients)
 
     def _start(self, index: int, clients: Sequence[str]) -> None:
         for client in clients:

@@ -32,14 +32,11 @@ class InlinePool:
     ) -> list[Outcome]:
         """A deadline means nothing to clients that run one after the other, and is not enforced here."""
         outcomes, fetch = [], handle.increments.__getitem__
-        together = self.worker.trainer.config.worker.batch_clients
-        for first in range(0, len(clients), together):
-            here = clients[first : first + together]
-            work = [Work(client, handle.packet_of(client), kept.get(client), orders[client]) for client in here]
-            done = self.worker.train_all(round, handle.header, fetch, work)
-            for client, (update, keeps, report) in zip(here, done, strict=True):
-                outcomes.append(Outcome(client, report, update, keeps))
-                self.progress(client)
+        work = (Work(client, handle.packet_of(client), kept.get(client), orders[client]) for client in clients)
+        done = self.worker.train_all(round, handle.header, fetch, work)
+        for client, (update, keeps, report) in zip(clients, done, strict=True):
+            outcomes.append(Outcome(client, report, update, keeps))
+            self.progress(client)
         return outcomes
 
     def ask(

@@ -54,9 +54,11 @@ class RayPool:
         self._increments: dict[int, Any] = {}
         self._speeds: dict[str, Speeds] = {}
         self._at_hand: dict[Any, Any] = {}
+        self._bytes_at_hand = 0
 
     def publish(self, message: Message) -> Published:
         self._at_hand.clear()
+        self._bytes_at_hand = 0
         self._increments = {
             v: self._increments[v] if v in self._increments else ray.put(p) for v, p in message.increments.items()
         }
@@ -107,8 +109,9 @@ class RayPool:
         hand, as far as they are small."""
         if reference not in self._at_hand:
             self._at_hand[reference] = ray.get(reference)
-            while len(self._at_hand) > 1 and sum(map(_bytes_of, self._at_hand.values())) > AT_HAND:
-                del self._at_hand[next(iter(self._at_hand))]
+            self._bytes_at_hand += _bytes_of(self._at_hand[reference])
+            while len(self._at_hand) > 1 and self._bytes_at_hand > AT_HAND:
+                self._bytes_at_hand -= _bytes_of(self._at_hand.pop(next(iter(self._at_hand))))
         return self._at_hand[reference]
 
     def evaluate(self, handle: Published, part: str, client: str | None, kept: Any = None) -> tuple[list[dict], float]:

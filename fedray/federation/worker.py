@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -83,16 +84,15 @@ class Worker:
         """The adapted layers and the heads' initial values."""
         return self.trainer.describe()
 
-    def train_all(self, round: int, header: Header, fetch: Fetch, work: Sequence[Work]) -> list[Done]:
-        """`train` for each of these clients, `worker.batch_clients` of them together."""
-        together = self.trainer.config.worker.batch_clients
-        if together == 1:
-            return [self.train(w.client, round, header, w.packet, fetch, w.kept, w.orders) for w in work]
-        return [
-            done
-            for first in range(0, len(work), together)
-            for done in self._train_together(round, header, fetch, work[first : first + together])
-        ]
+    def train_all(self, round: int, header: Header, fetch: Fetch, work: Iterable[Work]) -> Iterator[Done]:
+        """`train` for each of these clients, in their order, `worker.batch_clients` of them together; no more of the
+        work is taken at once."""
+        together, work = self.trainer.config.worker.batch_clients, iter(work)
+        while here := list(itertools.islice(work, together)):
+            if together == 1:
+                yield from (self.train(w.client, round, header, w.packet, fetch, w.kept, w.orders) for w in here)
+            else:
+                yield from self._train_together(round, header, fetch, here)
 
     def train(
         self, client: str, round: int, header: Header, packet: Packet, fetch: Fetch, kept: Packet | None, orders: Orders

@@ -24,7 +24,7 @@ from fedray.federation.messages import Answered, Failure, Orders, Trained
 from fedray.federation.placement import Placement, said
 from fedray.federation.questions import Question
 from fedray.federation.wire import Header, Packet
-from fedray.federation.worker import Done, Work, Worker
+from fedray.federation.worker import Work, Worker
 
 #: How long a cluster that has the resources may take to grant them.
 GRANT_SECONDS = 120.0
@@ -66,14 +66,11 @@ class WorkerActor:
     ) -> tuple[Any, ...]:
         """As a task's objects: the updates, what each client keeps, and the reports. `work`: client, packet of the
         broadcast, what it kept, and its orders."""
-        resolve, done = _Resolved(), list[Done]()
-        together = self.worker.trainer.config.worker.batch_clients
-        for first in range(0, len(work), together):  # what the clients kept is in memory for so many at a time
-            here = [
-                Work(client, resolve(packet), resolve(kept, once=True), orders)
-                for client, packet, kept, orders in work[first : first + together]
-            ]
-            done += self.worker.train_all(round, header, lambda version: resolve(increments[version]), here)
+        resolve = _Resolved()
+        here = (  # as it is asked for: what the clients kept is in memory for few at a time
+            Work(client, resolve(packet), resolve(kept, once=True), orders) for client, packet, kept, orders in work
+        )
+        done = list(self.worker.train_all(round, header, lambda version: resolve(increments[version]), here))
         for one, (_, _, report) in zip(work, done, strict=True):
             self._log("trained", report, one[0], round=round + 1)
         return _as_objects(done)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,12 @@ def make_optimizer(parameters: Parameters, config: FederationSection) -> torch.o
     return torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
 
 
+def set_rate(optimizer: Any, lr: float) -> None:
+    """The learning rate of the next step, of a torch optimizer or what DeepSpeed wraps it in."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 class Proximal:
     """FedProx (Li et al., MLSys 2020, arXiv 1812.06127): mu (w - w_broadcast) joins each gradient just before the
     optimizer's step, so also on the flat partitions that ZeRO steps on; the clipping of the loss's own gradient does
@@ -113,8 +119,7 @@ class TorchEngine:
 
     def step(self, micro_batches: Sequence[dict], loss: Loss, lr: float) -> float:
         total = 0.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         self.optimizer.zero_grad()
         for batch in micro_batches:
             value = loss(self.forward, batch)
@@ -129,8 +134,7 @@ class TorchEngine:
         value.backward()
 
     def apply(self, gradients: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         held = {}
         for name, parameter in self.parameters.items():
             parameter.grad = gradients[name].clone()
@@ -244,8 +248,7 @@ class DeepSpeedEngine:
 
     def step(self, micro_batches: Sequence[dict], loss: Loss, lr: float) -> float:
         total = 0.0
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.engine.optimizer, lr)
         for batch in micro_batches:
             value = loss(self.forward, batch)
             self.engine.backward(value)
@@ -259,8 +262,7 @@ class DeepSpeedEngine:
         self._has_gradients = True
 
     def apply(self, gradients: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.engine.optimizer, lr)
         if not self._has_gradients:  # ZeRO takes gradients only in the place of others
             self.backward(0.0 * self.forward(self._dummy).sum(), True)
         for name, parameter in self.parameters.items():

@@ -334,7 +334,7 @@ class LocalTrainer:
         """What the weights' dtype could not hold of the base update written last."""
         return self._base_lost
 
-    def batch(self, examples: list[Example]) -> dict[str, Tensor]:
+    def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """As the task collates them, on the device."""
         return {name: tensor.to(self.device) for name, tensor in self.task.collate(examples).items()}
 

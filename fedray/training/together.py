@@ -15,20 +15,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from fedray import seeding
 from fedray.adapters import attach
-from fedray.adapters.base import Adapter
 from fedray.config.build import make_adapter
 from fedray.config.sections import FederationSection
-from fedray.data.tasks import Example, Task
+from fedray.data.tasks import Example
 from fedray.methods import View
-from fedray.training.engine import Proximal, make_optimizer
+from fedray.methods.state import Tensors
+from fedray.training.engine import Proximal, make_optimizer, set_rate
 from fedray.training.local import LocalResult, LocalTrainer, flaw_of_loss, learning_rate
-
-Tensors = Mapping[str, Tensor]
 
 
 def train_together(
@@ -63,8 +60,7 @@ def _train_alike(
     trainer.set_mode(training=True)
     trained = trainer.trained(first)
     together = Together(
-        trainer.model,
-        make_adapter(trainer.config.adapter),
+        trainer,
         config,
         trained=[{name: view.tensors[name] for name in trained} for view in views.values()],
         frozen=[{n: view.tensors[n] for n in trainer.factors if n not in trained} for view in views.values()],
@@ -88,7 +84,7 @@ def _steps(
     with together.attached():
         for step in range(config.local_steps):
             micro = zip(*(trainer.micro_batches(config, client, round, step) for client in clients), strict=True)
-            losses.append(together.step(trainer.task, list(micro), learning_rate(config, round, step)))
+            losses.append(together.step(list(micro), learning_rate(config, round, step)))
             for client, loss in zip(clients, losses[-1], strict=True):
                 if client not in failed and (error := flaw_of_loss(loss, step, round)):
                     failed[client] = error
@@ -96,7 +92,7 @@ def _steps(
 
 
 class Together:
-    """Several clients over one model. `frozen`, `trained`: each client's factors and heads (fp32, any device).
+    """Several clients over a trainer's model. `frozen`, `trained`: each client's factors and heads (fp32, any device).
     `seeds`: of each client's dropout.
 
     A frozen factor that all clients share is held once; of all else each has its own along a first dimension, c long.
@@ -104,15 +100,14 @@ class Together:
 
     def __init__(
         self,
-        model: PeftModel,
-        adapter: Adapter,
+        trainer: LocalTrainer,
         config: FederationSection,
         trained: Sequence[Tensors],
         frozen: Sequence[Tensors],
         seeds: Sequence[int],
     ):
-        self._model, self._adapter, self._config, self._count = model, adapter, config, len(trained)
-        self._device = next(model.parameters()).device
+        self._trainer, self._config, self._count = trainer, config, len(trained)
+        self._model, self._device, self._adapter = trainer.model, trainer.device, make_adapter(trainer.config.adapter)
         self._parameters = {
             name: nn.Parameter(torch.stack([client[name] for client in trained]).to(self._device))
             for name in trained[0]
@@ -123,15 +118,14 @@ class Together:
         Proximal(self._optimizer, config.proximal)
         self._dropouts = _Dropouts([torch.Generator(self._device).manual_seed(seed) for seed in seeds])
 
-    def step(self, task: Task, micro_batches: Sequence[Sequence[Sequence[Example]]], lr: float) -> list[float]:
+    def step(self, micro_batches: Sequence[Sequence[Sequence[Example]]], lr: float) -> list[float]:
         """One optimizer step; each client's mean loss. `micro_batches`: of each one the examples of every client, of
         all equally many. Raises ValueError for a model that draws dropout outside its modules."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self._optimizer, lr)
         self._optimizer.zero_grad()
         totals = [0.0] * self._count
         for batches in micro_batches:
-            losses = [loss / len(micro_batches) for loss in self._losses(task, batches)]
+            losses = [loss / len(micro_batches) for loss in self._losses(batches)]
             torch.stack(losses).sum().backward()
             totals = [total + loss.item() for total, loss in zip(totals, losses, strict=True)]
         if self._config.max_grad_norm is not None:
@@ -144,9 +138,9 @@ class Together:
         read = {name: parameter.detach().to("cpu", torch.float32) for name, parameter in self._parameters.items()}
         return [{name: tensor[i] for name, tensor in read.items()} for i in range(self._count)]
 
-    def _losses(self, task: Task, batches: Sequence[Sequence[Example]]) -> list[Tensor]:
-        own = [self._batch(task, batch) for batch in batches]
-        inputs = self._batch(task, [example for batch in batches for example in batch])
+    def _losses(self, batches: Sequence[Sequence[Example]]) -> list[Tensor]:
+        own = [self._trainer.batch(batch) for batch in batches]
+        inputs = self._trainer.batch([example for batch in batches for example in batch])
         inputs.pop("labels")
         self._dropouts.lengths = [batch["input_ids"].shape[1] for batch in own]
         before = _random_state(self._device)
@@ -157,10 +151,7 @@ class Together:
                 "need a stream each: set model.dropout to 0, or worker.batch_clients to 1"
             )
         parts = logits.chunk(self._count)
-        return [task.loss(_given(part), batch) for part, batch in zip(parts, own, strict=True)]
-
-    def _batch(self, task: Task, examples: Sequence[Example]) -> dict[str, Tensor]:
-        return {name: tensor.to(self._device) for name, tensor in task.collate(examples).items()}
+        return [self._trainer.task.loss(_given(part), batch) for part, batch in zip(parts, own, strict=True)]
 
     @torch.no_grad()
     def _clip(self, most: float) -> None:

@@ -25,8 +25,6 @@ TARGET, RANK, HIDDEN, INNER, TEXT = "down_proj", 128, 256, 512, "a cat sat"
 #: Clients of a pass, where they train together (worker.batch_clients).
 TOGETHER = 50
 PEERS = Path(__file__).parent / "peers"
-#: Which module each peer's environment has.
-MODULES = {"flower": "flwr", "pfl": "pfl"}
 
 Rounds = Callable[[], list[float]]
 
@@ -109,9 +107,9 @@ def fedray_rounds(root: Path, engine: str, clients: int, rounds: int, together: 
 def peer_runs(python: str, root: Path, clients: int, rounds: int) -> dict[str, Rounds]:
     """What the environment of this Python can run."""
     run = lambda script, *words: lambda: peer_rounds(python, script, clients, rounds, *words)  # noqa: E731
-    if has(python, MODULES["flower"]):
+    if has(python, "flwr"):
         return {"Flower, Ray, no step": run("flower_rounds.py", (HIDDEN + INNER) * RANK)}
-    if has(python, MODULES["pfl"]):
+    if has(python, "pfl"):
         tokens = len(TEXT) + 1
         return {
             "pfl-research, one process": run("pfl_rounds.py", root / "model", TARGET, RANK, tokens),
