@@ -41,6 +41,10 @@ class LostError(FedrayError):
     """What a client sent is gone with the node that held it."""
 
 
+class RankError(FedrayError):
+    """Another rank of a client's worker failed: what it said."""
+
+
 class PrivacyError(FedrayError):
     """A guarantee could not be kept: nothing was released that was not accounted for. The sentence says nothing about
     any example."""

@@ -189,9 +189,41 @@ def _together(config: Config, method: Method) -> None:
         "privacy.unit example clips each example by itself": config.privacy.on and config.privacy.unit == "example",
         f"worker.zero_stage {config.worker.zero_stage} partitions the model": config.worker.zero_stage > 0,
         "worker.profile traces one client": config.worker.profile is not None,
+        "the ranks of a worker deal out one client's batches": _most_ranks(config) > 1,
     }
     for reason in (words for words, holds in reasons.items() if holds):
         raise ValueError(f"worker.batch_clients {config.worker.batch_clients} cannot be: {reason}; leave one out")
+
+
+def _most_ranks(config: Config) -> int:
+    return max([config.worker.ranks, *(config.worker_of(name).ranks for name in config.clients)])
+
+
+def _ranks(config: Config, method: Method) -> None:
+    """Several processes that take one client's steps."""
+    for name in ("", *config.clients):
+        worker, where = (config.worker_of(name), f"clients.{name}") if name else (config.worker, "worker")
+        micro_batch = config.client(name).micro_batch
+        if worker.ranks > 1 and worker.backend != "deepspeed":
+            raise ValueError(f"{where}.ranks {worker.ranks} needs worker.backend deepspeed, which makes them one")
+        if micro_batch < worker.ranks:
+            raise ValueError(
+                f"{where}.ranks {worker.ranks} have {micro_batch} examples at once to deal out (federation.batch_size "
+                "by federation.accumulate): raise the first, or lower the second or the ranks"
+            )
+    if config.engine == "inline" and (config.mixed or config.worker.ranks > 1):
+        raise ValueError("worker.ranks and workers of some clients' own need engine ray: inline is one process")
+
+
+def _offload(config: Config, method: Method) -> None:
+    """DeepSpeed offloads what ZeRO partitions."""
+    worker = config.worker
+    least = {"none": 0, "optimizer": 1, "all": 3}[worker.offload]
+    stages = [worker.zero_stage, *(config.worker_of(name).zero_stage for name in config.clients)]
+    if min(stages) < least:
+        raise ValueError(f"worker.offload {worker.offload} needs worker.zero_stage {least} or more for every client")
+    if worker.offload != "none" and worker.backend != "deepspeed":
+        raise ValueError("worker.offload is DeepSpeed's: use worker.backend deepspeed, or leave it out")
 
 
 #: In the order in which they are made: the first sentence is the one that a person sees.
@@ -210,4 +242,6 @@ CHECKS: tuple[Callable[[Config, Method], None], ...] = (
     _silos,
     _profile,
     _together,
+    _ranks,
+    _offload,
 )

@@ -279,6 +279,12 @@ class ClientSection(Section):
     """Optimizer steps a round."""
     batch_size: int | None = Field(None, ge=1)
     """Examples an optimizer step."""
+    gpus: float | None = Field(None, ge=0)
+    """GPUs each rank of the workers that serve this client."""
+    ranks: int | None = Field(None, ge=1)
+    """Ranks of the workers that serve this client."""
+    zero_stage: int | None = Field(None, ge=0, le=3)
+    """DeepSpeed ZeRO stage of the workers that serve this client."""
 
 
 class WorkerSection(Section):
@@ -287,15 +293,19 @@ class WorkerSection(Section):
     count: int | None = Field(None, ge=1)
     """Workers (default: as many as clients, as far as GPUs or CPUs go); with clients.NAME.node_labels of each place."""
     gpus: float | None = Field(None, ge=0)
-    """GPUs a worker, fractions allowed (default: 1 where there are GPUs, else 0)."""
+    """GPUs a rank, fractions allowed (default: 1 where there are GPUs, else 0)."""
     cpus: int | None = Field(None, ge=1)
-    """CPUs and threads a worker (default: an even share)."""
-    ranks: int = Field(1, ge=1, le=1)
-    """Ray actors a client; more than one comes later."""
+    """CPUs and threads a rank (default: an even share)."""
+    ranks: int = Field(1, ge=1)
+    """Ranks a worker: processes, each with its own GPUs and CPUs, that take one client's steps together, every batch
+    dealt out among them and the model's states partitioned by worker.zero_stage."""
     backend: Literal["deepspeed", "torch"] = "deepspeed"
     """DeepSpeed, or the plain PyTorch loop that is its oracle."""
     zero_stage: int = Field(0, ge=0, le=3)
     """DeepSpeed ZeRO stage."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed keeps in the machine's memory instead of the GPU's: optimizer (ZeRO 1 to 3), or all (ZeRO 3: the
+    parameters too)."""
     batch_clients: int = Field(1, ge=1)
     """Clients that train together in one pass over the base that they share, for simulations: as one after the other
     to 1e-5, and so many times the activations."""
@@ -333,7 +343,7 @@ class Config(Section):
     data: DataSection = DataSection()
     federation: FederationSection = FederationSection()
     clients: dict[str, ClientSection] = {}  # noqa: RUF012 - pydantic copies it
-    """Per client: clients.NAME.source, .node_labels, .lr, .local_steps, .batch_size."""
+    """Per client: clients.NAME.source, .node_labels, .lr, .local_steps, .batch_size, .gpus, .ranks, .zero_stage."""
     worker: WorkerSection = WorkerSection()
     privacy: PrivacySection = PrivacySection()
     output: OutputSection = OutputSection()
@@ -364,8 +374,20 @@ class Config(Section):
         """The federation section as it holds for one client."""
         if (section := self.clients.get(name)) is None:
             return self.federation
-        differing = section.model_dump(exclude_none=True, exclude={"source", "node_labels"})
+        differing = section.model_dump(exclude_none=True, include=set(FederationSection.model_fields))
         return self.federation.model_copy(update=differing)
+
+    def worker_of(self, name: str) -> WorkerSection:
+        """The worker section as it holds for the workers that serve one client."""
+        if (section := self.clients.get(name)) is None:
+            return self.worker
+        differing = section.model_dump(exclude_none=True, include=set(WorkerSection.model_fields))
+        return self.worker.model_copy(update=differing)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some clients' workers are others than `worker` says."""
+        return any(self.worker_of(name) != self.worker for name in self.clients)
 
     def to_yaml(self) -> str:
         """All keys, defaults included; `read_config(["--config", file])` gives the same config back."""

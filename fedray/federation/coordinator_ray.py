@@ -15,7 +15,7 @@ from fedray.federation.channels.registry import hides_cohort
 from fedray.federation.coordinator import Coordinator
 from fedray.federation.listening import unheard
 from fedray.federation.logs import event, log_lines
-from fedray.federation.placement import Home
+from fedray.federation.placement import Seat
 from fedray.federation.pool_ray import RayPool
 
 
@@ -30,7 +30,7 @@ class CoordinatorActor:
         facts: tuple,
         workers: Sequence[Any],
         order: Sequence[str],
-        homes: Sequence[Home] = (),
+        homes: Sequence[Seat] = (),
     ):
         self._done: list[str] = []
         log_lines(Path(folder).name, "coordinator")

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from fedray.errors import LostError
 from fedray.federation.failures import WORKER_ATTEMPTS, Action, ClientState, after_client
 from fedray.federation.messages import PUBLIC, Failure, Outcome, Trained
-from fedray.federation.placement import Home
+from fedray.federation.placement import Seat
 from fedray.federation.queues import Queue, Speeds
 
 #: Starts clients' work on a worker as one task: references to their updates, to what each of them keeps, and to their
@@ -28,7 +28,7 @@ class Workers:
     empty: anyone.
     """
 
-    def __init__(self, actors: Sequence[Any], order: Sequence[str], homes: Sequence[Home] = ()):
+    def __init__(self, actors: Sequence[Any], order: Sequence[str], homes: Sequence[Seat] = ()):
         self.actors = list(actors)
         self._serves = [home.clients for home in homes] or [tuple(order)] * len(self.actors)
         self._owner = self._owners(order)

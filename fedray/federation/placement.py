@@ -4,14 +4,12 @@ sentence."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedray.config.sections import Config, WorkerSection
 from fedray.errors import ConfigError
 
 Labels = tuple[tuple[str, str], ...]
-#: Labels, as sorted pairs, with the clients that are kept to the nodes that have them.
-Silos = dict[Labels, list[str]]
 
 
 @dataclass(frozen=True)
@@ -27,27 +25,69 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Home:
-    """Where one worker lives and whom it may serve."""
+class Place:
+    """What clients that share workers ask for: labels of a node, as sorted pairs, and what a worker is made of."""
 
-    labels: Mapping[str, str]
-    clients: tuple[str, ...]
+    labels: Labels
+    gpus: float | None
+    ranks: int
+    zero_stage: int
+
+
+#: The places that clients ask for, with the clients.
+Places = dict[Place, list[str]]
 
 
 @dataclass(frozen=True)
-class Placement:
-    """`workers` actors of `gpus` GPUs and `cpus` CPUs (threads) each; `reason` is for the person. `homes`: one for
-    each worker, where clients are kept to their own nodes; empty where any worker may serve any client."""
+class Seat:
+    """Where one worker lives, whom it may serve (nobody in particular: anyone), and its ranks, of so many GPUs each."""
 
-    workers: int
+    labels: Mapping[str, str]
+    clients: tuple[str, ...]
     gpus: float
-    cpus: int
-    reason: str
-    homes: tuple[Home, ...] = ()
+    ranks: int
+    zero_stage: int
 
     @property
     def device(self) -> str:
         return "cuda" if self.gpus else "cpu"
+
+    def config_of(self, config: Config) -> Config:
+        """The run's config as it holds at this worker."""
+        update = {"gpus": self.gpus, "ranks": self.ranks, "zero_stage": self.zero_stage}
+        return config.model_copy(update={"worker": config.worker.model_copy(update=update)})
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The workers, each with its seat; every rank has `cpus` CPUs (threads). `reason` is for the person. `homes`: the
+    seats, where clients are kept to some of them; empty where any worker may serve any client."""
+
+    seats: tuple[Seat, ...]
+    cpus: int
+    reason: str
+
+    @property
+    def workers(self) -> int:
+        return len(self.seats)
+
+    @property
+    def gpus(self) -> float:
+        """The most that a rank has."""
+        return max(seat.gpus for seat in self.seats)
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus else "cpu"
+
+    @property
+    def homes(self) -> tuple[Seat, ...]:
+        return self.seats if any(seat.clients for seat in self.seats) else ()
+
+
+def _alike(worker: WorkerSection, count: int, gpus: float) -> tuple[Seat, ...]:
+    """So many workers that serve anyone."""
+    return (Seat({}, (), gpus, worker.ranks, worker.zero_stage),) * count
 
 
 def place(config: Config, clients: int, cpus: float, gpus: float) -> Placement:
@@ -69,34 +109,38 @@ def _in_this_process(worker: WorkerSection, clients: int, cpus: float, gpus: flo
         raise ConfigError(f"worker.gpus {each:g} is more than the {gpus:g} GPUs there are: lower it")
     threads = worker.cpus or max(1, int(cpus))
     where = "the GPU" if each else f"{threads} CPU threads"
-    return Placement(1, each, threads, f"inline: {clients} clients in turn, one process, {where}")
+    return Placement(_alike(worker, 1, each), threads, f"inline: {clients} clients in turn, one process, {where}")
 
 
 def _waited_for(worker: WorkerSection, clients: int, cohort: int, seconds: float) -> Placement:
     """Workers on machines that are still to be brought."""
     count, share, each = worker.count or cohort, worker.cpus or 1, worker.gpus or 0.0
-    reason = f"{_workers(count)} of {_words(each, share)}, waited for up to {seconds:g} s, {_turns(count, clients)}"
-    return Placement(count, each, share, reason)
+    made = _words(each, share, worker.ranks)
+    reason = f"{_workers(count)} of {made}, waited for up to {seconds:g} s, {_turns(count, clients)}"
+    return Placement(_alike(worker, count, each), share, reason)
 
 
 def _on_what_is_there(worker: WorkerSection, clients: int, cohort: int, cpus: float, gpus: float) -> Placement:
     """One worker a client of the cohort while they fit; a client beyond that waits for its turn."""
     each = _gpus_each(worker, gpus)
     count = worker.count or max(1, min(cohort, _room(worker, each, cpus, gpus)))
-    share = worker.cpus or max(1, int(cpus / count))
+    share = worker.cpus or max(1, int(cpus / (count * worker.ranks)))
+    ranks = f" x {worker.ranks} ranks" if worker.ranks > 1 else ""
     for kind, one, there in (("GPU", each, gpus), ("CPU", share, cpus)):
-        if count * one > there:
+        if (needed := count * worker.ranks * one) > there:
             raise ConfigError(
-                f"{count} workers x {one:g} {kind}s = {count * one:g} {kind}s, but there are {there:g}: "
-                f"lower worker.count or worker.{kind.lower()}s, or give worker.wait where machines are brought"
+                f"{count} workers{ranks} x {one:g} {kind}s = {needed:g} {kind}s, but there are {there:g}: lower "
+                f"worker.count{', worker.ranks' if ranks else ''} or worker.{kind.lower()}s, or give worker.wait where "
+                "machines are brought"
             )
-    resources = _words(each, share) + ("" if gpus else " (no GPU here)")
-    return Placement(count, each, share, f"{_workers(count)} of {resources}, {_turns(count, clients)}")
+    resources = _words(each, share, worker.ranks) + ("" if gpus else " (no GPU here)")
+    reason = f"{_workers(count)} of {resources}, {_turns(count, clients)}"
+    return Placement(_alike(worker, count, each), share, reason)
 
 
 def _room(worker: WorkerSection, each: float, cpus: float, gpus: float) -> int:
     """How many workers fit, by GPUs where they have some, else by CPUs."""
-    return int(gpus / each) if each else int(cpus / (worker.cpus or 1))
+    return int((gpus / each if each else cpus / (worker.cpus or 1)) / worker.ranks)
 
 
 def _gpus_each(worker: WorkerSection, gpus: float) -> float:
@@ -106,40 +150,57 @@ def _gpus_each(worker: WorkerSection, gpus: float) -> float:
     return 1.0 if gpus else 0.0
 
 
-def silos_of(config: Config) -> Silos:
-    """The places of a siloed run: labels, as sorted pairs, and the clients that ask for them."""
-    silos: Silos = {}
-    for name, client in config.clients.items():
-        silos.setdefault(tuple(sorted((client.node_labels or {}).items())), []).append(name)
-    return silos
+def places_of(config: Config, clients: Sequence[str]) -> Places:
+    """What these clients ask for, in their order."""
+    places: Places = {}
+    for name in clients:
+        labels = config.clients[name].node_labels if name in config.clients else None
+        worker = config.worker_of(name)
+        place = Place(tuple(sorted((labels or {}).items())), worker.gpus, worker.ranks, worker.zero_stage)
+        places.setdefault(place, []).append(name)
+    return places
 
 
-def place_silos(config: Config, nodes: Sequence[Node]) -> Placement:
-    """The workers for clients that are kept to the nodes that have their labels: of every place (clients that ask for
-    the same labels) as many as `worker.count`, or as fit, at most one a client.
+def place_apart(config: Config, nodes: Sequence[Node], clients: Sequence[str]) -> Placement:
+    """The workers for clients that are kept to the nodes that have their labels, or whose workers are made
+    differently: of every place (clients that ask for the same) as many as `worker.count`, or as fit, at most one a
+    client.
 
     Raises ConfigError where no node has a client's labels, or those that have them are too small.
     """
-    worker, silos = config.worker, silos_of(config)
-    there = {labels: [n for n in nodes if matches(dict(labels), n.labels)] for labels in silos}
+    worker = config.worker
+    asked = places_of(config, clients)
+    there = {place: [n for n in nodes if matches(dict(place.labels), n.labels)] for place in asked}
     if worker.wait is None:
-        _check_there(silos, there, nodes)
-    gpus = _gpus_each(worker, max((n.resources.get("GPU", 0.0) for some in there.values() for n in some), default=0.0))
+        _check_there(asked, there, nodes)
+    most = max((n.resources.get("GPU", 0.0) for some in there.values() for n in some), default=0.0)
+    places: Places = {}
+    for place, members in asked.items():
+        whole = replace(place, gpus=_gpus_each(config.worker_of(members[0]), most))
+        places[whole] = places.get(whole, []) + members
     cpus = worker.cpus or 1
-    homes = _settle(config, silos, nodes, gpus, cpus)
+    seats = _settle(config, places, nodes, cpus)
     if worker.cpus is None and worker.wait is None:
-        homes, cpus = _widest(config, silos, nodes, gpus, homes)
-    reason = (
-        f"{_workers(len(homes))} of {_words(gpus, cpus)} in {len(silos)} place{'s' if len(silos) > 1 else ''}: "
-        + "; ".join(f"{', '.join(members)} on {said(dict(labels))}" for labels, members in silos.items())
-    )
-    return Placement(len(homes), gpus, cpus, reason, tuple(homes))
+        seats, cpus = _widest(config, places, nodes, seats)
+    return Placement(tuple(seats), cpus, _reason(places, seats, cpus))
 
 
-def _check_there(silos: Silos, there: Mapping[Labels, list[Node]], nodes: Sequence[Node]) -> None:
+def _reason(places: Places, seats: Sequence[Seat], cpus: int) -> str:
+    made = {_words(place.gpus or 0.0, cpus, place.ranks) for place in places}
+    alike = f" of {made.pop()}" if len(made) == 1 else ""
+    each = [
+        f"{', '.join(members)} on {said(dict(place.labels)) or 'any node'}"
+        + ("" if alike else f", of {_words(place.gpus or 0.0, cpus, place.ranks)}")
+        for place, members in places.items()
+    ]
+    return f"{_workers(len(seats))}{alike} in {len(places)} place{'s' if len(places) > 1 else ''}: {'; '.join(each)}"
+
+
+def _check_there(places: Places, there: Mapping[Place, list[Node]], nodes: Sequence[Node]) -> None:
     """Every place has a node."""
-    for labels, members in silos.items():
-        if not there[labels]:
+    for place, members in places.items():
+        labels = place.labels
+        if not there[place]:
             raise ConfigError(
                 f"no node has the labels {said(dict(labels))} that clients.{members[0]}.node_labels asks "
                 f"for ({known(nodes)}): start one by `ray start --labels {said(dict(labels))}`, "
@@ -147,49 +208,61 @@ def _check_there(silos: Silos, there: Mapping[Labels, list[Node]], nodes: Sequen
             )
 
 
-def _widest(
-    config: Config, silos: Silos, nodes: Sequence[Node], gpus: float, homes: list[Home]
-) -> tuple[list[Home], int]:
-    """The largest share of CPUs that costs none of the workers that fit with one CPU each (`homes`)."""
+def _widest(config: Config, places: Places, nodes: Sequence[Node], seats: list[Seat]) -> tuple[list[Seat], int]:
+    """The largest share of CPUs that costs none of the workers that fit with one CPU each (`seats`)."""
     for share in range(int(max(n.resources.get("CPU", 0.0) for n in nodes)), 1, -1):
         try:
-            wider = _settle(config, silos, nodes, gpus, share)
+            wider = _settle(config, places, nodes, share)
         except ConfigError:
             continue
-        if len(wider) == len(homes):
+        if len(wider) == len(seats):
             return wider, share
-    return homes, 1
+    return seats, 1
 
 
-def _settle(config: Config, silos: Silos, nodes: Sequence[Node], gpus: float, cpus: int) -> list[Home]:
-    """A home for each worker; nodes that several places share are filled once. Raises ConfigError where a place has
-    no room."""
-    left, homes = list(nodes), []
-    each = {"CPU": float(cpus)} | ({"GPU": gpus} if gpus else {})
-    # The most particular labels first: they have the fewest nodes to choose from.
-    for labels, members in sorted(silos.items(), key=lambda item: sum(matches(dict(item[0]), n.labels) for n in nodes)):
-        count = min(config.worker.count or len(members), len(members))
-        if config.worker.wait is None:
-            least = count if config.worker.count else 1
-            count = _take(left, labels, each, least, count, f"of {_words(gpus, cpus)} for {', '.join(members)}")
-        homes += [Home(dict(labels), tuple(members))] * count
-    order = list(silos)
-    return sorted(homes, key=lambda home: order.index(tuple(sorted(home.labels.items()))))
-
-
-def _take(left: list[Node], labels: Labels, each: Mapping[str, float], least: int, most: int, whose: str) -> int:
-    """How many workers, at most `most`, found room on the nodes with the labels; `left` is what is left of all nodes
-    afterwards. Raises ConfigError where not even `least` do."""
-    fitting = [i for i, n in enumerate(left) if matches(dict(labels), n.labels)]
-    rooms = [left[i].room(each) for i in fitting]
-    if sum(rooms) < least:
-        have = " and ".join(f"{sum(left[i].resources.get(kind, 0.0) for i in fitting):g} {kind}s" for kind in each)
-        raise ConfigError(
-            f"{_workers(most)} {whose} do not fit on the nodes with {said(dict(labels))}, where {have} are left: "
-            "lower worker.count, worker.gpus or worker.cpus"
+def _settle(config: Config, places: Places, nodes: Sequence[Node], cpus: int) -> list[Seat]:
+    """A seat for each worker, in the order of the places; nodes that several places share are filled once. Raises
+    ConfigError where a place has no room."""
+    counts = {place: min(config.worker.count or len(members), len(members)) for place, members in places.items()}
+    if config.worker.wait is None:
+        # The most particular labels first: they have the fewest nodes to choose from. Then the largest.
+        order = sorted(
+            places, key=lambda place: (sum(matches(dict(place.labels), n.labels) for n in nodes), -_size(place))
         )
-    count = min(most, sum(rooms))
-    for i, taken in zip(fitting, _dealt(count, rooms), strict=True):
+        left, taken = list(nodes), dict[Place, int]()
+        for place in order:  # everyone's least before anyone's more
+            least = counts[place] if config.worker.count else 1
+            taken[place] = _take(left, place, cpus, least, least, ", ".join(places[place]))
+        for place in order:
+            taken[place] += _take(left, place, cpus, 0, counts[place] - taken[place], "")
+        counts = taken
+    return [
+        Seat(dict(place.labels), tuple(members), place.gpus or 0.0, place.ranks, place.zero_stage)
+        for place, members in places.items()
+        for _ in range(counts[place])
+    ]
+
+
+def _size(place: Place) -> float:
+    return place.ranks * max(place.gpus or 0.0, 1.0)
+
+
+def _take(left: list[Node], place: Place, cpus: int, least: int, most: int, whose: str) -> int:
+    """How many workers, at most `most`, found room for all their ranks on the nodes with the labels; `left` is what is
+    left of all nodes afterwards. Raises ConfigError where not even `least` do."""
+    each = {"CPU": float(cpus)} | ({"GPU": place.gpus} if place.gpus else {})
+    fitting = [i for i, n in enumerate(left) if matches(dict(place.labels), n.labels)]
+    rooms = [left[i].room(each) for i in fitting]
+    if sum(rooms) // place.ranks < least:
+        have = " and ".join(f"{sum(left[i].resources.get(kind, 0.0) for i in fitting):g} {kind}s" for kind in each)
+        nodes = f"the nodes with {said(dict(place.labels))}" if place.labels else "the nodes"
+        raise ConfigError(
+            f"{_workers(most)} of {_words(place.gpus or 0.0, cpus, place.ranks)} for {whose} do not fit on {nodes}, "
+            f"where {have} are left: lower worker.count, worker.gpus or worker.cpus"
+            + (", or the ranks" if place.ranks > 1 else "")
+        )
+    count = min(most, sum(rooms) // place.ranks)
+    for i, taken in zip(fitting, _dealt(count * place.ranks, rooms), strict=True):
         left[i] = Node({k: v - taken * each.get(k, 0.0) for k, v in left[i].resources.items()}, left[i].labels)
     return count
 
@@ -238,6 +311,7 @@ def _turns(count: int, clients: int) -> str:
     return "each client has its own" if count >= clients else f"serving {clients} clients in turn"
 
 
-def _words(gpus: float, cpus: int) -> str:
+def _words(gpus: float, cpus: int, ranks: int = 1) -> str:
     cpu = f"{cpus} CPU{'s' if cpus > 1 else ''}"
-    return f"{gpus:g} GPU{'s' if gpus > 1 else ''} and {cpu}" if gpus else cpu
+    one = f"{gpus:g} GPU{'s' if gpus > 1 else ''} and {cpu}" if gpus else cpu
+    return one if ranks == 1 else f"{ranks} ranks of {one}"

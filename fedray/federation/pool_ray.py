@@ -14,7 +14,7 @@ from fedray.federation.dispatch import Dispatch, Part, Workers, one_line, result
 from fedray.federation.failures import WORKER_ATTEMPTS
 from fedray.federation.listening import unheard
 from fedray.federation.messages import Orders, Outcome
-from fedray.federation.placement import Home
+from fedray.federation.placement import Seat
 from fedray.federation.questions import Question
 from fedray.federation.queues import Speeds
 from fedray.federation.wire import Header, Message, Packet
@@ -47,7 +47,7 @@ class RayPool:
         workers: Sequence[Any],
         order: Sequence[str],
         progress: Callable[[str], None] = unheard,
-        homes: Sequence[Home] = (),
+        homes: Sequence[Seat] = (),
         together: int = 1,
     ):
         self.workers, self.progress, self._together = Workers(workers, order, homes), progress, together

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fedray.federation.channels.registry import check_clients
 from fedray.federation.cluster import nodes_there, resources
 from fedray.federation.failures import needed_of
 from fedray.federation.folder import rooted, run_folder
-from fedray.federation.placement import Placement, place, place_silos
+from fedray.federation.placement import Placement, place, place_apart
 from fedray.methods import Spec
 from fedray.training.model import check_loadable, load_tokenizer, skeleton
 
@@ -76,7 +77,7 @@ def prepare(config: Config, capacity: tuple[float, float] | None = None) -> Prep
     heads = sum(p.numel() for p in attach.heads(model).values())
     trained = sum(p.numel() for p in attach.factors(model).values())
     base = sum(p.numel() for p in model.parameters()) - trained - heads
-    return Prepared(config, folder, data, spec, heads, base, _placement(config, len(data.clients), capacity), resuming)
+    return Prepared(config, folder, data, spec, heads, base, _placement(config, data.clients, capacity), resuming)
 
 
 def _check_data(config: Config, data: FederatedData) -> None:
@@ -101,7 +102,7 @@ def _check_data(config: Config, data: FederatedData) -> None:
         rule.check_cohort(cohort, needed_of(cohort, config.federation.quorum))
 
 
-def _placement(config: Config, clients: int, capacity: tuple[float, float] | None) -> Placement:
-    if config.siloed:
-        return place_silos(config, nodes_there())
-    return place(config, clients, *(capacity if capacity is not None else resources(config)))
+def _placement(config: Config, clients: Sequence[str], capacity: tuple[float, float] | None) -> Placement:
+    if config.siloed or config.mixed:
+        return place_apart(config, nodes_there(), clients)
+    return place(config, len(clients), *(capacity if capacity is not None else resources(config)))

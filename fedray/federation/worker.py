@@ -23,6 +23,7 @@ from fedray.federation.wire import Header, Packet, as_announced, decode, inputs_
 from fedray.methods import Method, Spec, View
 from fedray.methods.state import factor_of
 from fedray.privacy.private import Private
+from fedray.training.led import Crew, LedTrainer
 from fedray.training.local import LocalResult, LocalTrainer
 from fedray.training.together import train_together
 
@@ -57,7 +58,8 @@ class _Begun:
 class Worker:
     """Holds the model for its whole life and the increments it has seen; nothing about any client.
 
-    What a client keeps to itself is up to `side`, the client's half of the run's guarantee.
+    What a client keeps to itself is up to `side`, the client's half of the run's guarantee. `crew`: the other ranks of
+    a worker of several.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class Worker:
         data: FederatedData | None = None,
         reads: Sequence[str] = (),
         side: Callable[[Any, Method, Spec], ClientSide] = make_side,
+        crew: Crew | None = None,
     ):
         self.threads = threads
-        self.trainer = LocalTrainer(config, device, threads, data, reads)
+        make = LocalTrainer if crew is None else partial(LedTrainer, crew)
+        self.trainer: LocalTrainer = make(config, device, threads, data, reads)
         self.method = make_method(config)
         self.spec = make_spec(config, self.trainer.layers, self.trainer.data.clients)
         self.side = side(self.trainer, self.method, self.spec)

@@ -19,6 +19,7 @@ from fedray.config.sections import Config
 from fedray.errors import FedrayError
 from fedray.federation.channels import fixed_masks
 from fedray.federation.channels.registry import quotes_errors
+from fedray.federation.crew_ray import RayCrew
 from fedray.federation.logs import event, log_lines
 from fedray.federation.messages import Answered, Failure, Orders, Trained
 from fedray.federation.placement import Placement, said
@@ -32,15 +33,27 @@ GRANT_SECONDS = 120.0
 
 @ray.remote
 class WorkerActor:
-    """A `Worker` with its references resolved: increments are fetched only when this worker lacks them."""
+    """A `Worker` with its references resolved: increments are fetched only when this worker lacks them. `ranks`: the
+    bundles of its placement group in which it makes its other ranks."""
 
-    def __init__(self, make_worker: type[Worker], config: Config, device: str, threads: int, reads: Sequence[str] = ()):
+    def __init__(
+        self,
+        make_worker: type[Worker],
+        config: Config,
+        device: str,
+        threads: int,
+        reads: Sequence[str] = (),
+        ranks: Sequence[int] = (),
+    ):
         assert config.output.dir is not None, "a run that has begun knows its directory"
         log_lines(Path(config.output.dir).name, "worker")
         # DeepSpeed's own word for it: logical GPUs in tests, and machines whose GPUs are not to be touched.
         device = "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else device
         try:
-            self.worker = make_worker(config, device, threads, reads=reads)
+            crew = RayCrew(config, device, threads, reads, ranks) if ranks else None
+            self.worker = make_worker(config, device, threads, reads=reads, crew=crew)
+            if crew is not None:
+                crew.wait()
         except Exception as error:
             if not config.siloed or quotes_errors(config):
                 raise
@@ -133,36 +146,43 @@ def _as_objects(done: Sequence[tuple[Packet | None, Packet | None, Any]]) -> tup
 def start_workers(
     config: Config, placement: Placement, given: PlacementGroup | None = None
 ) -> tuple[PlacementGroup, list[Any]]:
-    """The worker actors, one in each bundle of a placement group (default: a new one), on nodes with its home's labels.
-    Raises FedrayError when the cluster does not grant it in time."""
+    """The worker actors, the first rank of each in a bundle of a placement group (default: a new one), on nodes with
+    its seat's labels; the other ranks, which it makes itself, have the bundles after it.
+
+    Raises FedrayError when the cluster does not grant it in time.
+    """
     group = given or _granted(placement, config.worker.wait or GRANT_SECONDS)
-    first = len(group.bundle_specs) - placement.workers  # a trial of a sweep may have a bundle of its own before them
-    reads = [home.clients for home in placement.homes] or [()] * placement.workers
-    workers = [
-        WorkerActor.options(  # type: ignore[attr-defined]  # mypy does not see what Ray's decorator makes of a class
-            num_cpus=placement.cpus,
-            num_gpus=placement.gpus,
-            max_restarts=-1,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=first + i),
-        ).remote(Worker, config, placement.device, placement.cpus, reads[i])
-        for i in range(placement.workers)
-    ]
+    seats = placement.seats
+    # A trial of a sweep may have a bundle of its own before them.
+    first = len(group.bundle_specs) - sum(seat.ranks for seat in seats)
+    workers = []
+    for seat in seats:
+        bundles = range(first, first + seat.ranks)
+        first += seat.ranks
+        workers.append(
+            WorkerActor.options(  # type: ignore[attr-defined]  # mypy does not see what Ray's decorator makes of it
+                num_cpus=placement.cpus,
+                num_gpus=seat.gpus,
+                max_restarts=-1,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundles[0]),
+            ).remote(Worker, seat.config_of(config), seat.device, placement.cpus, seat.clients, list(bundles[1:]))
+        )
     return group, workers
 
 
 def _granted(placement: Placement, timeout: float) -> PlacementGroup:
-    """A new placement group with a bundle for each worker. Raises FedrayError when the cluster does not grant it within
-    so many seconds."""
-    bundle = {"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {})
-    labels = [dict(home.labels) for home in placement.homes]
-    group = placement_group([bundle] * placement.workers, strategy="PACK", bundle_label_selector=labels or None)
+    """A new placement group with a bundle for each rank of each worker. Raises FedrayError when the cluster does not
+    grant it within so many seconds."""
+    ranks = [seat for seat in placement.seats for _ in range(seat.ranks)]
+    bundles = [{"CPU": placement.cpus} | ({"GPU": seat.gpus} if seat.gpus else {}) for seat in ranks]
+    labels = [dict(seat.labels) for seat in ranks]
+    group = placement_group(bundles, strategy="PACK", bundle_label_selector=labels if any(labels) else None)
     if group.wait(timeout):
         return group
     remove_placement_group(group)
-    where = ""
-    if placement.homes:
-        where = f" on nodes with {'; '.join(sorted({said(home.labels) for home in placement.homes}))}"
+    each = [f"{bundles.count(bundle)} x {bundle}" for i, bundle in enumerate(bundles) if bundle not in bundles[:i]]
+    where = f" on nodes with {'; '.join(sorted({said(seat.labels) for seat in ranks}))}" if any(labels) else ""
     raise FedrayError(
-        f"the cluster did not grant {placement.workers} x {bundle}{where} within {timeout:.0f} s: other jobs hold "
+        f"the cluster did not grant {' and '.join(each)}{where} within {timeout:.0f} s: other jobs hold "
         "it, or no node has that much"
     )

@@ -2,7 +2,7 @@
 by the expected batch.
 
 Opacus's hooks compute the per-sample gradients without wrapping the model. Noise is added to the sum of the clipped
-gradients after it is complete (over micro-batches, and over a client's ranks once there are several) and handed to the
+gradients after it is complete (over micro-batches, and over a client's ranks: once, by the first) and handed to the
 engine as the whole gradient, through DeepSpeed's own `safe_set_full_grad`: ZeRO 1 and 2 step on flat buffers of their
 own, and silently ignore what is written to `parameter.grad`.
 """
@@ -26,6 +26,7 @@ from fedray.privacy.keys import Stream
 from fedray.privacy.model_checks import check_model, each_alone
 from fedray.privacy.plan import Mechanism
 from fedray.privacy.private import Watch
+from fedray.ranks import ALONE, Ranks
 
 Losses = Callable[[Callable, dict], Tensor]
 
@@ -180,23 +181,25 @@ def private_step(
     check: bool,
     first: bool = False,
     watch: Watch | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """One optimizer step on a Poisson batch, cut into micro-batches (none, when it is empty: then the step is noise
     alone).
 
     `losses(forward, batch)`: one loss a sequence, each over its own tokens. `check`: hold what the optimizer got
     against what was meant; `first`: see that every parameter moved, too (late in a schedule a rate may be too small
-    to). `watch`: an audit's. An example whose gradient is not finite adds nothing. Raises
+    to). `watch`: an audit's. `ranks`: those of the client, of which the micro-batches are this one's parts; only the
+    first needs `noise`. An example whose gradient is not finite adds nothing. Raises
     PrivacyError when the step was not a private one.
     """
     clipped = clipped_sum(engine, hooks, micro_batches, losses, mechanism.clip)
     before = engine.read() if check else {}
-    total = clipped.total()
+    total = ranks.sum(clipped.total())
     if clipped.not_finite:  # in this machine's own log: how many is private
         logging.getLogger("fedray").warning("%s gradients were not finite, and are left out", clipped.not_finite)
     if watch is not None:
         watch.before(split(total, engine.parameters))
-    mean = noised(total, mechanism, noise)
+    mean = ranks.from_first(lambda: noised(total, mechanism, noise))
     if watch is not None:
         watch.after(split(mean, engine.parameters))
     gradients = _by_name(mean, engine.parameters)

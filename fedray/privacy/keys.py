@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from torch import Tensor
 
+from fedray.errors import PrivacyError
 from fedray.privacy.files import hashed, make_secret
 
 #: Replaces every key by one that follows from this word: for tests only, since whoever knows the word can take all
@@ -66,6 +67,17 @@ class Key:
     def stream(self, *parts: str | int) -> Stream:
         """Random numbers for one purpose, the same ones for the same parts."""
         return Stream(self.derive("stream", *parts))
+
+
+class Withheld(Key):
+    """In the place of a key that is somewhere else."""
+
+    def __init__(self) -> None:
+        super().__init__(bytes(32))
+
+    def derive(self, *parts: str | int) -> bytes:
+        """Raises PrivacyError: nothing may follow from no key."""
+        raise PrivacyError("the client's key stays with its first rank: nothing is drawn here")
 
 
 class Stream:

@@ -6,11 +6,11 @@ Apart from the training that uses it, so that the coordinator, which imports no 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fedray.privacy.keys import Key, Stream
+from fedray.privacy.keys import Key, Stream, Withheld
 from fedray.privacy.plan import Mechanism
 
 
@@ -35,6 +35,14 @@ class Private:
     rate: float
     mechanism: Mechanism
     watch: Watch | None = None
+
+    def stream(self, kind: str, step: int) -> Stream:
+        """The random numbers of one kind in one of the round's steps."""
+        return self.key.stream(kind, *self.purpose, step)
+
+    def of_other_rank(self) -> Private:
+        """As another rank of the client may have it: the key stays with the first."""
+        return replace(self, key=Withheld(), watch=None)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ray import tune
 
 from fedray.config.sections import Config
 from fedray.errors import ConfigError
-from fedray.federation.placement import Node, silos_of
+from fedray.federation.placement import Node, places_of
 
 #: CPUs and GPUs of a run whose place is checked otherwise: against every node, or by its placement group.
 UNLIMITED = (1e9, 1e9)
@@ -22,12 +22,14 @@ UNLIMITED = (1e9, 1e9)
 @dataclass(frozen=True)
 class Bundles:
     """What a trial's placement group holds. `trial`: the trial's own process (inline runs train in it); `workers` times
-    `each`: its workers, on nodes with `labels`, one mapping a worker, where clients are kept to their own nodes."""
+    `ranks` times `each`: its workers, on nodes with `labels`, one mapping a worker, where clients are kept to their own
+    nodes."""
 
     trial: dict[str, float]
     each: dict[str, float]
     workers: int
     labels: tuple[dict[str, str], ...] = ()
+    ranks: int = 1
 
     @property
     def training(self) -> dict[str, float]:
@@ -37,12 +39,14 @@ class Bundles:
     @property
     def processes(self) -> int:
         """How many processes train."""
-        return self.workers or 1
+        return self.workers * self.ranks or 1
 
     def factory(self) -> tune.PlacementGroupFactory:
         """The placement group, as Tune makes it."""
-        where = {"bundle_label_selector": [_elsewhere(self.labels), *self.labels]} if self.labels else {}
-        return tune.PlacementGroupFactory([self.trial, *[self.each] * self.workers], strategy="PACK", **where)
+        labels = [where for where in self.labels for _ in range(self.ranks)]
+        where = {"bundle_label_selector": [_elsewhere(self.labels), *labels]} if labels else {}
+        ranks = [self.each] * (self.workers * self.ranks)
+        return tune.PlacementGroupFactory([self.trial, *ranks], strategy="PACK", **where)
 
     @property
     def words(self) -> str:
@@ -51,7 +55,8 @@ class Bundles:
         if self.processes == 1:
             return ask
         total = " and ".join(_counted(self.processes * count, kind) for kind, count in self.training.items())
-        return f"{self.processes} workers of {ask} = {total}"
+        ranks = f"{self.ranks} ranks of " if self.ranks > 1 else ""
+        return f"{self.workers} worker{'s' if self.workers > 1 else ''} of {ranks}{ask} = {total}"
 
 
 def _counted(count: float, kind: str) -> str:
@@ -60,24 +65,31 @@ def _counted(count: float, kind: str) -> str:
 
 def bundles(config: Config, clients: int, gpus_there: float) -> Bundles:
     """The resources of a trial: one worker (or `worker.count`, or, where `worker.gpus` is given, one for each client
-    of a cohort) of `worker.gpus` GPUs (default 1 where the cluster has any) and `worker.cpus` CPUs (default 1)."""
-    each = _training(config, gpus_there)
+    of a cohort) of `worker.ranks` ranks, each of `worker.gpus` GPUs (default 1 where the cluster has any) and
+    `worker.cpus` CPUs (default 1). Raises ConfigError for clients whose workers are made differently."""
+    if config.mixed:
+        raise ConfigError(
+            "clients.NAME.gpus, .ranks and .zero_stage are for single runs: a sweep's trials have workers of one kind; "
+            "give worker.gpus, worker.ranks and worker.zero_stage"
+        )
+    each, ranks = _training(config, gpus_there), config.worker.ranks
     if config.engine == "inline":
         return Bundles(each, {}, 0)
     if config.siloed:
         labels = _labels(config, clients)
         # A bundle of its own, a byte, for the trial and its coordinator: they see every update, and belong on no silo's
         # machine.
-        return Bundles({"memory": 1.0}, each, len(labels), labels)
+        return Bundles({"memory": 1.0}, each, len(labels), labels, ranks)
     cohort = min(config.federation.cohort or clients, clients)
-    return Bundles({}, each, config.worker.count or (cohort if config.worker.gpus else 1))
+    return Bundles({}, each, config.worker.count or (cohort if config.worker.gpus else 1), ranks=ranks)
 
 
 def _labels(config: Config, clients: int) -> tuple[dict[str, str], ...]:
     """The labels of each worker's node where clients are kept to their own: of every place as many workers as are
     asked for, at most one a client."""
     at_most = config.worker.count or (clients if config.worker.gpus else 1)
-    return tuple(dict(where) for where, members in silos_of(config).items() for _ in members[:at_most])
+    places = places_of(config, list(config.clients))
+    return tuple(dict(place.labels) for place, members in places.items() for _ in members[:at_most])
 
 
 def _training(config: Config, gpus_there: float) -> dict[str, float]:
@@ -105,7 +117,7 @@ def _elsewhere(labels: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 def check_placeable(name: str, needed: Bundles, nodes: Sequence[Node]) -> None:
     """Raises ConfigError, with the arithmetic, for a trial that the cluster can never place (of places with labels
-    `place_silos` has said so)."""
+    `place_apart` has said so)."""
     room = sum(node.room(needed.training) for node in nodes)
     if room >= needed.processes:
         return

@@ -166,14 +166,30 @@ class TorchEngine:
         return contextlib.nullcontext()
 
 
+#: DeepSpeed's words for `worker.offload`.
+_OFFLOADS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "optimizer": {"offload_optimizer": {"device": "cpu"}},
+    "all": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+}
+
+
 class DeepSpeedEngine:
-    """DeepSpeed, ZeRO 0 to 3, one rank, with no compiler on CPU and no port (see `_deepspeed`).
+    """DeepSpeed, ZeRO 0 to 3, of one rank or of the process group that there is, with no compiler on CPU, and of one
+    rank no port (see `_deepspeed`).
 
     DeepSpeed's own 16-bit modes stay off: the base may be bf16, the adapters are fp32, so the value on the wire, the
     parameter and the optimizer's master are one number.
     """
 
-    def __init__(self, model: nn.Module, parameters: Parameters, config: FederationSection, zero_stage: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Parameters,
+        config: FederationSection,
+        zero_stage: int,
+        offload: str = "none",
+    ):
         self.model, self.parameters, self.config, self.stage = model, parameters, config, zero_stage
         deepspeed = _deepspeed(next(model.parameters()).device)
         numbers = sum(math.prod(whole_shape(parameter)) for parameter in parameters.values())
@@ -185,8 +201,9 @@ class DeepSpeedEngine:
                 "gradient_accumulation_steps": config.accumulate,
                 "gradient_clipping": config.max_grad_norm or 0.0,
                 # Its own bucket is 2 GB, made with every engine, whatever trains.
-                "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": numbers},
+                "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": numbers, **_OFFLOADS[offload]},
                 "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,  # its own for offloaded states is built with a C++ compiler
                 "steps_per_print": sys.maxsize,
             },
         )
@@ -221,13 +238,25 @@ class DeepSpeedEngine:
         if self.stage > 0:
             # Both writes are needed: without the master the next step would bring the old values back.
             for name, parameter in self.parameters.items():
-                self._fragments.safe_set_full_fp32_param(parameter, values[name].to(parameter.device))
+                self._set("fp32_param", parameter, values[name].to(parameter.device))
         self._proximal.restart()
         for value in (v for state in self._torch_optimizer.state.values() for v in state.values()):
             if torch.is_tensor(value):
                 value.zero_()
         if optimizer_state:
             self._restore(optimizer_state)
+
+    def _set(self, what: str, parameter: Any, value: Tensor, *key: str) -> None:
+        """DeepSpeed's `safe_set_full_...`, which in ZeRO-3 cannot cut a value whose numbers the ranks do not divide:
+        there each rank sets its own part, the last filled up with zeros."""
+        if self.stage < 3:
+            getattr(self._fragments, f"safe_set_full_{what}")(parameter, value, *key)
+            return
+        flat, size = value.flatten(), parameter.ds_tensor.numel()
+        rank = torch.distributed.get_rank()
+        part = flat[rank * size : (rank + 1) * size]
+        part = nn.functional.pad(part, (0, size - len(part)))
+        getattr(self._fragments, f"safe_set_local_{what}")(parameter, part, *key)
 
     def _restore(self, saved: dict[str, Tensor]) -> None:
         kinds = sorted({k.rsplit("/", 1)[1] for k in saved if "/" in k})
@@ -244,7 +273,7 @@ class DeepSpeedEngine:
                 state["step"].fill_(saved["step"].item())
         for name, parameter in self.parameters.items():
             for k in kinds:
-                self._fragments.safe_set_full_optimizer_state(parameter, saved[f"{name}/{k}"].to(parameter.device), k)
+                self._set("optimizer_state", parameter, saved[f"{name}/{k}"].to(parameter.device), k)
 
     def step(self, micro_batches: Sequence[dict], loss: Loss, lr: float) -> float:
         total = 0.0
@@ -266,7 +295,7 @@ class DeepSpeedEngine:
         if not self._has_gradients:  # ZeRO takes gradients only in the place of others
             self.backward(0.0 * self.forward(self._dummy).sum(), True)
         for name, parameter in self.parameters.items():
-            self._fragments.safe_set_full_grad(parameter, gradients[name])
+            self._set("grad", parameter, gradients[name])
         held = {
             name: self._fragments.safe_get_full_grad(parameter).clone() for name, parameter in self.parameters.items()
         }
@@ -303,8 +332,9 @@ class DeepSpeedEngine:
 
 
 def _deepspeed(device: torch.device) -> ModuleType:
-    """DeepSpeed, imported quietly, with a process group of one that needs no port and, on CPU, no compiler."""
-    os.environ["LOCAL_RANK"] = "0"  # asserted by the engine
+    """DeepSpeed, imported quietly, with the process group that there is, or one of one rank that needs no port, and, on
+    CPU, no compiler."""
+    os.environ["LOCAL_RANK"] = "0"  # asserted by the engine; every process has one device
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -334,4 +364,4 @@ def make_engine(
         federation = federation.model_copy(update={"accumulate": 1, "max_grad_norm": None})
     if worker.backend == "torch":
         return TorchEngine(model, parameters, federation)
-    return DeepSpeedEngine(model, parameters, federation, worker.zero_stage)
+    return DeepSpeedEngine(model, parameters, federation, worker.zero_stage, worker.offload)

@@ -14,6 +14,7 @@ import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,9 @@ from fedray.data.tasks import TASKS, Example, Task
 from fedray.methods import View
 from fedray.methods.state import factor_of
 from fedray.privacy.private import Private
+from fedray.ranks import ALONE, Ranks
 from fedray.training.engine import StepEngine, make_engine
-from fedray.training.memory import out_of_memory
+from fedray.training.memory import OutOfMemory, out_of_memory, out_of_memory_on
 from fedray.training.model import load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -76,6 +78,11 @@ def sample(examples: int, batch: int, step: int, *seed: str | int) -> list[int]:
     return picked
 
 
+def _picked(private: Private, step: int, examples: int) -> list[int]:
+    """The Poisson sample of a private step."""
+    return private.stream("sample", step).sample(examples, private.rate)
+
+
 def flaw_of_loss(loss: float, step: int, round: int) -> FloatingPointError | None:
     """The error of a loss at a local step of a round (both from 0) that is no number."""
     if math.isfinite(loss):
@@ -87,13 +94,20 @@ def flaw_of_loss(loss: float, step: int, round: int) -> FloatingPointError | Non
 
 class LocalTrainer:
     """Trains and evaluates on one device. `threads`: PyTorch's CPU threads, part of what fixes the bits. `reads`: as
-    `load_data` takes it."""
+    `load_data` takes it. `ranks`: with whom it takes its clients' steps; all of them do the same calls of `train`,
+    `evaluate` and `reset`."""
 
     def __init__(
-        self, config: Config, device: str, threads: int, data: FederatedData | None = None, reads: Sequence[str] = ()
+        self,
+        config: Config,
+        device: str,
+        threads: int,
+        data: FederatedData | None = None,
+        reads: Sequence[str] = (),
+        ranks: Ranks = ALONE,
     ):
         torch.set_num_threads(threads)
-        self.config, self.device = config, torch.device(device)
+        self.config, self.device, self.ranks = config, torch.device(device), ranks
         self.data = data if data is not None else load_data(config, reads)
         self.task: Task = TASKS[config.model.task](config, self.data, load_tokenizer(config))
         self.model = load_model(config, len(self.data.classes)).to(self.device)
@@ -181,7 +195,7 @@ class LocalTrainer:
         examples = self.examples("train", client)
         engine = self._load(view, config, optimizer_state, base_key)
         self.set_mode(training=True)
-        self._seed_dropout(seeding.derive(self.config.seed, "dropout", client, round))
+        self._seed_dropout(seeding.derive(self.config.seed, "dropout", client, round, *self._own_stream))
         kept_of = engine.optimizer_state if config.keep_optimizer else dict
         if private is not None:
             self._private_steps(engine, config, examples, round, private)
@@ -194,9 +208,19 @@ class LocalTrainer:
             except torch.OutOfMemoryError:
                 losses = []
         if not losses:  # outside of the handler, whose traceback holds the step's tensors
-            raise out_of_memory(self, self._rebuild(self.trained(view)), config, client)
+            raise self._out_of_memory(view, config, client)
         loss = math.fsum(losses) / len(losses)
         return LocalResult(engine.read(), len(examples), loss, kept_of(), self._base_lost, time.monotonic() - started)
+
+    @property
+    def _own_stream(self) -> tuple[int, ...]:
+        """What tells this rank's random numbers from the first's."""
+        return (self.ranks.rank,) if self.ranks.rank else ()
+
+    def _out_of_memory(self, view: View, config: FederationSection, client: str) -> OutOfMemory:
+        if self.ranks.world > 1:  # to try what would fit takes all of them, and they stand in the middle of a step
+            return out_of_memory_on(self.ranks, self.device, config)
+        return out_of_memory(self, self._rebuild(self.trained(view)), config, client)
 
     def untrained(self, view: View, client: str) -> LocalResult:
         """As `train` without a step: what was broadcast."""
@@ -231,10 +255,11 @@ class LocalTrainer:
         return [[examples[i] for i in picked[j : j + size]] for j in range(0, len(picked), size)]
 
     def _steps(self, engine: StepEngine, config: FederationSection, client: str, round: int) -> list[float]:
-        losses = []
+        losses, ranks, loss = [], self.ranks, self.ranks.weighed(self.task.loss)
         for step in range(config.local_steps):
-            micro = [self.batch(part) for part in self.micro_batches(config, client, round, step)]
-            losses.append(engine.step(micro, self.task.loss, learning_rate(config, round, step)))
+            batches = [self.batch(part) for part in self.micro_batches(config, client, round, step)]
+            micro = [ranks.part_of_mean(batch, self.task.counted) for batch in batches]
+            losses.append(ranks.mean(engine.step(micro, loss, learning_rate(config, round, step))))
             if error := flaw_of_loss(losses[-1], step, round):
                 raise error
         return losses
@@ -242,7 +267,7 @@ class LocalTrainer:
     @contextlib.contextmanager
     def _profiled(self, client: str, round: int) -> Iterator[None]:
         """Write a trace of what happens inside, where `worker.profile` names this client and round."""
-        if self.config.worker.profile != f"{client}:{round + 1}":
+        if self.config.worker.profile != f"{client}:{round + 1}" or self.ranks.rank:
             yield
             return
         kinds = [torch.profiler.ProfilerActivity.CPU]
@@ -268,26 +293,28 @@ class LocalTrainer:
 
         if self._hooks is None:
             raise ValueError("the config is not of a run with example-level privacy: nothing was hooked for its steps")
-        size = config.micro_batch  # the most samples whose gradients are in memory at once
+        ranks, losses = self.ranks, self.ranks.weighed(self.task.losses)
+        size = config.micro_batch * ranks.world  # on each rank, the most samples whose gradients are in memory at once
         for step in range(config.local_steps):
-            picked = private.key.stream("sample", *private.purpose, step).sample(len(examples), private.rate)
+            picked = ranks.from_first(partial(_picked, private, step, len(examples)))
             if private.watch is not None:
                 private.watch.sampled(len(picked), len(examples))
             picked.sort(
                 key=lambda i: (len(examples[i].input_ids), i)
             )  # less padding; each sample's gradient is its own
-            micro = [self.batch([examples[i] for i in picked[j : j + size]]) for j in range(0, len(picked), size)]
+            batches = [self.batch([examples[i] for i in picked[j : j + size]]) for j in range(0, len(picked), size)]
             private_step(
                 engine,
                 self._hooks,
-                micro,
-                self.task.losses,
+                [ranks.part_of_sum(batch) for batch in batches],
+                losses,
                 learning_rate(config, round, step),
                 private.mechanism,
-                private.key.stream("noise", *private.purpose, step),
+                private.stream("noise", step) if ranks.rank == 0 else None,
                 check=step == 0,
                 first=round == 0 and step == 0,
                 watch=private.watch,
+                ranks=ranks,
             )
 
     def clipped_sum(self, examples: list[Example], clip: float) -> Tensor:
@@ -307,16 +334,17 @@ class LocalTrainer:
     def evaluate(
         self, view: View, part: str, client: str, share: tuple[int, int], base_key: Any = None
     ) -> list[list[dict]]:
-        """Statistics of every `share[1]`-th batch from `share[0]` on, in order; batches do not depend on the share."""
+        """Statistics of every `share[1]`-th batch from `share[0]` on, in order; batches do not depend on the share. Of
+        several ranks each has every `world`-th of them."""
         engine = self._load(view, self.config.federation, None, base_key)
         self.set_mode(training=False)
         examples, size = self.examples(part, client), 4 * self.config.federation.batch_size
-        starts = range(0, len(examples), size)
+        starts, own = self.ranks.dealt(range(0, len(examples), size)[share[0] :: share[1]])
         result = []
-        for start in list(starts)[share[0] :: share[1]]:
+        for start in starts:
             rows = examples[start : start + size]
             result.append(self.task.statistics(engine.forward, rows, self.batch(rows)))
-        return result
+        return result[:own]
 
     def reset(self) -> None:
         """After an error: forget the engine, which may stand in the middle of a step."""

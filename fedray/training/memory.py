@@ -10,6 +10,7 @@ import torch
 from fedray.config.sections import FederationSection
 
 if TYPE_CHECKING:
+    from fedray.ranks import Ranks
     from fedray.training.engine import StepEngine
     from fedray.training.local import LocalTrainer
 
@@ -44,6 +45,14 @@ def out_of_memory(trainer: LocalTrainer, engine: StepEngine, config: FederationS
         return OutOfMemory(f"{had}; {most} do: set federation.accumulate to {accumulate}, the batch stays the same")
     return OutOfMemory(
         f"{had}, nor does 1: lower adapter.rank or data.max_length, or use model.dtype bfloat16 or worker.zero_stage 3"
+    )
+
+
+def out_of_memory_on(ranks: Ranks, device: torch.device, config: FederationSection) -> OutOfMemory:
+    """As `out_of_memory`, of a client of several ranks, without a try."""
+    return OutOfMemory(
+        f"{config.micro_batch} sequences at once over {ranks.world} ranks do not fit on {device}: raise "
+        "federation.accumulate, lower adapter.rank or data.max_length, or use worker.zero_stage 3 or worker.offload"
     )
 
 

@@ -16,7 +16,7 @@ from fedray.config.read import from_dict, read_config
 from fedray.data.partition import load_data
 from fedray.errors import ConfigError
 from fedray.federation.folder import differences
-from fedray.federation.placement import Node, matches, place_silos
+from fedray.federation.placement import Node, matches, place_apart
 from fedray.federation.pool_ray import RayPool
 
 
@@ -70,6 +70,10 @@ def test_labels_on_the_command_line():
         read_config(flags.replace("silo=a", "silo").split())
 
 
+def placed(config, nodes):
+    return place_apart(config, nodes, list(config.clients))
+
+
 # --- placement ------------------------------------------------------------------------------------------------------
 
 
@@ -89,23 +93,23 @@ def test_labels_match_as_ray_matches_them():
 
 def test_every_place_gets_workers_of_its_own():
     config = from_dict(siloed({"a1": "a", "b1": "b", "a2": "a"}))
-    found = place_silos(config, [node(), node("a"), node("b", 2.0)])
+    found = placed(config, [node(), node("a"), node("b", 2.0)])
     assert [(h.labels["silo"], h.clients) for h in found.homes] == [("a", ("a1", "a2"))] * 2 + [("b", ("b1",))]
     assert found.workers == 3 and found.cpus == 2 and found.device == "cpu"  # the largest share that costs no worker
     assert "a1, a2 on silo=a; b1 on silo=b" in found.reason
-    one = place_silos(from_dict(siloed({"a1": "a", "a2": "a"}, worker={"count": 1})), [node("a")])
+    one = placed(from_dict(siloed({"a1": "a", "a2": "a"}, worker={"count": 1})), [node("a")])
     assert one.workers == 1 and one.homes[0].clients == ("a1", "a2") and one.cpus == 4
-    small = place_silos(config, [node("a", 1.0), node("b", 1.0)])  # as many as fit: the two of a take turns
+    small = placed(config, [node("a", 1.0), node("b", 1.0)])  # as many as fit: the two of a take turns
     assert [h.labels["silo"] for h in small.homes] == ["a", "b"]
-    gpus = place_silos(config, [node("a", gpus=2.0), node("b", gpus=1.0)])
+    gpus = placed(config, [node("a", gpus=2.0), node("b", gpus=1.0)])
     assert gpus.gpus == 1.0 and gpus.workers == 3
     # Two labels, one node: its room is not given away twice.
     both = from_dict(siloed({"a": "in(x,y)", "b": "x"}, worker={"cpus": 3}))
     with pytest.raises(
         ConfigError, match="1 worker of 3 CPUs for b do not fit on the nodes with silo=x, where 1 CPUs are left"
     ):
-        place_silos(both, [node("x")])
-    assert [h.clients for h in place_silos(both, [node("x"), node("y")]).homes] == [
+        placed(both, [node("x")])
+    assert [h.clients for h in placed(both, [node("x"), node("y")]).homes] == [
         ("a",),
         ("b",),
     ]  # b, which has no choice, is placed first
@@ -116,22 +120,20 @@ def test_labels_that_no_node_has_are_refused_before_anything_starts():
     with pytest.raises(
         ConfigError, match=r"no node has the labels silo=b that clients.b.node_labels asks for \(there are silo=a\)"
     ):
-        place_silos(config, [node(), node("a")])
+        placed(config, [node(), node("a")])
     with pytest.raises(ConfigError, match="1 node without labels"):
-        place_silos(config, [node()])
+        placed(config, [node()])
     with pytest.raises(ConfigError, match="4 workers of 1 GPU and 1 CPU|2 workers of 1 GPU"):
-        place_silos(from_dict(siloed({"a": "a", "b": "a"}, worker={"count": 2, "gpus": 1})), [node("a", gpus=1.0)])
-    waits = place_silos(from_dict(siloed({"a": "a", "b": "b"}, worker={"wait": 60, "gpus": 1, "count": 1})), [node()])
+        placed(from_dict(siloed({"a": "a", "b": "a"}, worker={"count": 2, "gpus": 1})), [node("a", gpus=1.0)])
+    waits = placed(from_dict(siloed({"a": "a", "b": "b"}, worker={"wait": 60, "gpus": 1, "count": 1})), [node()])
     assert waits.workers == 2 and waits.gpus == 1
 
 
 def test_a_worker_gets_no_client_of_another_place():
     config = from_dict(siloed({"a1": "a", "b1": "b", "a2": "a"}))
-    own = RayPool(["w0", "w1", "w2"], ["a1", "b1", "a2"], homes=place_silos(config, [node("a"), node("b")]).homes)
+    own = RayPool(["w0", "w1", "w2"], ["a1", "b1", "a2"], homes=placed(config, [node("a"), node("b")]).homes)
     assert own.workers._owner == {"a1": 0, "a2": 1, "b1": 2}
-    shared = RayPool(
-        ["w0", "w1"], ["a1", "b1", "a2"], homes=place_silos(config, [node("a", 1.0), node("b", 1.0)]).homes
-    )
+    shared = RayPool(["w0", "w1"], ["a1", "b1", "a2"], homes=placed(config, [node("a", 1.0), node("b", 1.0)]).homes)
     assert shared.workers._owner == {} and shared.workers._serves == [("a1", "a2"), ("b1",)]
 
 

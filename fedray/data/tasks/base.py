@@ -119,6 +119,10 @@ class Task(ABC):
         """What a step without privacy minimises: the batch's mean."""
 
     @abstractmethod
+    def counted(self, batch: Batch) -> int:
+        """How many tokens or sequences `loss` is the mean over."""
+
+    @abstractmethod
     def losses(self, forward: Forward, batch: Batch) -> Tensor:
         """One loss a sequence, each a function of that sequence alone: what DP-SGD clips the gradients of."""
 

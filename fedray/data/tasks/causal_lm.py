@@ -89,6 +89,9 @@ class CausalLM(Task):
         losses, mask = self._tokens(forward, batch)
         return losses.sum() / mask.sum().clamp_min(1)
 
+    def counted(self, batch: Batch) -> int:
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
     def losses(self, forward: Forward, batch: Batch) -> Tensor:
         losses, mask = self._tokens(forward, batch)
         return losses.sum(1) / mask.sum(1).clamp_min(1)

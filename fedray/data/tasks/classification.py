@@ -47,6 +47,9 @@ class Classification(Task):
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         return self.losses(forward, batch).mean()
 
+    def counted(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
     def losses(self, forward: Forward, batch: Batch) -> Tensor:
         return torch.nn.functional.cross_entropy(forward(batch).float(), batch["labels"], reduction="none")
 

@@ -175,7 +175,7 @@ def _separation(config: Config) -> Limit:
             "medium",
             "Separation of the machines: a client's data are opened on nodes with its labels alone, as far as the "
             "cluster's operator gives these labels to that client's machines and to no others",
-            "federation/placement.py, place_silos",
+            "federation/placement.py, place_apart",
         )
     return Limit(
         "high",
