@@ -37,7 +37,7 @@ KEYS = {
         "schedule_over warmup max_grad_norm proximal keep_optimizer max_bytes evaluate_every patience "
         "best_round deadline quorum max_update_norm max_update_ratio exact_report"
     ),
-    "worker": "count gpus cpus ranks backend zero_stage batch_clients cache profile wait",
+    "worker": "count gpus cpus ranks backend zero_stage offload batch_clients cache profile wait",
     "privacy": (
         "epsilon delta noise unit trust clip count_noise subspace_fraction adaptive_clip secure_aggregation "
         "secure_threshold secure_colluding identities sweep_epsilon lifetime_epsilon key_dir"

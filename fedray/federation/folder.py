@@ -85,10 +85,14 @@ def _check_same_run(folder: Path, config: Config) -> None:
         )
 
 
+#: What a client's own section says of where it trains.
+_PLACED = {"node_labels", "gpus", "ranks", "zero_stage"}
+
+
 def differences(old: Config, new: Config) -> tuple[str, Any, Any] | None:
     """The first key that a resumed run may not change, with both values: where it runs and writes may, what it computes
     may not."""
-    where: Any = {"output": True, "worker": True, "engine": True, "clients": {"__all__": {"node_labels"}}}
+    where: Any = {"output": True, "worker": True, "engine": True, "clients": {"__all__": _PLACED}}
     before, now = (dict(_flat(c.model_dump(mode="json", exclude=where))) for c in (old, new))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):

@@ -142,6 +142,9 @@ def test_a_run_may_go_on_in_another_place_but_not_with_other_data():
     old = from_dict(values)
     moved = from_dict(json.loads(json.dumps(values).replace('"silo": "y"', '"silo": "z"')))
     assert differences(old, moved) is None
+    wider = json.loads(json.dumps(values))
+    wider["clients"]["b"] |= {"ranks": 2, "gpus": 1, "zero_stage": 3}
+    assert differences(old, from_dict(wider)) is None
     other = from_dict(json.loads(json.dumps(values).replace("/data/b/", "/data/c/")))
     assert differences(old, other) == ("clients.b.source", "/data/b/train.csv", "/data/c/train.csv")
 
