@@ -169,6 +169,19 @@ def _silos(config: Config, method: Method) -> None:
         raise ValueError("clients.NAME.node_labels: give data.source, held-out examples that every node may read")
 
 
+def _wire(config: Config, method: Method) -> None:
+    """Who counts on every digit of what is sent."""
+    reasons = {
+        "privacy.secure_aggregation adds whole numbers of its own": config.privacy.secure_aggregation,
+        "privacy counts what clients send, and what rounding leaves would stay with them without noise": (
+            config.privacy.on
+        ),
+        f"{method.name}'s second message is worked out from the first one's digits": method.asks,
+    }
+    for reason in (words for words, holds in reasons.items() if holds and config.federation.wire != "fp32"):
+        raise ValueError(f"federation.wire {config.federation.wire} cannot be: {reason}; leave it out")
+
+
 def _profile(config: Config, method: Method) -> None:
     if config.worker.profile is not None and config.privacy.on:
         raise ValueError(
@@ -240,6 +253,7 @@ CHECKS: tuple[Callable[[Config, Method], None], ...] = (
     _sources,
     _silo_sources,
     _silos,
+    _wire,
     _profile,
     _together,
     _ranks,

@@ -255,6 +255,9 @@ class FederationSection(Section):
     sent). What is not finite, or has other names or shapes, is left out always."""
     max_update_ratio: float | None = Field(None, ge=1)
     """The same, as a multiple of the median of the round's updates (of three at least)."""
+    wire: Literal["fp32", "bf16", "int8"] = "fp32"
+    """What updates travel as: in bf16 (2 bytes a number) or int8 (1, and 4 for 256 of them) what rounding took is in
+    rounds.jsonl, and comes with the client's next update where the method's broadcast is the mean of them."""
     exact_report: bool = False
     """Measure what a round and plain averaging lost in large cohorts too, where it is estimated otherwise, with its
     standard error in rounds.jsonl: costs what forming each layer's matrix costs."""

@@ -23,6 +23,7 @@ from fedray.federation.best import round_to_keep
 from fedray.federation.channels.base import Context, Pool
 from fedray.federation.channels.registry import make_channel
 from fedray.federation.clocks import aggregation_threads, threads, timed
+from fedray.federation.coding import feeds_back, opening
 from fedray.federation.evaluation import evaluate
 from fedray.federation.messages import Outcome
 from fedray.federation.record import RoundRecord
@@ -53,11 +54,12 @@ class Coordinator:
         channel: Callable[[Context], Any] = make_channel,
     ):
         layers, self._heads = facts
-        self.config, self.pool, self.folder = config, pool, Path(folder)
+        self.config, self.folder = config, Path(folder)
         self.method = make_method(config)
         self.data = data if data is not None else load_data(config)
         self.task = TASKS[config.model.task](config, self.data, None)
         self.spec = make_spec(config, layers, self.data.clients)
+        self.pool = pool = opening(pool, config.federation.wire, self.method, self.spec, list(self._heads))
         self.start: dict[str, Any] | None = None
         self.records: list[dict[str, Any]] = []
         self.kept: dict[str, Any] = {}
@@ -137,7 +139,8 @@ class Coordinator:
 
     def keep(self, outcomes: Sequence[Outcome]) -> None:
         """What stays with these clients, where the run keeps anything of them."""
-        if self.config.federation.keep_optimizer or self.method.keeps(self.spec):
+        section = self.config.federation
+        if section.keep_optimizer or feeds_back(section.wire, self.method) or self.method.keeps(self.spec):
             self.kept |= {o.client: o.kept for o in outcomes if o.kept is not None}  # SGD has no state
 
     def count_bytes_down(self, clients: Sequence[str], share: float) -> int:

@@ -78,17 +78,16 @@ class RayCrew:
             .remote(config, device, threads, reads)
             for bundle in bundles
         ]
-        ray.get([other.ready.remote() for other in self._others])
-        host = ray.util.get_node_ip_address()
-        meeting, store = open_meeting(host, world)
-        joined = [other.join.remote(rank, world, meeting) for rank, other in enumerate(self._others, start=1)]
-        self.ranks: Ranks = Group(0, world, device, meeting, store)
-        self._joined = joined
         self._out_of_step = False
+        _all([other.ready.remote() for other in self._others])
+        meeting, store = open_meeting(ray.util.get_node_ip_address(), world)
+        self._joined = [other.join.remote(rank, world, meeting) for rank, other in enumerate(self._others, start=1)]
+        with self._watched(self._joined):
+            self.ranks: Ranks = Group(0, world, device, meeting, store)
 
     def wait(self) -> None:
         """Until all have loaded the model. Raises what one of them raised."""
-        ray.get(self._joined)
+        _all(self._joined)
 
     def do(self, call: str, arguments: tuple[Any, ...], own: Callable[[], T]) -> tuple[T, list[Any]]:
         """See `Crew.do`."""
@@ -165,6 +164,15 @@ class RayCrew:
         ray.kill(self._others[rank - 1])
         if not done.wait(IN_STEP_SECONDS):
             _end(f"rank {rank} failed, and this one waits for it")
+
+
+def _all(references: list[Any]) -> None:
+    """Wait for the other ranks to begin. Raises what one of them raised; does not return where one died, which may be
+    its node's end: a restart finds another place for it."""
+    try:
+        ray.get(references)
+    except RayActorError as error:
+        _end(f"a rank died before it began: {one_line(error)}")
 
 
 def _rank_error(rank: int, error: RayTaskError) -> RankError:

@@ -74,7 +74,7 @@ class Workers:
         index = self.restarting.pop(reference)
         try:
             ray.get(reference)
-        except RayActorError:
+        except (RayActorError, RayTaskError):
             self.lost.add(index)
             return None
         return index

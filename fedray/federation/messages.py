@@ -65,7 +65,7 @@ class Trained:
     """What a client's round gives beside its update; no data, only sizes and means. In a private run neither:
     `examples` is 0, `train_loss` None, `seconds` 0. `base_lost`: what the base's dtype could not hold of the base
     update (Frobenius norm). `nbytes`: of the update. `key_is_fixed`: whether its noise key is one that a test has
-    fixed."""
+    fixed. `lost`, `meant`: squared norms of what rounding took from the update on its way, and of the whole."""
 
     client: str
     examples: int
@@ -74,6 +74,8 @@ class Trained:
     seconds: float
     nbytes: int
     key_is_fixed: bool = False
+    lost: float = 0.0
+    meant: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Failure:
 @dataclass(frozen=True)
 class Outcome:
     """How one client's round, or its answer, ended: `update` and `kept` are handles for `Pool.fetch` and the next
-    round, or None. `kept`: what stays with the client, its optimizer state and its own factors."""
+    round, or None. `kept`: what stays with the client (`kept.py`)."""
 
     client: str
     report: Trained | Answered | Failure

@@ -6,6 +6,7 @@ Nothing here asks which guarantee holds, only what its parts answer: the server'
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,13 @@ class Attendance:
         """The mean of the losses that were told, by examples."""
         losses = [r.train_loss * r.examples for r in self.reports if r.train_loss is not None]
         return sum(losses) / sum(r.examples for r in self.reports) if losses else None
+
+    @property
+    def wire_error(self) -> float | None:
+        """What rounding took on the way of all that was meant to be sent, relative Frobenius norm; None where updates
+        travel whole."""
+        meant = math.fsum(r.meant for r in self.reports)
+        return math.sqrt(math.fsum(r.lost for r in self.reports) / meant) if meant else None
 
 
 def run_round(server: Coordinator) -> RoundRecord | None:
@@ -185,6 +193,7 @@ def described(
         exactness=diagnostics.exactness,
         ideal_norm=diagnostics.ideal_norm,
         standard_error=diagnostics.standard_error,
+        wire_error=attendance.wire_error,
     )
 
 

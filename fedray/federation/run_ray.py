@@ -71,7 +71,12 @@ class RayRun:
 
     def _coordinate(self, facts: tuple) -> Any:
         """A coordinator on the driver's node, where the run directory is."""
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        node = ray.get_runtime_context().get_node_id()
+        if not any(n["NodeID"] == node and n["Alive"] for n in ray.nodes()):
+            raise FedrayError(
+                "the Ray node of this process has died: bring it up (`ray start`), and go on with output.resume"
+            )
+        here = NodeAffinitySchedulingStrategy(node, soft=False)
         order, homes = self._prepared.data.clients, self._prepared.placement.homes
         # mypy does not see what Ray's decorator makes of a class.
         actor = CoordinatorActor.options(scheduling_strategy=here)  # type: ignore[attr-defined]

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from fedray.federation.kept import factor_name, is_factor, optimizer_name
+from fedray.federation.kept import factor_name, is_factor, is_rest, optimizer_name, rest_name
 from fedray.federation.messages import Answered, Failure, Outcome, Trained
-from fedray.federation.wire import Manifest, Packet, pack
+from fedray.federation.wire import Manifest, Opened, Packet, pack
 from fedray.methods import Method, State
 from fedray.methods.shapes import Shapes, answer_shapes, sent_shapes, trained, trained_shapes
 from fedray.methods.state import Tensors, key
@@ -152,7 +152,7 @@ def norm(vector: np.ndarray, start: np.ndarray | None = None) -> float:
 def flaw_of_form(packet: Any, dtype: type, shapes: Shapes | None = None) -> str | None:
     """Why a packet is none that may be unpacked (as `shapes`, where they are given); None where it is."""
     # A subclass (a masked array) may do other things than a vector does.
-    if type(packet) is not Packet or type(packet.vector) is not np.ndarray or packet.vector.ndim != 1:
+    if type(packet) not in (Packet, Opened) or type(packet.vector) is not np.ndarray or packet.vector.ndim != 1:
         return "what it sent is no vector"
     if packet.vector.dtype != np.dtype(dtype):
         return f"it sent numbers of type {packet.vector.dtype}, and {np.dtype(dtype)} is due"
@@ -164,15 +164,20 @@ def flaw_of_form(packet: Any, dtype: type, shapes: Shapes | None = None) -> str 
     return None if shapes is None else _difference(packet.manifest, shapes)
 
 
-def flaw_of_kept(packet: Any, factors: Shapes, trained: Shapes) -> str | None:
+def flaw_of_kept(packet: Any, factors: Shapes, trained: Shapes, rest: Shapes) -> str | None:
     """Why what a client keeps may not be kept for it. `factors`: those that it has to keep; `trained`: what an
-    optimizer may have a state of: a few tensors of each one's shape, and how many steps it took."""
-    if packet is None and not factors:
+    optimizer may have a state of: a few tensors of each one's shape, and how many steps it took; `rest`: of what it
+    has to keep the rest that rounding took on the way."""
+    if packet is None and not factors and not rest:
         return None
     flaw = flaw_of_form(packet, np.float32) or flaw_of_values(packet)
     if flaw is None and {n: shape for n, shape in packet.manifest if is_factor(n)} != factors:
         flaw = "it sent other factors than its own"
-    flaw = flaw or _flaw_of_optimizer({n: shape for n, shape in packet.manifest if not is_factor(n)}, trained)
+    if flaw is None and {n: s for n, s in packet.manifest if is_rest(n)} != {rest_name(n): s for n, s in rest.items()}:
+        flaw = "it sent another rest than that of its update"
+    flaw = flaw or _flaw_of_optimizer(
+        {n: shape for n, shape in packet.manifest if not is_factor(n) and not is_rest(n)}, trained
+    )
     return flaw and f"of what stays with it: {flaw}"
 
 
@@ -269,7 +274,8 @@ def flaw_of_report(report: Any, packet: Packet, tells: bool) -> str | None:
 
 def _are_numbers(report: Trained) -> bool:
     losses = [] if report.train_loss is None else [report.train_loss]
-    return all(type(n) in (int, float) and abs(n) <= LARGEST_SAID for n in (*losses, report.base_lost, report.seconds))
+    said = (*losses, report.base_lost, report.seconds, report.lost, report.meant)
+    return all(type(n) in (int, float) and abs(n) <= LARGEST_SAID for n in said) and min(report.lost, report.meant) >= 0
 
 
 def left_out(outcomes: Sequence[Outcome], flaws: Mapping[str, str]) -> list[Outcome]:

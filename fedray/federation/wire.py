@@ -1,4 +1,5 @@
-"""What crosses the wire: one contiguous fp32 vector and a manifest of names and shapes.
+"""What crosses the wire: one contiguous fp32 vector and a manifest of names and shapes (`coding.py`: uploads in fewer
+bytes).
 
 One flat array is what Ray's object store moves fastest (README.md here). The bytes that are counted are the bytes
 of these vectors.
@@ -56,6 +57,20 @@ class Packet:
     def __reduce__(self) -> tuple[Any, ...]:
         # A digest never travels: whoever gets a packet works out its own.
         return Packet, (self.manifest, self.vector)
+
+
+@dataclass(frozen=True)
+class Opened(Packet):
+    """An update that came in another form (`coding.py`), of `travelled` bytes."""
+
+    travelled: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.travelled
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Opened, (self.manifest, self.vector, self.travelled)
 
 
 def pack(tensors: Mapping[str, Tensor]) -> Packet:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from fedray.config.sections import Config
 from fedray.data.partition import FederatedData
 from fedray.federation.channels.base import ClientSide
 from fedray.federation.channels.registry import make_side
+from fedray.federation.coding import make_coder
 from fedray.federation.kept import factors_kept, kept_tensors, optimizer_kept
 from fedray.federation.messages import Answered, Failure, Orders, Trained
 from fedray.federation.questions import Question
@@ -40,8 +41,8 @@ class Work:
     orders: Orders
 
 
-#: A client's update, what it keeps, and its report, or its failure.
-Done = tuple[Packet | None, Packet | None, Trained | Failure]
+#: A client's update as it travels (`wire.py`, `coding.py`), what it keeps, and its report, or its failure.
+Done = tuple[Any, Packet | None, Trained | Failure]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Worker:
         self.method = make_method(config)
         self.spec = make_spec(config, self.trainer.layers, self.trainer.data.clients)
         self.side = side(self.trainer, self.method, self.spec)
+        self._coder = make_coder(config.federation.wire, self.method, self.spec, list(self.trainer.describe()[1]))
         self._increments: dict[tuple[int, str], dict[str, Tensor]] = {}  # by version and digest
 
     def forget_increments(self) -> None:
@@ -151,17 +153,19 @@ class Worker:
         client, orders = begun.work.client, begun.work.orders
         result = self.side.trained(client, begun.view, steps)
         update = self.side.send(client, round, begun.view, result.tensors, orders)
-        return update, self._kept(result), self.side.report(client, result, update.nbytes, begun.private)
+        sent = self._coder.encode(client, update, begun.view, round, begun.held)
+        report = self.side.report(client, result, sent.update.nbytes, begun.private)
+        return sent.update, self._kept(result, sent.rest), replace(report, lost=sent.lost, meant=sent.meant)
 
     def _failed(self, client: str, error: Exception) -> Done:
         self.trainer.reset()
         return None, None, self.side.failure(client, error)
 
-    def _kept(self, result: LocalResult) -> Packet | None:
-        """What stays with the client of its round."""
+    def _kept(self, result: LocalResult, rest: Mapping[str, Tensor]) -> Packet | None:
+        """What stays with the client of its round. `rest`: of its update, under the names by which it is kept."""
         names = self.spec.names if self.method.asks else self.method.keeps(self.spec)
         factors = {n: t for n, t in result.tensors.items() if factor_of(n) in names}
-        tensors = kept_tensors(factors, result.optimizer_state)
+        tensors = kept_tensors(factors, result.optimizer_state) | dict(rest)
         return pack(tensors) if tensors else None
 
     def ask(

@@ -47,6 +47,7 @@ class WorkerActor:
     ):
         assert config.output.dir is not None, "a run that has begun knows its directory"
         log_lines(Path(config.output.dir).name, "worker")
+        self._flaw: Exception | None = None
         # DeepSpeed's own word for it: logical GPUs in tests, and machines whose GPUs are not to be touched.
         device = "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else device
         try:
@@ -54,14 +55,16 @@ class WorkerActor:
             self.worker = make_worker(config, device, threads, reads=reads, crew=crew)
             if crew is not None:
                 crew.wait()
-        except Exception as error:
-            if not config.siloed or quotes_errors(config):
-                raise
+        except Exception as error:  # noqa: BLE001 - `ready` raises it
             # Readers quote what they cannot read, and this error goes to the driver, another party's machine.
-            raise FedrayError(
+            hidden = FedrayError(
                 f"the data of {', '.join(reads)} could not be loaded ({type(error).__name__}); read them with the same "
                 "config on their own machine to see why"
-            ) from None
+            )
+            self._flaw = error if not config.siloed or quotes_errors(config) else hidden
+            if not ray.get_runtime_context().was_current_actor_reconstructed:
+                raise self._flaw from None
+            event("the worker could not start again", logging.ERROR, cause=str(self._flaw))
 
     def describe(self) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:
         return self.worker.describe()
@@ -71,7 +74,10 @@ class WorkerActor:
         return fixed_masks.fixed_here()
 
     def ready(self) -> bool:
-        """Answers when the actor is up, after a restart too."""
+        """Answers when the actor is up, after a restart too. Raises what kept it from starting again: an actor whose
+        restart raises is neither alive nor dead to Ray (2.60), and who asks it waits for ever."""
+        if self._flaw is not None:
+            raise self._flaw
         return True
 
     def train(
@@ -136,7 +142,7 @@ class _Resolved:
         return self._held[handle]
 
 
-def _as_objects(done: Sequence[tuple[Packet | None, Packet | None, Any]]) -> tuple[Any, ...]:
+def _as_objects(done: Sequence[tuple[Any, Packet | None, Any]]) -> tuple[Any, ...]:
     """One for all updates, which are read one after the other, one for what each client keeps, which may last, and one
     for the reports."""
     updates, kept, reports = zip(*done, strict=True)

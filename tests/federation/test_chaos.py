@@ -12,9 +12,11 @@ import ray
 from support import rounds, run, same_bits
 
 from fedray.federation import run_ray as runs
+from fedray.federation import worker_ray
 from fedray.federation.listening import Silent
 from fedray.federation.prepare import prepare
 from fedray.federation.run import execute
+from fedray.federation.worker import Worker
 
 
 @pytest.mark.parametrize("engine", ["ray", pytest.param("inline", marks=pytest.mark.slow)])
@@ -67,4 +69,29 @@ def test_a_coordinator_that_dies_in_a_round_is_restarted_from_the_last_checkpoin
     config = make_config(engine="ray", **options)
     execute(prepare(config), Killer())
     assert len(started) == 2 and "restarted from the last checkpoint" in notes[0]
+    same_bits(run(make_config(**options)), Path(config.output.dir))
+
+
+def test_a_worker_that_cannot_start_again_is_lost_and_the_others_take_its_clients(
+    make_config, ray_session, monkeypatch
+):
+    """Its data are gone from its machine, say."""
+
+    class Dies(Worker):
+        def __init__(self, config, *args, **options):
+            self.flag = Path(config.output.dir) / "flag"
+            if self.flag.exists():
+                raise OSError("the data are gone")
+            super().__init__(config, *args, **options)
+
+        def train(self, client, round, *args):
+            if client == "client-1" and round == 1 and not self.flag.exists():
+                self.flag.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().train(client, round, *args)
+
+    monkeypatch.setattr(worker_ray, "Worker", Dies)
+    options = dict(federation__local_steps=4, federation__clients=4)
+    config = make_config(engine="ray", worker={"cpus": 1, "count": 2}, **options)
+    execute(prepare(config))
     same_bits(run(make_config(**options)), Path(config.output.dir))

@@ -294,10 +294,11 @@ class ClientSide(Protocol):
 
 @dataclass(frozen=True)
 class Carriage:
-    """What a channel makes of one client's numbers: bytes of each on the way up, how many more an update has, and
-    bytes of keys and shares (up, down) with every vector of a sum."""
+    """What a channel makes of one client's numbers: bytes of each on the way up, and of an update of so many; how many
+    more an update has; and bytes of keys and shares (up, down) with every vector of a sum."""
 
     width: int
+    update: Callable[[int], int]
     more: int = 0
     beside: tuple[int, int] = (0, 0)
 

@@ -217,7 +217,7 @@ class ClientLevel(Accounted):
     def _expected_up(self, call: Training) -> int:
         """Bytes of a sample of the expected size; the true ones would tell its size, which is part of the secret."""
         numbers = sum(math.prod(shape) for shape in self.shapes(call, self.context.clients[0]).values())
-        return round(self.ledger.plans[EVERYONE].expected * numbers * plain.carriage().width)
+        return round(self.ledger.plans[EVERYONE].expected * numbers * plain.carriage(self.config).width)
 
     def _noised(
         self, round: int, reference: Tensors, updates: Sequence[dict[str, Tensor]], clients: int

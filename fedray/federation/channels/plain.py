@@ -30,6 +30,7 @@ from fedray.federation.channels.base import (
     Training,
 )
 from fedray.federation.channels.orders import OneRun
+from fedray.federation.coding import bytes_of, feeds_back
 from fedray.federation.messages import NO_ORDERS, PUBLIC, Answered, Failure, Orders, Outcome, Trained
 from fedray.federation.questions import (
     DenseGradient,
@@ -80,9 +81,9 @@ HOW, SEES = "", "sees each client's clipped update"
 # --- the server's half -------------------------------------------------------------------------------------------
 
 
-def carriage() -> Carriage:
-    """The wire's own: fp32 (`wire.py`)."""
-    return Carriage(width=4)
+def carriage(config: Config) -> Carriage:
+    """The wire's own (`wire.py`, `coding.py`)."""
+    return Carriage(4, partial(bytes_of, config.federation.wire))
 
 
 class AsIs:
@@ -265,11 +266,12 @@ class Plain:
 
     def _flaw_of_kept(self, outcome: Outcome, expected: Expected) -> str | None:
         """What is wrong with what stays with a client, where anything stays beyond the round."""
-        factors = expected.kept(outcome.client)
-        if not factors and not self.config.federation.keep_optimizer:
+        factors, section = expected.kept(outcome.client), self.config.federation
+        rest = expected.shapes(outcome.client) if feeds_back(section.wire, self.context.method) else {}
+        if not factors and not rest and not section.keep_optimizer:
             return None
         kept = None if outcome.kept is None else self.context.pool.fetch(outcome.kept)
-        return flaw_of_kept(kept, factors, expected.trained)
+        return flaw_of_kept(kept, factors, expected.trained, rest)
 
     def weight(self, outcome: Outcome) -> float:
         """What a client's update counts with."""

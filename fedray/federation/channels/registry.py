@@ -90,7 +90,7 @@ def check_clients(config: Config, least: int, rows: Mapping[str, int]) -> None:
 
 def carriage_of(config: Config, members: int) -> Carriage:
     """What the config's channel makes of each client's numbers in a cohort of so many."""
-    by_carrier = secure.carriage(config, members) if config.privacy.secure_aggregation else plain.carriage()
+    by_carrier = secure.carriage(config, members) if config.privacy.secure_aggregation else plain.carriage(config)
     clipped = config.privacy.on and config.privacy.unit == "client"
     return replace(by_carrier, more=client.more_numbers(config) if clipped else 0)
 

@@ -193,7 +193,7 @@ def limits(config: Config) -> list[Limit]:
 
 def carriage(config: Config, members: int) -> Carriage:
     """Of a sum over so many clients: numbers of the ring are 64 bits wide."""
-    return Carriage(width=8, beside=secure_sum.overhead(members, rule_of(config)))
+    return Carriage(8, (8).__mul__, beside=secure_sum.overhead(members, rule_of(config)))
 
 
 # --- the server's half -------------------------------------------------------------------------------------------
