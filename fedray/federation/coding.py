@@ -15,8 +15,9 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -237,12 +238,32 @@ class OpeningPool:
         if of not in self._starts:
             assert self._message is not None, "an update follows a broadcast"
             header: Header = self._message.header
-            nothing: dict[int, dict[str, Tensor]] = {version: {} for version, *_ in header.increments}
-            broadcast = decode(header, self._message.packet_of(client), nothing)
+            increments = {version: _Unread(packet) for version, packet in self._message.increments.items()}
+            broadcast = decode(header, self._message.packet_of(client), increments)
             view = self._method.view(self._spec, broadcast, client)
             sent = unmoved(self._method, self._spec, client, view, self._heads, header.round)
             self._starts[of] = pack(sent)
         return self._starts[of]
+
+
+class _Unread(Mapping[str, Tensor]):
+    """A packet's tensors, unpacked when one is asked for: most are of the base, which nobody looks at here."""
+
+    def __init__(self, packet: Packet):
+        self._packet = packet
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        return unpack(self._packet)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self._packet.manifest)
+
+    def __len__(self) -> int:
+        return len(self._packet.manifest)
 
 
 def _fits(sent: Coded, numbers: int) -> bool:

@@ -180,7 +180,7 @@ def encode(broadcast: Broadcast, known: Mapping[int, Packet], spec: Spec) -> Mes
     return Message(header, pack(broadcast.tensors), packets, cut, dict(spec.ranks))
 
 
-def decode(header: Header, packet: Packet, increments: Mapping[int, dict[str, Tensor]]) -> Broadcast:
+def decode(header: Header, packet: Packet, increments: Mapping[int, Mapping[str, Tensor]]) -> Broadcast:
     """`increments`: unpacked tensors by version; only the live ones are looked up."""
     live = tuple(Increment(version, increments[version], resets) for version, resets, _ in header.increments)
     return Broadcast(header.round, unpack(packet), live, header.trained, header.draw, header.plain)
