@@ -123,7 +123,7 @@ class Increment:
     """
 
     version: int
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     resets: bool = False
 
 
