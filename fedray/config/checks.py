@@ -182,6 +182,32 @@ def _wire(config: Config, method: Method) -> None:
         raise ValueError(f"federation.wire {config.federation.wire} cannot be: {reason}; leave it out")
 
 
+def _buffer(config: Config, method: Method) -> None:
+    """Updates that start from different rounds are added as changes of the same factors."""
+    section = config.federation
+    if section.buffer is None:
+        if section.replay is not None:
+            raise ValueError("federation.replay takes the steps of a run with federation.buffer: give the same buffer")
+        return
+    changes = method.linear and not (method.alternates or method.kept or method.personal or method.asks)
+    reasons = {
+        f"{method.name} averages something else than changes of the same factors in every round": not changes,
+        "privacy and secure sums are of one round's clients": config.privacy.on or config.privacy.secure_aggregation,
+        "federation.wire measures what is sent from the newest round": section.wire != "fp32",
+        "federation.keep_optimizer goes from round to round": section.keep_optimizer,
+        "federation.cohort draws who trains": section.cohort is not None,
+        "federation.quorum and federation.deadline are about rounds that end for all": (
+            section.quorum < 1 or section.deadline is not None
+        ),
+        "worker.batch_clients train from one round": config.worker.batch_clients > 1,
+        "engine inline has nobody arrive while another trains (federation.replay needs no Ray)": (
+            config.engine == "inline" and section.replay is None
+        ),
+    }
+    for reason in (words for words, holds in reasons.items() if holds):
+        raise ValueError(f"federation.buffer {section.buffer} cannot be: {reason}; leave one out")
+
+
 def _profile(config: Config, method: Method) -> None:
     if config.worker.profile is not None and config.privacy.on:
         raise ValueError(
@@ -254,6 +280,7 @@ CHECKS: tuple[Callable[[Config, Method], None], ...] = (
     _silo_sources,
     _silos,
     _wire,
+    _buffer,
     _profile,
     _together,
     _ranks,

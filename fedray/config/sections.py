@@ -255,6 +255,11 @@ class FederationSection(Section):
     sent). What is not finite, or has other names or shapes, is left out always."""
     max_update_ratio: float | None = Field(None, ge=1)
     """The same, as a multiple of the median of the round's updates (of three at least)."""
+    buffer: int | None = Field(None, ge=1)
+    """Wait for nobody in particular: as soon as so many updates have arrived they are one round's (FedBuff), and count
+    by 1 / sqrt(1 + d) where they started d rounds before. Everybody else goes on training."""
+    replay: str | None = None
+    """Directory of a run with federation.buffer: take the same steps from its log, on any engine."""
     wire: Literal["fp32", "bf16", "int8"] = "fp32"
     """What updates travel as: in bf16 (2 bytes a number) or int8 (1, and 4 for 256 of them) what rounding took is in
     rounds.jsonl, and comes with the client's next update where the method's broadcast is the mean of them."""

@@ -15,21 +15,21 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedray.federation.buffered import Arrivals
 from fedray.federation.kept import rest_of, rest_tensors
 from fedray.federation.messages import Orders, Outcome
 from fedray.federation.questions import Question
-from fedray.federation.wire import Header, Manifest, Message, Opened, Packet, decode, pack, unpack
+from fedray.federation.starts import Starts, unmoved
+from fedray.federation.wire import Manifest, Message, Opened, Packet, pack, unpack
 from fedray.methods import Method, Spec, View
-from fedray.methods.shapes import trained
 
 if TYPE_CHECKING:
     from fedray.federation.channels.base import Pool
@@ -162,13 +162,6 @@ def make_coder(wire: str, method: Method, spec: Spec, heads: Sequence[str]) -> C
     return Rounded(wire, method, spec, heads) if wire in CODES else Whole()
 
 
-def unmoved(
-    method: Method, spec: Spec, client: str, view: View, heads: Sequence[str], round: int
-) -> Mapping[str, Tensor]:
-    """What a client would send that had not trained."""
-    return method.upload(spec, client, trained(view, tuple(heads)), round)
-
-
 def _squared(vector: np.ndarray) -> float:
     return float(np.square(vector, dtype=np.float64).sum())
 
@@ -187,14 +180,11 @@ class _From:
 class OpeningPool:
     """A pool whose clients send codes: whoever fetches an update gets numbers."""
 
-    def __init__(self, pool: Pool, code: Code, method: Method, spec: Spec, heads: Sequence[str]):
-        self._pool, self._code, self._method, self._spec, self._heads = pool, code, method, spec, tuple(heads)
-        self._message: Message | None = None
-        self._starts: dict[str, Packet] = {}
+    def __init__(self, pool: Pool, code: Code, starts: Starts):
+        self._pool, self._code, self._starts = pool, code, starts
 
     def publish(self, message: Message) -> Any:
-        self._message = message
-        self._starts.clear()
+        self._starts.publish(message)
         return self._pool.publish(message)
 
     def train(
@@ -214,6 +204,9 @@ class OpeningPool:
     ) -> list[Outcome]:
         return self._pool.ask(question, clients, kept, deadline)
 
+    def stream(self) -> Arrivals:
+        return self._pool.stream()
+
     def evaluate(self, handle: Any, part: str, client: str | None, kept: Any = None) -> tuple[list[dict], float]:
         return self._pool.evaluate(handle, part, client, kept)
 
@@ -222,7 +215,7 @@ class OpeningPool:
         if not isinstance(update, _From):
             return self._pool.fetch(update)
         sent: Any = self._pool.fetch(update.handle)
-        start = self._start(update.client)
+        start = self._starts.of(update.client)
         if type(sent) is not Coded or sent.manifest != start.manifest or not _fits(sent, len(start.vector)):
             return None
         try:
@@ -231,40 +224,6 @@ class OpeningPool:
             return None
         return Opened(start.manifest, start.vector + change, sent.nbytes)
 
-    def _start(self, client: str) -> Packet:
-        """What a client would send that had not trained; one for all of a rank, unless they have factors of their
-        own."""
-        of = client if self._method.personal else str(self._spec.ranks.get(client, ""))
-        if of not in self._starts:
-            assert self._message is not None, "an update follows a broadcast"
-            header: Header = self._message.header
-            increments = {version: _Unread(packet) for version, packet in self._message.increments.items()}
-            broadcast = decode(header, self._message.packet_of(client), increments)
-            view = self._method.view(self._spec, broadcast, client)
-            sent = unmoved(self._method, self._spec, client, view, self._heads, header.round)
-            self._starts[of] = pack(sent)
-        return self._starts[of]
-
-
-class _Unread(Mapping[str, Tensor]):
-    """A packet's tensors, unpacked when one is asked for: most are of the base, which nobody looks at here."""
-
-    def __init__(self, packet: Packet):
-        self._packet = packet
-
-    @cached_property
-    def _tensors(self) -> dict[str, Tensor]:
-        return unpack(self._packet)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name, _ in self._packet.manifest)
-
-    def __len__(self) -> int:
-        return len(self._packet.manifest)
-
 
 def _fits(sent: Coded, numbers: int) -> bool:
     """Whether the arrays are vectors, of as many codes as there are numbers."""
@@ -272,6 +231,6 @@ def _fits(sent: Coded, numbers: int) -> bool:
     return all(type(a) is np.ndarray and a.ndim == 1 for a in arrays) and len(sent.codes) == numbers
 
 
-def opening(pool: Pool, wire: str, method: Method, spec: Spec, heads: Sequence[str]) -> Pool:
+def opening(pool: Pool, wire: str, starts: Starts) -> Pool:
     """The coordinator's end of `federation.wire`: the pool, or one around it."""
-    return OpeningPool(pool, CODES[wire], method, spec, heads) if wire in CODES else pool
+    return OpeningPool(pool, CODES[wire], starts) if wire in CODES else pool

@@ -20,6 +20,7 @@ from fedray.data.partition import FederatedData, load_data
 from fedray.data.tasks import TASKS
 from fedray.federation import checkpoint as checkpoints
 from fedray.federation.best import round_to_keep
+from fedray.federation.buffered import buffering
 from fedray.federation.channels.base import Context, Pool
 from fedray.federation.channels.registry import make_channel
 from fedray.federation.clocks import aggregation_threads, threads, timed
@@ -29,6 +30,7 @@ from fedray.federation.messages import Outcome
 from fedray.federation.record import RoundRecord
 from fedray.federation.round import run_round
 from fedray.federation.start import make_start
+from fedray.federation.starts import Starts
 from fedray.federation.wire import Message, Packet, encode, pack, unpack
 from fedray.methods import State
 
@@ -59,7 +61,9 @@ class Coordinator:
         self.data = data if data is not None else load_data(config)
         self.task = TASKS[config.model.task](config, self.data, None)
         self.spec = make_spec(config, layers, self.data.clients)
-        self.pool = pool = opening(pool, config.federation.wire, self.method, self.spec, list(self._heads))
+        starts = Starts(self.method, self.spec, list(self._heads))
+        pool = buffering(opening(pool, config.federation.wire, starts), config, len(self.data.clients), starts)
+        self.pool = pool
         self.start: dict[str, Any] | None = None
         self.records: list[dict[str, Any]] = []
         self.kept: dict[str, Any] = {}

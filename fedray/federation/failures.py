@@ -75,18 +75,25 @@ def after_client(state: ClientState, client: str, attempt: int, cause: str = "")
     raise ValueError(f"{state} asks for no decision")
 
 
-def needed_of(cohort: int, quorum: float) -> int:
-    """How many clients of a cohort must report."""
-    return math.ceil(quorum * cohort)
+@dataclass(frozen=True)
+class Needed:
+    """How many clients must report, and what of the config asks for it."""
+
+    clients: int
+    asked: str
 
 
-def after_round(cohort: int, reported: int, quorum: float, attempt: int, reasons: list[str]) -> Decision:
+def needed_of(cohort: int, quorum: float) -> Needed:
+    """Of a cohort, as a share."""
+    return Needed(math.ceil(quorum * cohort), f"federation.quorum {quorum:g}")
+
+
+def after_round(cohort: int, reported: int, needed: Needed, attempt: int, reasons: list[str]) -> Decision:
     """After all clients of a round's attempt (from 1) are in terminal states."""
-    needed = needed_of(cohort, quorum)
-    if reported >= needed:
+    if reported >= needed.clients:
         return Decision(Action.AGGREGATE, f"{reported} of {cohort} clients reported")
     why = (
-        f"{reported} of {cohort} clients reported and {needed} are needed (federation.quorum {quorum:g}): "
+        f"{reported} of {cohort} clients reported and {needed.clients} are needed ({needed.asked}): "
         f"{'; '.join(reasons)}"
     )
     return Decision(Action.RETRY_ROUND if attempt < ROUND_ATTEMPTS else Action.FAIL, why)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fedray.errors import ConfigError
+from fedray.federation.buffered import Arrivals
 from fedray.federation.clocks import threads
 from fedray.federation.messages import Orders, Outcome
 from fedray.federation.questions import Question
@@ -48,6 +50,9 @@ class InlinePool:
                 answer, _, report = self.worker.ask(client, question, kept.get(client))
                 outcomes.append(Outcome(client, report, answer))
         return outcomes
+
+    def stream(self) -> Arrivals:
+        raise ConfigError("federation.buffer needs engine ray: inline nobody arrives while another trains")
 
     def fetch(self, update: Packet) -> Packet:
         return update

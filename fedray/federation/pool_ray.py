@@ -17,6 +17,7 @@ from fedray.federation.messages import Orders, Outcome
 from fedray.federation.placement import Seat
 from fedray.federation.questions import Question
 from fedray.federation.queues import Speeds
+from fedray.federation.stream import Stream
 from fedray.federation.wire import Header, Message, Packet
 
 #: Bytes of fetched updates that are held at once, beside the one that was fetched last.
@@ -81,6 +82,16 @@ class RayPool:
 
         speeds = self._speeds.setdefault("training", Speeds())
         return Dispatch(self.workers, clients, call, deadline, self.progress, speeds, self._together).run()
+
+    def stream(self) -> Stream:
+        def train(worker: Any, handle: Published, version: int, client: str, orders: Orders) -> Sequence[Any]:
+            work = [(client, handle.packet_of(client), None, orders)]
+            references: Sequence[Any] = worker.train.options(num_returns=3).remote(
+                work, version, handle.header, handle.increments
+            )
+            return references
+
+        return Stream(self.workers, train, self.progress)
 
     def ask(
         self, question: Question, clients: Sequence[str], kept: Mapping[str, Any], deadline: float | None

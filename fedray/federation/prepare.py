@@ -12,6 +12,7 @@ from fedray.config.sections import Config
 from fedray.data.partition import FederatedData, load_data, public_data
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError
+from fedray.federation.buffered import read_log
 from fedray.federation.channels.registry import check_clients
 from fedray.federation.cluster import nodes_there, resources
 from fedray.federation.failures import needed_of
@@ -86,6 +87,12 @@ def _check_data(config: Config, data: FederatedData) -> None:
         raise ConfigError(
             f"federation.cohort {config.federation.cohort} is more than the {len(data.clients)} clients: lower it"
         )
+    if (config.federation.buffer or 0) > len(data.clients):
+        raise ConfigError(
+            f"federation.buffer {config.federation.buffer} is more than the {len(data.clients)} clients: lower it"
+        )
+    if config.federation.replay is not None:
+        read_log(config.federation.replay)
     if config.worker.profile is not None:
         client, _, round = config.worker.profile.rpartition(":")
         if client not in data.clients or not 1 <= int(round) <= config.federation.rounds:
@@ -99,7 +106,7 @@ def _check_data(config: Config, data: FederatedData) -> None:
     cohort = cohort_of(config, len(data.clients))
     check_clients(config, cohort, rows)
     if (rule := make_method(config).robust) is not None:
-        rule.check_cohort(cohort, needed_of(cohort, config.federation.quorum))
+        rule.check_cohort(cohort, needed_of(cohort, config.federation.quorum).clients)
 
 
 def _placement(config: Config, clients: Sequence[str], capacity: tuple[float, float] | None) -> Placement:

@@ -107,7 +107,8 @@ def train(server: Coordinator, call: Training) -> Attendance:
         done |= {o.client: o for o in outcomes if not o.failed}
         failed = [*admission.failed, *failures(outcomes)]
         reasons = [server.channel.reason(f) for f in failed]
-        decision = after_round(len(admission.cohort), len(done), server.config.federation.quorum, attempt, reasons)
+        needed = server.channel.needed(len(admission.cohort))
+        decision = after_round(len(admission.cohort), len(done), needed, attempt, reasons)
         if decision.action is Action.AGGREGATE:
             break
         if decision.action is Action.FAIL:
@@ -157,7 +158,7 @@ def _answered(server: Coordinator, answers: list[Outcome], cohort: int) -> Mappi
     failed = failures(answers)
     packets = {a.client: server.pool.fetch(a.update) for a in answers if not a.failed}
     reasons = [server.channel.reason(f) for f in failed]
-    decision = after_round(cohort, len(packets), server.config.federation.quorum, ROUND_ATTEMPTS, reasons)
+    decision = after_round(cohort, len(packets), server.channel.needed(cohort), ROUND_ATTEMPTS, reasons)
     if decision.action is Action.FAIL:
         raise RoundError(f"round {server.state.round + 1}, second upload: {decision.reason}")
     return packets

@@ -8,7 +8,7 @@ from fedray.adapters import ADAPTERS, Layer
 from fedray.config.read import from_dict
 from fedray.errors import ConfigError
 from fedray.federation import checkpoint
-from fedray.federation.failures import Action, ClientState, after_client, after_round
+from fedray.federation.failures import Action, ClientState, after_client, after_round, needed_of
 from fedray.federation.placement import place
 from fedray.federation.wire import Packet, decode, encode, pack, unpack
 from fedray.methods import FedEx, Increment, Spec, Update
@@ -97,9 +97,9 @@ def test_failure_policy():
     assert raised.action is Action.LEAVE_OUT and "ward-7" in raised.reason and "bad row" in raised.reason
     with pytest.raises(ValueError):
         after_client(ClientState.REPORTED, "a", 1)
-    assert after_round(5, 4, 0.8, 1, []).action is Action.AGGREGATE
-    assert after_round(5, 3, 0.8, 1, ["x"]).action is Action.RETRY_ROUND
-    failed = after_round(5, 3, 0.8, 2, ["client 'a': late"])
+    assert after_round(5, 4, needed_of(5, 0.8), 1, []).action is Action.AGGREGATE
+    assert after_round(5, 3, needed_of(5, 0.8), 1, ["x"]).action is Action.RETRY_ROUND
+    failed = after_round(5, 3, needed_of(5, 0.8), 2, ["client 'a': late"])
     assert (
         failed.action is Action.FAIL
         and "3 of 5 clients reported and 4 are needed" in failed.reason

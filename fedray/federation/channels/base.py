@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from fedray.federation.failures import Needed
 from fedray.federation.messages import Answered, Failure, Orders, Outcome, Trained
 from fedray.federation.questions import Question
 from fedray.federation.screening import Expected, Norms
@@ -22,6 +23,7 @@ from fedray.privacy.keys import KeyStore
 if TYPE_CHECKING:
     from fedray.config.sections import Config
     from fedray.errors import FedrayError
+    from fedray.federation.buffered import Arrivals
     from fedray.federation.channels.orders import OneRun
     from fedray.federation.record import RoundRecord
     from fedray.privacy.private import Private, SketchNoise
@@ -52,6 +54,9 @@ class Pool(Protocol):
         self, question: Question, clients: Sequence[str], kept: Mapping[str, Any], deadline: float | None
     ) -> list[Outcome]:
         """Put a question to the clients; answers are the outcomes' `update`."""
+
+    def stream(self) -> Arrivals:
+        """Training that goes on from round to round (`federation/buffered.py`)."""
 
     def fetch(self, update: Any) -> Packet:
         """One client's update, when it is its turn to be added. Raises LostError where it is gone."""
@@ -178,6 +183,9 @@ class Channel(Protocol):
 
     def admit(self, round: int, message: Message) -> Admission | None:
         """The round's cohort; None when no client may take part in another round."""
+
+    def needed(self, cohort: int) -> Needed:
+        """How many of a cohort must report."""
 
     def receivers(self, admission: Admission) -> tuple[Sequence[str], float]:
         """Of which clients the bytes of a broadcast are counted, and what share of them receives it."""

@@ -31,6 +31,7 @@ from fedray.federation.channels.base import (
 )
 from fedray.federation.channels.orders import OneRun
 from fedray.federation.coding import bytes_of, feeds_back
+from fedray.federation.failures import Needed, needed_of
 from fedray.federation.messages import NO_ORDERS, PUBLIC, Answered, Failure, Orders, Outcome, Trained
 from fedray.federation.questions import (
     DenseGradient,
@@ -201,6 +202,9 @@ class Plain:
         """The admission with what the carrier has agreed with its cohort."""
         agreed, failed = self.carrier.agree(admission.cohort)
         return replace(admission, agreed=agreed, failed=failed)
+
+    def needed(self, cohort: int) -> Needed:
+        return needed_of(cohort, self.config.federation.quorum)
 
     def receivers(self, admission: Admission) -> tuple[Sequence[str], float]:
         return admission.cohort, 1.0

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedray.federation.channels import accounted, client, distributed, example, masked, plain, secure
+from fedray.federation.channels import accounted, buffered, client, distributed, example, masked, plain, secure
 from fedray.federation.channels.base import Carriage, Carrier, Channel, ClientSide, Context, Limit, Released, Sealer
 from fedray.methods import Method, Spec
 from fedray.privacy.keys import KeyStore
@@ -23,7 +23,8 @@ def make_channel(context: Context) -> Channel:
     """The server's half of a run: its guarantee over its carrier."""
     privacy = context.config.privacy
     if not privacy.on:
-        return plain.Plain(context, _carrier(context, None))
+        make = plain.Plain if context.config.federation.buffer is None else buffered.Buffered
+        return make(context, _carrier(context, None))
     ledger = accounted.open_ledger(context)
     guarantees = {"client": client.ClientLevel, "example": example.ExampleLevel, "nobody": distributed.Distributed}
     return guarantees[_guarantee(context.config)](context, _carrier(context, ledger.run), ledger)
