@@ -42,7 +42,7 @@ KEYS = {
         "epsilon delta noise unit trust clip count_noise subspace_fraction adaptive_clip secure_aggregation "
         "secure_threshold secure_colluding identities sweep_epsilon lifetime_epsilon key_dir"
     ),
-    "output": "dir resume track",
+    "output": "dir resume keep checkpoints track",
 }
 
 

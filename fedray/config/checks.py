@@ -208,6 +208,15 @@ def _buffer(config: Config, method: Method) -> None:
         raise ValueError(f"federation.buffer {section.buffer} cannot be: {reason}; leave one out")
 
 
+def _checkpoints(config: Config, method: Method) -> None:
+    """What was spent must be known wherever a run goes on."""
+    if config.output.checkpoints is not None and (config.privacy.on or config.privacy.secure_aggregation):
+        raise ValueError(
+            "output.checkpoints would let a private run go on without the ledger of what it has spent, which is in "
+            "output.dir: leave it out, and put output.dir on storage that stays"
+        )
+
+
 def _profile(config: Config, method: Method) -> None:
     if config.worker.profile is not None and config.privacy.on:
         raise ValueError(
@@ -281,6 +290,7 @@ CHECKS: tuple[Callable[[Config, Method], None], ...] = (
     _silos,
     _wire,
     _buffer,
+    _checkpoints,
     _profile,
     _together,
     _ranks,

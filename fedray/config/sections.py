@@ -335,6 +335,11 @@ class OutputSection(Section):
     """Run directory (default: runs/METHOD-TIME)."""
     resume: bool = False
     """Go on from the directory's last checkpoint; without one, start."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints that are kept, beside that of the run's result."""
+    checkpoints: str | None = None
+    """URI of a second place for them, from which output.resume goes on where output.dir is empty: whatever pyarrow or
+    fsspec reaches, such as s3://bucket/run."""
     track: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], BeforeValidator(forms.trackers)] = (
         "tensorboard",
     )

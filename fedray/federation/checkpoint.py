@@ -1,7 +1,8 @@
 """The checkpoint: the server's state and what the round loop needs, written whole or not at all after every round.
 
 `checkpoint/round-00003/` holds `tensors.safetensors` and `state.json`. It is written under another name, flushed to
-disk and renamed, so a kill at any moment leaves the previous one; the last two are kept, and that of the run's result.
+disk and renamed, so a kill at any moment leaves the previous one; the last few are kept, and that of the run's result;
+all of them in a second place too, where the run has one (`storage.py`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedray.errors import RoundError
+from fedray.federation.storage import Storage
 from fedray.methods import Increment, Spec, State
 from fedray.privacy.files import flush
-
-KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,11 @@ class Checkpoint:
     """What the run's channel must find again: how far its ledger had come."""
 
 
-def save(folder: Path, checkpoint: Checkpoint, result: int | None = None) -> None:
-    """Write atomically; older ones are removed afterwards, but for that of round `result`. Raises RoundError where it
-    cannot be written: the previous one is as it was."""
+def save(
+    folder: Path, checkpoint: Checkpoint, result: int | None = None, keep: int = 2, storage: Storage | None = None
+) -> None:
+    """Write atomically; older ones than the last `keep` are removed afterwards, but for that of round `result`. Raises
+    RoundError where it cannot be written: the previous one is as it was."""
     part = folder / f".writing-{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -56,9 +58,11 @@ def save(folder: Path, checkpoint: Checkpoint, result: int | None = None) -> Non
             f"the checkpoint of round {checkpoint.state.round} could not be written to {folder} ({_words(error)}): the "
             f"last one that is whole is {left}; make room there, and go on with output.resume"
         ) from error
-    for old in _rounds(folder)[:-KEPT]:
+    for old in _rounds(folder)[:-keep]:
         if result is None or old != _path(folder, result):
             shutil.rmtree(old)
+    if storage is not None:
+        storage.save(final, [path.name for path in _rounds(folder)])
 
 
 def _words(error: Exception) -> str:
@@ -103,8 +107,11 @@ def _rounds(folder: Path) -> list[Path]:
     return sorted(folder.glob("round-*")) if folder.is_dir() else []
 
 
-def latest(folder: Path, spec: Spec) -> Checkpoint | None:
-    """The last complete checkpoint, or None. `spec` is not stored: it follows from config and model."""
+def latest(folder: Path, spec: Spec, storage: Storage | None = None) -> Checkpoint | None:
+    """The last complete checkpoint (of the storage, where the folder has none), or None. `spec` is not stored: it
+    follows from config and model."""
+    if storage is not None and not _rounds(folder):
+        storage.fetch(folder)
     rounds = _rounds(folder)
     return _read(rounds[-1], spec) if rounds else None
 

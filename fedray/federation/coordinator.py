@@ -31,6 +31,7 @@ from fedray.federation.record import RoundRecord
 from fedray.federation.round import run_round
 from fedray.federation.start import make_start
 from fedray.federation.starts import Starts
+from fedray.federation.storage import storage_of
 from fedray.federation.wire import Message, Packet, encode, pack, unpack
 from fedray.methods import State
 
@@ -69,7 +70,8 @@ class Coordinator:
         self.kept: dict[str, Any] = {}
         self._seen = dict.fromkeys(self.data.clients, 0)
         self._packets: dict[int, Packet] = {}
-        saved = checkpoints.latest(self._checkpoints, self.spec)
+        self._storage = storage_of(config.output.checkpoints)
+        saved = checkpoints.latest(self._checkpoints, self.spec, self._storage)
         context = Context(config, tuple(self.data.clients), pool, self.method, self._checkpoints)
         self.channel = channel(context)
         if saved is not None:
@@ -175,4 +177,5 @@ class Coordinator:
         kept = {client: unpack(self.pool.fetch(handle)) for client, handle in self.kept.items()}
         mark = self.channel.mark()
         saved = checkpoints.Checkpoint(self.state, self._seen, kept, tuple(self.records), self.start, mark)
-        checkpoints.save(self._checkpoints, saved, round_to_keep(self.config, self.records))
+        result = round_to_keep(self.config, self.records)
+        checkpoints.save(self._checkpoints, saved, result, self.config.output.keep, self._storage)

@@ -14,7 +14,11 @@
 | fewer clients than a secure sum's threshold    | the run fails: the sum stays closed              |
 | a client's budget is spent                     | it is left out of all later rounds               |
 | everybody's budget is spent, or `max_bytes` or `patience` is | the run ends                       |
-| a checkpoint cannot be written (a full disk)   | the run fails; it goes on from the one before it |
+| a checkpoint cannot be written (a full disk)   | the run fails; it goes on from the last whole one |
+| one of a client's ranks dies, or fails alone   | as a worker that dies, or a client that raises (`crew_ray.py`) |
+| a worker cannot start again                    | the others take its clients; those that only it may serve are left out |
+| the driver's own node dies                     | the run fails; it goes on with output.resume     |
+| an update is late (`federation.buffer`)        | it counts less (`buffered.py`)                   |
 """
 
 from __future__ import annotations

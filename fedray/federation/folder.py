@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from fedray.config.read import from_dict
 from fedray.config.sections import BUILTIN, Config
 from fedray.errors import ConfigError
 from fedray.federation.channels.registry import check_resumable
 from fedray.federation.results import read_run_config
+from fedray.federation.storage import storage_of
 
 #: Set by Ray for the entrypoint of a submitted job.
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -67,6 +71,24 @@ def _check_place(folder: Path, name: str) -> None:
     parent = next(p for p in folder.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"output.dir '{name}' cannot be made: {parent} is no directory that can be written to")
+
+
+def check_storage(config: Config, resuming: bool) -> None:
+    """Raises ConfigError for a second place of checkpoints that has another run's, or this one's and nobody said that
+    it goes on."""
+    storage = storage_of(config.output.checkpoints)
+    if storage is None or (text := storage.config()) is None:
+        return
+    different, uri = differences(from_dict(yaml.safe_load(text)), config), config.output.checkpoints
+    if different:
+        key, before, now = different
+        raise ConfigError(
+            f"output.checkpoints '{uri}' holds a run with another {key} ({before}, now {now}): give another place"
+        )
+    if not (resuming or config.output.resume) and storage.rounds():
+        raise ConfigError(
+            f"output.checkpoints '{uri}' holds such a run: go on with it by --output.resume, or give another place"
+        )
 
 
 def _check_same_run(folder: Path, config: Config) -> None:

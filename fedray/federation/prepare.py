@@ -16,7 +16,7 @@ from fedray.federation.buffered import read_log
 from fedray.federation.channels.registry import check_clients
 from fedray.federation.cluster import nodes_there, resources
 from fedray.federation.failures import needed_of
-from fedray.federation.folder import rooted, run_folder
+from fedray.federation.folder import check_storage, rooted, run_folder
 from fedray.federation.placement import Placement, place, place_apart
 from fedray.methods import Spec
 from fedray.training.model import check_loadable, load_tokenizer, skeleton
@@ -70,6 +70,7 @@ def prepare(config: Config, capacity: tuple[float, float] | None = None) -> Prep
     Raises ConfigError; writes nothing."""
     config = rooted(config)
     folder, resuming = run_folder(config)
+    check_storage(config, resuming)
     data = load_data(config)
     _check_data(config, data)
     check_loadable(config)

@@ -25,6 +25,7 @@ from fedray.federation.pool_inline import InlinePool
 from fedray.federation.prepare import Prepared
 from fedray.federation.results import load_checkpoint, summarise, write
 from fedray.federation.run_ray import RayRun, why_ended
+from fedray.federation.storage import storage_of
 from fedray.federation.worker import Worker
 
 
@@ -59,6 +60,8 @@ def _begin(prepared: Prepared) -> None:
         raise ConfigError(f"output.dir '{prepared.folder}' cannot be made: {error.strerror}") from error
     if not prepared.resuming:
         (prepared.folder / "config.yaml").write_text(prepared.config.to_yaml())
+    if (storage := storage_of(prepared.config.output.checkpoints)) is not None:
+        storage.claim(prepared.config.to_yaml())
 
 
 def _rounds(prepared: Prepared, listener: Listener, group: PlacementGroup | None) -> Iterator[dict[str, Any]]:
