@@ -69,7 +69,8 @@ def title(process: psutil.Process) -> str:
 
 
 def processes(word: str) -> list[psutil.Process]:
-    return [p for p in psutil.process_iter() if word in title(p)]
+    """Of this cluster, whose nodes are this process's children."""
+    return [p for p in psutil.Process().children(recursive=True) if title(p).startswith(word)]
 
 
 class Field:
@@ -81,6 +82,7 @@ class Field:
         self.nodes = [self.cluster.add_node(num_cpus=2) for _ in range(2)]
         ray.init(address=self.cluster.address, log_to_driver=False, logging_level="ERROR")
         self.driver: subprocess.Popen | None = None
+        self.before = set(psutil.pids())
 
     def start(self) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -139,9 +141,13 @@ class Field:
     def left(self) -> list[str]:
         """What outlives the run, after a while."""
         end = time.monotonic() + 30
-        while (names := [n for n in PROCESSES.values() if processes(n)]) and time.monotonic() < end:
+        while (names := [n for n in PROCESSES.values() if self.outlive(n)]) and time.monotonic() < end:
             time.sleep(0.2)
         return names
+
+    def outlive(self, word: str) -> bool:
+        """Also of a node that went: what nobody is the parent of any more."""
+        return any(title(p).startswith(word) for p in psutil.process_iter() if p.pid not in self.before)
 
     def close(self) -> None:
         ray.shutdown()

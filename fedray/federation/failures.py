@@ -16,7 +16,7 @@
 | everybody's budget is spent, or `max_bytes` or `patience` is | the run ends                       |
 | a checkpoint cannot be written (a full disk)   | the run fails; it goes on from the last whole one |
 | one of a client's ranks dies, or fails alone   | as a worker that dies, or a client that raises (`crew_ray.py`) |
-| a worker cannot start again                    | the others take its clients; those that only it may serve are left out |
+| a worker cannot start again                    | the others take its clients; whom only it serves is left out |
 | the driver's own node dies                     | the run fails; it goes on with output.resume     |
 | an update is late (`federation.buffer`)        | it counts less (`buffered.py`)                   |
 """
