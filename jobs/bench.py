@@ -9,6 +9,7 @@
     python jobs/bench.py privacy        # a DP-SGD step against the plain step
     python jobs/bench.py secure         # a client's bytes and time in secure sums of 50, 100 and 200, a third dropping
     python jobs/bench.py sharing        # what a sweep's trials on one machine share: tokenised data and base weights
+    python jobs/bench.py run            # a run against the same steps in a plain PyTorch loop; takes a run's flags
     python jobs/bench.py model          # a whole Llama-3.2-1B: 10 clients of rank 16; --clients, --shape
 
 Times in seconds are this machine's; the ratios are what is claimed. Run it on a quiet machine.
@@ -29,6 +30,7 @@ from benches.secure_sums import secure
 from benches.sharing import sharing
 from benches.step import step
 from benches.whole_model import whole_model
+from benches.whole_run import whole_run
 from rich.console import Console
 
 from fedray.report.terminal import make_console
@@ -48,8 +50,8 @@ def main() -> None:
         "--peer-python", action="append", default=[], metavar="PATH", help="of an environment with flwr or pfl; repeat"
     )
     args, flags = parser.parse_known_args()
-    if flags and args.part != "sharing":
-        parser.error(f"unknown: {' '.join(flags)} (only `sharing` takes a run's own flags)")
+    if flags and args.part not in ("sharing", "run"):
+        parser.error(f"unknown: {' '.join(flags)} (only `sharing` and `run` take a run's own flags)")
     console = make_console(width=150)
     for name in BENCHES if args.part == "all" else (args.part,):
         BENCHES[name](console, args, flags)
@@ -64,6 +66,7 @@ BENCHES: dict[str, Callable[[Console, argparse.Namespace, list[str]], None]] = {
     "privacy": lambda console, args, _: private(console, args.rounds),
     "secure": lambda console, args, _: secure(console),
     "sharing": lambda console, _, flags: sharing(console, flags),
+    "run": lambda console, _, flags: whole_run(console, flags),
     "model": lambda console, args, _: whole_model(console, args.shape, args.clients or 10, 16),
 }
 

@@ -11,6 +11,7 @@ import pytest
 from benches import secure_sums
 from rich.console import Console
 
+from fedray.errors import ConfigError
 from fedray.privacy.secure_sum import STEP
 
 
@@ -46,3 +47,13 @@ def test_a_clients_bytes_in_a_secure_sum_grow_less_than_twofold_from_50_to_200_c
         assert len(one.costs) == count - (count - 1) // 3 and one.error <= count * STEP / 2
     both = [one.median(lambda cost: cost.up) + one.median(lambda cost: cost.down) for one in (few, many)]
     assert both[0] > 20_000 and both[1] < 2 * both[0]
+
+
+def test_the_run_benchmark_runs(capsys, tiny, monkeypatch):
+    monkeypatch.setattr("benches.whole_run.ENGINES", {"one process": ("inline", {})})
+    flags = ["--model.path", f"{tiny}/llama", "--data.source", f"{tiny}/text.jsonl", "--data.max_length", "48"]
+    flags += ["--federation.clients", "2", "--federation.rounds", "2", "--federation.local_steps", "2"]
+    bench.whole_run(Console(width=150), flags, turns=1)
+    assert "one process" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="adapter.kind lora"):
+        bench.whole_run(Console(width=150), [*flags, "--adapter.kind", "ravan"])
