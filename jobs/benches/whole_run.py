@@ -123,10 +123,11 @@ def _model(config: Config, classes: int) -> PeftModel:
     for module in base.modules():
         if isinstance(module, nn.Dropout) and dropout is not None:
             module.p = dropout
+    targets = config.adapter.targets
     lora = LoraConfig(
         r=config.adapter.largest_rank,
         lora_alpha=config.adapter.alpha,
-        target_modules=list(config.adapter.targets) if config.adapter.targets else "all-linear",
+        target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=None if speaks else ["classifier"],
     )
     return get_peft_model(base, lora)
