@@ -126,7 +126,7 @@ def _model(config: Config, classes: int) -> PeftModel:
     targets = config.adapter.targets
     lora = LoraConfig(
         r=config.adapter.largest_rank,
-        lora_alpha=config.adapter.alpha,
+        lora_alpha=config.adapter.alpha or 2 * config.adapter.largest_rank,
         target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=None if speaks else ["classifier"],
     )
