@@ -56,4 +56,4 @@ def test_the_run_benchmark_runs(capsys, tiny, monkeypatch):
     bench.whole_run(Console(width=150), flags, turns=1)
     assert "one process" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="adapter.kind lora"):
-        bench.whole_run(Console(width=150), [*flags, "--adapter.kind", "ravan"])
+        bench.whole_run(Console(width=150), [*flags, "--adapter.kind", "abba", "--adapter.rank", "4"])
