@@ -15,7 +15,6 @@ from fedray.config.read import from_dict
 from fedray.lowrank import weighted_sum
 from fedray.training.model import skeleton
 
-
 #: Of more clients an aggregation takes long enough to be timed once, and their updates fill the memory.
 FEW = 10
 
