@@ -67,7 +67,7 @@ class RayCrew:
     def __init__(self, config: Config, device: str, threads: int, reads: Sequence[str], bundles: Sequence[int]):
         group, world = get_current_placement_group(), len(bundles) + 1
         assert group is not None, "a worker lives in its run's placement group"
-        gpus = 0 if device == "cpu" else ray.get_runtime_context().get_assigned_resources().get("GPU", 0)
+        gpus = config.worker.gpus if device == "cuda" else 0
         self._others: list[Any] = [
             ray.remote(RankActor)
             .options(

@@ -13,6 +13,8 @@ from support import final_tensors, rounds, run, same_bits
 
 from fedray.errors import ConfigError, RankError
 from fedray.federation import crew_ray
+from fedray.federation.channels import statement
+from fedray.federation.channels.registry import words_of
 from fedray.federation.placement import Node, place, place_apart
 from fedray.federation.prepare import prepare
 from fedray.ranks import ALONE
@@ -270,3 +272,13 @@ def test_prepare_places_mixed_workers(make_config, monkeypatch):
 
     monkeypatch.setattr(preparing, "nodes_there", lambda: [Node({"CPU": 6.0}, {})])
     assert prepare(make_config(engine="ray", clients=MIXED)).placement.workers == 3
+
+
+def test_a_private_runs_statement_names_the_network_between_ranks(make_config):
+    def said(**options):
+        config = make_config(engine="ray", privacy={"noise": 1.0}, **options)
+        return [limit.what for limit in statement._limits(config, words_of(config))]
+
+    assert not any("ranks say to each other" in words for words in said())
+    assert any("ranks say to each other" in words for words in said(clients=MIXED))
+    assert any("ranks say to each other" in words for words in said(worker={"ranks": 2}))

@@ -164,7 +164,22 @@ def _limits(config: Config, words: Words) -> list[Limit]:
         ),
         Limit("medium", keys, "privacy/keys.py, KeyStore"),
         *_ALWAYS,
+        *_between_ranks(config),
         *words.limits,
+    ]
+
+
+def _between_ranks(config: Config) -> list[Limit]:
+    """Of clients whose steps several processes take."""
+    if max(config.worker.ranks, *(config.worker_of(name).ranks for name in config.clients), 1) == 1:
+        return []
+    return [
+        Limit(
+            "medium",
+            "What a client's ranks say to each other, gradients without noise among it, is neither encrypted nor "
+            "authenticated: it must stay in the client's own network",
+            "ranks.py, Group",
+        )
     ]
 
 
