@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from fedray.federation.wire import Message, Packet, decode, pack, unpack
+from fedray.federation.wire import Message, Packet, PacketView, decode, pack
 from fedray.methods import Method, Spec, View
 from fedray.methods.shapes import trained
 
@@ -38,28 +37,8 @@ class Starts:
         if alike not in self._packets:
             assert self._message is not None, "an update follows a broadcast"
             header = self._message.header
-            increments = {version: _Unread(packet) for version, packet in self._message.increments.items()}
+            increments = {version: PacketView(packet) for version, packet in self._message.increments.items()}
             broadcast = decode(header, self._message.packet_of(client), increments)
             view = self._method.view(self._spec, broadcast, client)
             self._packets[alike] = pack(unmoved(self._method, self._spec, client, view, self._heads, header.round))
         return self._packets[alike]
-
-
-class _Unread(Mapping[str, Tensor]):
-    """A packet's tensors, unpacked when one is asked for: most are of the base, which nobody looks at here."""
-
-    def __init__(self, packet: Packet):
-        self._packet = packet
-
-    @cached_property
-    def _tensors(self) -> dict[str, Tensor]:
-        return unpack(self._packet)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name, _ in self._packet.manifest)
-
-    def __len__(self) -> int:
-        return len(self._packet.manifest)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -99,6 +99,37 @@ def unpack(packet: Packet) -> dict[str, Tensor]:
     if offset != len(packet.vector):
         raise ValueError(f"a vector of {len(packet.vector)} numbers does not fit a manifest of {offset}")
     return tensors
+
+
+class PacketView(Mapping[str, Tensor]):
+    """A packet's tensors, each unpacked when it is asked for, anew every time: updates that lie in the object store
+    are looked at there, and take no memory of this process but for the one tensor."""
+
+    def __init__(self, packet: Packet):
+        self._packet = packet
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        places, offset = {}, 0
+        for name, shape in self._packet.manifest:
+            places[name] = (offset, shape)
+            offset += math.prod(shape)
+        return places
+
+    def __getitem__(self, name: str) -> Tensor:
+        offset, shape = self._places[name]
+        tensor = torch.empty(shape)
+        tensor.view(-1).numpy()[:] = self._packet.vector[offset : offset + tensor.numel()]
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._packet.manifest)
 
 
 @dataclass(frozen=True)

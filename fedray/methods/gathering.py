@@ -1,5 +1,6 @@
 """How a round's updates become a cohort: read once, in order, each folded into what is asked of all of them. They are
-kept only where the method needs each (`Gathering.keeps`), so the memory of a mean does not grow with the cohort.
+kept only where the method needs each (`Gathering.keeps`), so the memory of a mean does not grow with the cohort; those
+that are kept of a large cohort stay as they came (`Complete`), and are looked at layer by layer.
 """
 
 from __future__ import annotations
@@ -26,6 +27,24 @@ PROBES = 64
 SEED = 0
 
 
+class Complete(Mapping[str, Tensor]):
+    """A client's factors: those that came, as they are given when they are asked for, and those that did not train."""
+
+    def __init__(self, spec: Spec, start: Tensors, came: Tensors):
+        self._spec, self._start, self._came = spec, start, came
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._came:
+            return self._start[name]
+        return self._spec.whole({name: self._came[name]})[name] if self._spec.ranks else self._came[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**dict.fromkeys(self._start), **dict.fromkeys(self._came)})
+
+    def __len__(self) -> int:
+        return len(self._start.keys() | self._came.keys())
+
+
 @dataclass
 class Gathering:
     """`starts`: a client's factors before it trained, complete. Of a large cohort, `keeps`: every update is kept;
@@ -41,7 +60,8 @@ class Gathering:
     def __post_init__(self) -> None:
         self._clients: list[str] = []
         self._weights: list[float] = []
-        self._kept: list[dict[str, Tensor]] = []
+        self._kept: list[Tensors] = []
+        self._came: list[Tensors] = []  # as `_block`, as it came
         self._block: list[dict[str, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
         self._images: dict[str, Tensor] = {}
@@ -53,6 +73,7 @@ class Gathering:
         received = self.spec.whole(update.tensors) if self.spec.ranks else dict(update.tensors)
         self._clients.append(update.client)
         self._weights.append(update.weight)
+        self._came.append(update.tensors)
         self._block.append(received)
         if len(self._block) * self._columns > GRAM_COLUMNS:
             self._many = True
@@ -72,12 +93,15 @@ class Gathering:
             for client, received in zip(clients, self._block, strict=True):  # what is not finite stays so in a sum
                 check_finite(Update(client, 1.0, received))
         keeps, sketches = self.keeps or not self._many, self.ideal == "sketch" and self._many
-        if keeps or sketches:
-            complete = [{**self.starts(c), **received} for c, received in zip(clients, self._block, strict=True)]
-            self._kept += complete if keeps else []
-            if sketches:
-                self._sketch(complete, weights)
-        self._block = []
+        starts = [self.starts(client) for client in clients] if keeps or sketches else []
+        complete = [{**start, **received} for start, received in zip(starts, self._block, strict=False)]
+        if keeps and self._many:
+            self._kept += [Complete(self.spec, s, came) for s, came in zip(starts, self._came, strict=True)]
+        elif keeps:
+            self._kept += complete
+        if sketches:
+            self._sketch(complete, weights)
+        self._block, self._came = [], []
 
     def _sum(self, weights: Sequence[float]) -> None:
         if not self._sums:

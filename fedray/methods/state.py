@@ -213,7 +213,7 @@ class Cohort:
 
     clients: tuple[str, ...]
     weights: tuple[float, ...]
-    tensors: tuple[dict[str, Tensor], ...]
+    tensors: tuple[Tensors, ...]
     means: dict[str, Tensor]
     dtype: torch.dtype
     unrounded: dict[str, Tensor]

@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from algebra import begin, method_of, spec, train
 
 from fedray.adapters import Layer
 from fedray.errors import RoundError
+from fedray.federation.wire import PacketView, pack
 from fedray.lowrank import LowRank
 from fedray.methods import Update
 from fedray.methods.gathering import GRAM_COLUMNS, Gathering
@@ -91,6 +93,39 @@ def test_a_sum_of_many_is_no_wider_than_its_matrix(pair):
         assert held <= room
     if method.exact == "yes":
         assert found.exactness < 1e-6
+
+
+class Watched(PacketView):
+    """An update in the object store: every tensor that is unpacked of it is watched."""
+
+    alive: ClassVar[dict[int, int]] = {}
+    most: ClassVar[list[int]] = [0]
+
+    def __getitem__(self, name):
+        tensor = super().__getitem__(name)
+        self.alive[id(tensor)] = tensor.numel()
+        weakref.finalize(tensor, self.alive.pop, id(tensor), None)
+        self.most[0] = max(self.most[0], sum(self.alive.values()))
+        return tensor
+
+
+@pytest.mark.parametrize("pair", STACKING)
+def test_updates_that_are_kept_stay_where_they_are(pair):
+    """In the object store: of a large cohort no more is unpacked at once than of a small one, and the bits are the
+    same as of updates that are held here."""
+    method, state = first_state(pair)
+    most = {}
+    for count in (MANY, 4 * MANY):
+        updates = [train(method, state, f"c{i}", i, torch.float32, 1.0 + i % 3)[0] for i in range(count)]
+        held = method.aggregate(state, updates)[0]
+        Watched.alive.clear()
+        Watched.most[0] = 0
+        watched = method.aggregate(state, (Update(u.client, u.weight, Watched(pack(u.tensors))) for u in updates))[0]
+        most[count] = Watched.most[0]
+        assert all(torch.equal(t, watched.tensors[name]) for name, t in held.tensors.items())
+        for one, other in zip(held.increments, watched.increments, strict=True):
+            assert all(torch.equal(t, other.tensors[name]) for name, t in one.tensors.items())
+    assert 0 < most[4 * MANY] <= 1.05 * most[MANY]
 
 
 def test_no_update_with_a_weight_is_no_round():

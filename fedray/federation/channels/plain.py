@@ -43,7 +43,7 @@ from fedray.federation.questions import (
     ValueQuestion,
 )
 from fedray.federation.screening import Expected, flaw_of_form, flaw_of_kept, flaw_of_report, flaw_of_values, left_out
-from fedray.federation.wire import Message, Packet, pack, unpack
+from fedray.federation.wire import Message, Packet, PacketView, pack, unpack
 from fedray.methods import Method, Spec, Update, View
 from fedray.methods.shapes import Shapes
 from fedray.privacy.keys import KeyStore
@@ -112,7 +112,7 @@ class AsIs:
 
         def updates() -> Iterator[Update]:
             for outcome in outcomes:
-                yield Update(outcome.client, weight(outcome), unpack(self.context.pool.fetch(outcome.update)))
+                yield Update(outcome.client, weight(outcome), PacketView(self.context.pool.fetch(outcome.update)))
 
         return Intake(updates(), sum(said))
 
