@@ -27,6 +27,10 @@ SHARE = "share"
 TIMEOUT = timedelta(minutes=10)
 
 
+class FirstRankError(RuntimeError):
+    """On the other ranks: the first one failed in what it makes for all."""
+
+
 class Ranks(Protocol):
     """What a client's steps need of its ranks. `rank`: this one's number, from 0; `world`: how many there are."""
 
@@ -50,8 +54,8 @@ class Ranks(Protocol):
         """The sum over the ranks of an fp64 tensor on the CPU; may be done in place."""
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What the first rank makes; no other makes it. Raises what `make` raises on the first, RuntimeError on the
-        others."""
+        """What the first rank makes; no other makes it. Raises what `make` raises on the first, FirstRankError on
+        the others."""
 
     def dealt(self, items: Sequence[T]) -> tuple[list[T], int]:
         """What this rank takes of the items, as many on each: so many of them are its own, the rest are there because
@@ -170,7 +174,7 @@ class Group:
                 error, made[1] = raised, f"{type(raised).__name__} on the first rank"
         distributed.broadcast_object_list(made, src=0, group=self._said)
         if made[1] is not None:
-            raise error or RuntimeError(made[1])
+            raise error or FirstRankError(made[1])
         value: T = made[0]
         return value
 

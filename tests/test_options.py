@@ -35,7 +35,7 @@ KEYS = {
     "federation": (
         "clients rounds cohort local_steps batch_size accumulate optimizer lr weight_decay schedule "
         "schedule_over warmup max_grad_norm proximal keep_optimizer max_bytes evaluate_every patience "
-        "best_round deadline quorum max_update_norm max_update_ratio exact_report buffer replay wire"
+        "best_round deadline quorum max_update_norm max_update_ratio exact_report buffer replay wire wire_feedback"
     ),
     "worker": "count gpus cpus ranks backend zero_stage offload batch_clients cache profile wait",
     "privacy": (

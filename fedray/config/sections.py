@@ -263,6 +263,9 @@ class FederationSection(Section):
     wire: Literal["fp32", "bf16", "int8"] = "fp32"
     """What updates travel as: in bf16 (2 bytes a number) or int8 (1, and 4 for 256 of them) what rounding took is in
     rounds.jsonl, and comes with the client's next update where the method's broadcast is the mean of them."""
+    wire_feedback: bool = True
+    """Whether clients keep what rounding took. It is as large as an update in fp32, and kept as an optimizer's state
+    is: in Ray's object store and the checkpoint."""
     exact_report: bool = False
     """Measure what a round and plain averaging lost in large cohorts too, where it is estimated otherwise, with its
     standard error in rounds.jsonl: costs what forming each layer's matrix costs."""

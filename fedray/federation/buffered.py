@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fedray.errors import ConfigError
+from fedray.errors import ConfigError, RoundError
 from fedray.federation.messages import Orders, Outcome
 from fedray.federation.questions import Question
 from fedray.federation.starts import Starts
@@ -80,6 +80,11 @@ class Replayed:
         if not self._left:
             return None
         client, version = self._left.pop(0)
+        if version not in self._handles:
+            raise RoundError(
+                "a replay begins at the first round: it cannot go on from a checkpoint; start it again in another "
+                "output.dir"
+            )
         orders = {client: self._orders[client]}
         (outcome,) = self._pool.train(self._handles[version], version, [client], {}, None, orders)
         return Arrival(outcome, version)

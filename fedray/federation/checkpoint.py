@@ -43,8 +43,9 @@ def save(
 ) -> None:
     """Write atomically; older ones than the last `keep` are removed afterwards, but for that of round `result`. Raises
     RoundError where it cannot be written: the previous one is as it was."""
+    for left in folder.glob(".writing-*"):  # of processes that were killed
+        shutil.rmtree(left, ignore_errors=True)
     part = folder / f".writing-{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
     try:
         _write(part, checkpoint)
         final = _path(folder, checkpoint.state.round)
@@ -108,9 +109,9 @@ def _rounds(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path, spec: Spec, storage: Storage | None = None) -> Checkpoint | None:
-    """The last complete checkpoint (of the storage, where the folder has none), or None. `spec` is not stored: it
+    """The last complete checkpoint (of the storage, where that has a newer one), or None. `spec` is not stored: it
     follows from config and model."""
-    if storage is not None and not _rounds(folder):
+    if storage is not None:
         storage.fetch(folder)
     rounds = _rounds(folder)
     return _read(rounds[-1], spec) if rounds else None

@@ -4,7 +4,8 @@ What a client sends so is how far it has moved from what it was sent, so that ro
 not to the factors. What rounding took stays with the client and is added to its next change (error feedback: Seide
 et al., Interspeech 2014; Karimireddy et al., ICML 2019, arXiv 1901.09847), where the method's broadcast is the mean of
 what was sent, of the same factors in every round: others give clients new factors, in which the last round's rest means
-nothing.
+nothing. As all that a client keeps, the rest (fp32) passes through the object store and the checkpoint and is not
+counted: where the line to a client is what costs, `federation.wire_feedback false` leaves it out.
 
 | `federation.wire` | bytes a number | largest error of a number          |
 |-------------------|----------------|------------------------------------|
@@ -32,6 +33,7 @@ from fedray.federation.wire import Manifest, Message, Opened, Packet, pack, unpa
 from fedray.methods import Method, Spec, View
 
 if TYPE_CHECKING:
+    from fedray.config.sections import FederationSection
     from fedray.federation.channels.base import Pool
 
 #: Numbers that share a step.
@@ -107,9 +109,10 @@ def bytes_of(wire: str, numbers: int) -> int:
     return {"fp32": 4 * numbers, "bf16": 2 * numbers, "int8": numbers + 4 * -(-numbers // BLOCK)}[wire]
 
 
-def feeds_back(wire: str, method: Method) -> bool:
+def feeds_back(section: FederationSection, method: Method) -> bool:
     """Whether what rounding took comes with a client's next change: where that is of the same numbers."""
-    return wire in CODES and method.linear and not method.alternates
+    means = method.linear and not method.alternates and (method.robust is None or method.robust.linear)
+    return section.wire in CODES and section.wire_feedback and means
 
 
 # --- the client's end --------------------------------------------------------------------------------------------
@@ -143,8 +146,8 @@ class Whole:
 class Rounded:
     """In one of the codes."""
 
-    def __init__(self, wire: str, method: Method, spec: Spec, heads: Sequence[str]):
-        self._code, self._feeds_back = CODES[wire], feeds_back(wire, method)
+    def __init__(self, section: FederationSection, method: Method, spec: Spec, heads: Sequence[str]):
+        self._code, self._feeds_back = CODES[section.wire], feeds_back(section, method)
         self._method, self._spec, self._heads = method, spec, tuple(heads)
 
     def encode(self, client: str, update: Packet, view: View, round: int, held: Mapping[str, Tensor]) -> Sent:
@@ -157,9 +160,9 @@ class Rounded:
         return Sent(Coded(update.manifest, codes, steps), rest, _squared(left), _squared(change))
 
 
-def make_coder(wire: str, method: Method, spec: Spec, heads: Sequence[str]) -> Coder:
+def make_coder(section: FederationSection, method: Method, spec: Spec, heads: Sequence[str]) -> Coder:
     """The worker's end of `federation.wire`. `heads`: names of the heads, which train with the factors."""
-    return Rounded(wire, method, spec, heads) if wire in CODES else Whole()
+    return Rounded(section, method, spec, heads) if section.wire in CODES else Whole()
 
 
 def _squared(vector: np.ndarray) -> float:

@@ -146,7 +146,7 @@ class Coordinator:
     def keep(self, outcomes: Sequence[Outcome]) -> None:
         """What stays with these clients, where the run keeps anything of them."""
         section = self.config.federation
-        if section.keep_optimizer or feeds_back(section.wire, self.method) or self.method.keeps(self.spec):
+        if section.keep_optimizer or feeds_back(section, self.method) or self.method.keeps(self.spec):
             self.kept |= {o.client: o.kept for o in outcomes if o.kept is not None}  # SGD has no state
 
     def count_bytes_down(self, clients: Sequence[str], share: float) -> int:

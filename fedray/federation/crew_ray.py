@@ -29,7 +29,7 @@ from fedray.config.sections import Config
 from fedray.errors import RankError
 from fedray.federation.dispatch import one_line
 from fedray.federation.logs import event
-from fedray.ranks import Group, Meeting, Ranks, open_meeting
+from fedray.ranks import FirstRankError, Group, Meeting, Ranks, open_meeting
 from fedray.training.local import LocalTrainer
 
 T = TypeVar("T")
@@ -118,8 +118,9 @@ class RayCrew:
     def _after(self, error: Exception, references: list[Any]) -> None:
         """This rank's part failed: see whether the others' did alike. Raises RankError where another one's failure came
         first."""
+        freed = self._out_of_step  # by another rank's failure: this one's is but that it waited
         ready, late = ray.wait(references, num_returns=len(references), timeout=IN_STEP_SECONDS)
-        self._out_of_step = self._out_of_step or bool(late)
+        self._out_of_step = freed or bool(late)
         for reference in ready:
             rank = references.index(reference) + 1
             try:
@@ -128,7 +129,8 @@ class RayCrew:
             except RayActorError as died:
                 _end(f"rank {rank} died: {one_line(died)}")
             except RayTaskError as theirs:
-                if type(theirs.cause) is not type(error):
+                alike = isinstance(theirs.cause, (type(error), FirstRankError))
+                if freed or not alike:
                     self._out_of_step = True
                     raise _rank_error(rank, theirs) from error
 

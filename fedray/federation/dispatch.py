@@ -34,6 +34,7 @@ class Workers:
         self._owner = self._owners(order)
         self.restarting: dict[Any, int] = {}  # reference that resolves when a worker is back -> its index
         self.lost: set[int] = set()  # workers that cannot be restarted
+        self.held: dict[int, float] = {}  # by training that goes on from round to round, and since when
 
     def _owners(self, order: Sequence[str]) -> dict[str, int]:
         """Each client's own worker; empty unless there is one for each."""
@@ -58,6 +59,11 @@ class Workers:
     def ready(self) -> list[int]:
         """Those that are neither restarting nor lost."""
         return [i for i in range(len(self.actors)) if i not in self.restarting.values() and i not in self.lost]
+
+    def unhurried(self, usable: Sequence[int]) -> list[int]:
+        """Of these workers, who does not train from round to round; or else who has done so for longest."""
+        free = [i for i in usable if i not in self.held]
+        return free or sorted(usable, key=lambda i: self.held[i])[:1]
 
     def stop(self, index: int) -> None:
         """End what a worker does; it restarts."""

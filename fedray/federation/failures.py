@@ -81,10 +81,11 @@ def after_client(state: ClientState, client: str, attempt: int, cause: str = "")
 
 @dataclass(frozen=True)
 class Needed:
-    """How many clients must report, and what of the config asks for it."""
+    """How many clients must report, what of the config asks for it, and how often a round is tried."""
 
     clients: int
     asked: str
+    attempts: int = ROUND_ATTEMPTS
 
 
 def needed_of(cohort: int, quorum: float) -> Needed:
@@ -100,4 +101,4 @@ def after_round(cohort: int, reported: int, needed: Needed, attempt: int, reason
         f"{reported} of {cohort} clients reported and {needed.clients} are needed ({needed.asked}): "
         f"{'; '.join(reasons)}"
     )
-    return Decision(Action.RETRY_ROUND if attempt < ROUND_ATTEMPTS else Action.FAIL, why)
+    return Decision(Action.RETRY_ROUND if attempt < needed.attempts else Action.FAIL, why)

@@ -13,6 +13,7 @@ import yaml
 from fedray.config.read import from_dict
 from fedray.config.sections import BUILTIN, Config
 from fedray.errors import ConfigError
+from fedray.federation.buffered import read_log
 from fedray.federation.channels.registry import check_resumable
 from fedray.federation.results import read_run_config
 from fedray.federation.storage import storage_of
@@ -36,6 +37,7 @@ def rooted(config: Config) -> Config:
             "model": config.model.model_copy(update={"path": full(config.model.path)}),
             "data": config.data.model_copy(update={"source": full(config.data.source)}),
             "adapter": adapter,
+            "federation": config.federation.model_copy(update={"replay": full(config.federation.replay)}),
             "clients": clients,
         }
     )
@@ -104,6 +106,24 @@ def _check_same_run(folder: Path, config: Config) -> None:
         raise ConfigError(
             f"output.dir '{name}' holds a run with another {key} ({before}, now {now}): give the same to resume it, or "
             "another directory"
+        )
+
+
+def check_replay(config: Config, resuming: bool) -> None:
+    """Raises ConfigError for a log of another run than the config's, or one that is to be gone on with."""
+    if (log := config.federation.replay) is None:
+        return
+    read_log(log)
+    live = config.federation.model_copy(update={"replay": None})
+    different = differences(read_run_config(Path(log)), config.model_copy(update={"federation": live}))
+    if different:
+        key, before, now = different
+        raise ConfigError(
+            f"federation.replay '{log}' is of a run with another {key} ({before}, now {now}): give the same"
+        )
+    if resuming:
+        raise ConfigError(
+            f"output.dir '{config.output.dir}' holds a replay, which begins at the first round: choose another"
         )
 
 

@@ -223,7 +223,8 @@ def _widest(config: Config, places: Places, nodes: Sequence[Node], seats: list[S
 def _settle(config: Config, places: Places, nodes: Sequence[Node], cpus: int) -> list[Seat]:
     """A seat for each worker, in the order of the places; nodes that several places share are filled once. Raises
     ConfigError where a place has no room."""
-    counts = {place: min(config.worker.count or len(members), len(members)) for place, members in places.items()}
+    cohort = config.federation.cohort or sum(map(len, places.values()))
+    counts = {place: min(config.worker.count or cohort, cohort, len(members)) for place, members in places.items()}
     if config.worker.wait is None:
         # The most particular labels first: they have the fewest nodes to choose from. Then the largest.
         order = sorted(

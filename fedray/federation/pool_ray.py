@@ -130,7 +130,7 @@ class RayPool:
         for _ in range(WORKER_ATTEMPTS):
             for reference in list(self.workers.restarting):
                 self.workers.restarted(reference)
-            usable = [i for i in self.workers.ready() if self.workers.may(i, client)]
+            usable = self.workers.unhurried([i for i in self.workers.ready() if self.workers.may(i, client)])
             results = self._shares(usable, handle, part, client, kept)
             if usable and len(results) == len(usable):
                 return in_order([batches for batches, _ in results]), max(lost for _, lost in results)

@@ -12,11 +12,10 @@ from fedray.config.sections import Config
 from fedray.data.partition import FederatedData, load_data, public_data
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError
-from fedray.federation.buffered import read_log
 from fedray.federation.channels.registry import check_clients
 from fedray.federation.cluster import nodes_there, resources
 from fedray.federation.failures import needed_of
-from fedray.federation.folder import check_storage, rooted, run_folder
+from fedray.federation.folder import check_replay, check_storage, rooted, run_folder
 from fedray.federation.placement import Placement, place, place_apart
 from fedray.methods import Spec
 from fedray.training.model import check_loadable, load_tokenizer, skeleton
@@ -71,6 +70,7 @@ def prepare(config: Config, capacity: tuple[float, float] | None = None) -> Prep
     config = rooted(config)
     folder, resuming = run_folder(config)
     check_storage(config, resuming)
+    check_replay(config, resuming)
     data = load_data(config)
     _check_data(config, data)
     check_loadable(config)
@@ -92,8 +92,6 @@ def _check_data(config: Config, data: FederatedData) -> None:
         raise ConfigError(
             f"federation.buffer {config.federation.buffer} is more than the {len(data.clients)} clients: lower it"
         )
-    if config.federation.replay is not None:
-        read_log(config.federation.replay)
     if config.worker.profile is not None:
         client, _, round = config.worker.profile.rpartition(":")
         if client not in data.clients or not 1 <= int(round) <= config.federation.rounds:
@@ -111,6 +109,6 @@ def _check_data(config: Config, data: FederatedData) -> None:
 
 
 def _placement(config: Config, clients: Sequence[str], capacity: tuple[float, float] | None) -> Placement:
-    if config.siloed or config.mixed:
+    if config.engine == "ray" and (config.siloed or config.mixed):
         return place_apart(config, nodes_there(), clients)
     return place(config, len(clients), *(capacity if capacity is not None else resources(config)))

@@ -100,12 +100,14 @@ def called(server: Coordinator, admission: Admission) -> Training:
 def train(server: Coordinator, call: Training) -> Attendance:
     """The cohort's training, those who failed asked again where the quorum needs them. Raises as `run_round`."""
     admission, done = call.admission, dict[str, Outcome]()
-    unable = {f.client for f in admission.failed}
+    failed_by = {f.client: f for f in admission.failed}
+    unable = set(failed_by)
     for attempt in itertools.count(1):
         missing = [c for c in admission.cohort if c not in unable | done.keys()]
         outcomes = server.channel.train(call, missing)
         done |= {o.client: o for o in outcomes if not o.failed}
-        failed = [*admission.failed, *failures(outcomes)]
+        failed_by |= {f.client: f for f in failures(outcomes)}
+        failed = [f for client, f in failed_by.items() if client not in done]
         reasons = [server.channel.reason(f) for f in failed]
         needed = server.channel.needed(len(admission.cohort))
         decision = after_round(len(admission.cohort), len(done), needed, attempt, reasons)

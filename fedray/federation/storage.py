@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,7 +37,7 @@ class Storage:
     def rounds(self) -> list[str]:
         """The names of the complete checkpoints, the oldest first. Raises RoundError where they cannot be listed."""
         with self._speaking("listed in"):
-            found = _retried(lambda: self._listed(self._folder))
+            found = self._listed(self._folder)
             names = [Path(info.path).name for info in found if info.path.rsplit("/", 1)[-1].startswith("round-")]
             return sorted(name for name in names if self._is_file(f"{name}/{COMPLETE}"))
 
@@ -49,40 +50,49 @@ class Storage:
         with self._speaking("written to"):
             if self._listed(place):  # of a kill before it was complete, or of a round that is repeated
                 _retried(lambda: self._files.delete_dir(place))
-            self._files.create_dir(place, recursive=True)
+            _retried(lambda: self._files.create_dir(place, recursive=True))
             _retried(lambda: fs.copy_files(str(folder), place, fs.LocalFileSystem(), self._files))
             self._write(f"{folder.name}/{COMPLETE}", b"")
             for name in self.rounds():
                 if name not in keep:
-                    self._files.delete_dir(f"{self._folder}/{name}")
+                    _retried(partial(self._files.delete_dir, f"{self._folder}/{name}"))
 
     def fetch(self, folder: Path) -> None:
-        """The newest complete checkpoint, if there is one, into a folder that has none."""
+        """Every complete checkpoint that a folder lacks, where the newest of them is newer than all that it has."""
+        here = {path.name for path in folder.glob("round-*")}
+        names = self.rounds()
+        if names and names[-1] > max(here, default=""):
+            for name in names:
+                if name not in here:
+                    self._fetch(name, folder)
+
+    def _fetch(self, name: str, folder: Path) -> None:
         from pyarrow import fs
 
-        if not (names := self.rounds()):
-            return
-        part = folder / f".fetching-{names[-1]}"
+        part = folder / f".fetching-{name}"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        place = f"{self._folder}/{names[-1]}"
+        place = f"{self._folder}/{name}"
         with self._speaking("read from"):
             _retried(lambda: fs.copy_files(place, str(part), self._files, fs.LocalFileSystem()))
         (part / COMPLETE).unlink()
-        part.rename(folder / names[-1])
+        part.rename(folder / name)
 
     def config(self) -> str | None:
         """The config of the run whose checkpoints these are."""
         with self._speaking("read from"):
             if not self._is_file(CONFIG):
                 return None
-            with self._files.open_input_stream(f"{self._folder}/{CONFIG}") as file:
-                return bytes(file.read()).decode()
+            return _retried(self._read_config)
+
+    def _read_config(self) -> str:
+        with self._files.open_input_stream(f"{self._folder}/{CONFIG}") as file:
+            return bytes(file.read()).decode()
 
     def claim(self, config: str) -> None:
         """The checkpoints to come are those of this config."""
         with self._speaking("written to"):
-            self._files.create_dir(self._folder, recursive=True)
+            _retried(lambda: self._files.create_dir(self._folder, recursive=True))
             self._write(CONFIG, config.encode())
 
     def _write(self, name: str, content: bytes) -> None:
@@ -95,17 +105,17 @@ class Storage:
     def _listed(self, folder: str) -> list[Any]:
         from pyarrow import fs
 
-        return list(self._files.get_file_info(fs.FileSelector(folder, allow_not_found=True)))
+        return _retried(lambda: list(self._files.get_file_info(fs.FileSelector(folder, allow_not_found=True))))
 
     def _is_file(self, name: str) -> bool:
-        return bool(self._files.get_file_info(f"{self._folder}/{name}").is_file)
+        return _retried(lambda: bool(self._files.get_file_info(f"{self._folder}/{name}").is_file))
 
     @contextmanager
     def _speaking(self, what: str) -> Iterator[None]:
         """An error as a person reads it."""
         try:
             yield
-        except OSError as error:  # pyarrow's own are of it
+        except Exception as error:  # every backend of fsspec has errors of its own
             raise RoundError(
                 f"the checkpoints could not be {what} output.checkpoints {self.uri} ({error}): those in the run "
                 "directory are whole; go on with output.resume"
@@ -141,7 +151,7 @@ def _retried(work: Callable[[], T]) -> T:
     for _ in range(ATTEMPTS - 1):
         try:
             return work()
-        except OSError:
+        except Exception:  # noqa: BLE001 - as in `_speaking`; the last attempt raises it
             time.sleep(pause)
             pause *= 2
     return work()

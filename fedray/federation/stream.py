@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -83,10 +84,12 @@ class Stream:
         version, handle = job.start
         updates, _, reports = self._train(self._workers.actors[index], handle, version, job.client, job.orders)
         self._running[reports] = (job, index, updates)
+        self._workers.held[index] = time.monotonic()
 
     def _take(self, job: _Job, index: int, updates: Any, reference: Any) -> Arrival | None:
         """What a client's training came to; None where it begins again, from the same inputs."""
         assert job.start is not None
+        self._workers.held.pop(index, None)
         try:
             (report,) = results_of(1, ray.get(reference))
         except (RayActorError, RayTaskError, LostError) as error:

@@ -79,7 +79,7 @@ class Worker:
         self.method = make_method(config)
         self.spec = make_spec(config, self.trainer.layers, self.trainer.data.clients)
         self.side = side(self.trainer, self.method, self.spec)
-        self._coder = make_coder(config.federation.wire, self.method, self.spec, list(self.trainer.describe()[1]))
+        self._coder = make_coder(config.federation, self.method, self.spec, list(self.trainer.describe()[1]))
         self._increments: dict[tuple[int, str], dict[str, Tensor]] = {}  # by version and digest
 
     def forget_increments(self) -> None:

@@ -328,7 +328,13 @@ class DeepSpeedEngine:
         return self.engine(**{k: v for k, v in inputs.items() if k != "labels"}).logits
 
     def close(self) -> None:
+        """What `destroy` leaves at the model would go into the next engine's steps: the gradients of a step that
+        failed, and hooks that hold this engine with its moments."""
         self.engine.destroy()
+        self.engine.module_forward_pre_hook.remove()
+        self.engine.module_forward_post_hook.remove()
+        for parameter in self.model.parameters():
+            parameter.grad = None
 
 
 def _deepspeed(device: torch.device) -> ModuleType:

@@ -30,7 +30,8 @@ class Buffered(Plain):
     def needed(self, cohort: int) -> Needed:
         size = self.config.federation.buffer
         assert size is not None
-        return Needed(size, f"federation.buffer {size}")
+        # Whoever is judged away leaves room for the next to arrive.
+        return Needed(size, f"federation.buffer {size}", attempts=cohort + 1)
 
     def receivers(self, admission: Admission) -> tuple[Sequence[str], float]:
         """Of a broadcast the bytes are counted when its update arrives."""

@@ -271,7 +271,7 @@ class Plain:
     def _flaw_of_kept(self, outcome: Outcome, expected: Expected) -> str | None:
         """What is wrong with what stays with a client, where anything stays beyond the round."""
         factors, section = expected.kept(outcome.client), self.config.federation
-        rest = expected.shapes(outcome.client) if feeds_back(section.wire, self.context.method) else {}
+        rest = expected.shapes(outcome.client) if feeds_back(section, self.context.method) else {}
         if not factors and not rest and not section.keep_optimizer:
             return None
         kept = None if outcome.kept is None else self.context.pool.fetch(outcome.kept)
