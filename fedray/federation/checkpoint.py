@@ -43,8 +43,8 @@ def save(
 ) -> None:
     """Write atomically; older ones than the last `keep` are removed afterwards, but for that of round `result`. Raises
     RoundError where it cannot be written: the previous one is as it was."""
-    for left in folder.glob(".writing-*"):  # of processes that were killed
-        shutil.rmtree(left, ignore_errors=True)
+    for unfinished in folder.glob(".writing-*"):  # of processes that were killed
+        shutil.rmtree(unfinished, ignore_errors=True)
     part = folder / f".writing-{os.getpid()}"
     try:
         _write(part, checkpoint)

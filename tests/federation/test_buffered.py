@@ -4,7 +4,9 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -12,12 +14,14 @@ from support import final_tensors, rounds, run, same_bits
 
 from fedray.config.build import make_method, make_spec
 from fedray.errors import ConfigError, FedrayError
+from fedray.federation import checkpoint, worker_ray
+from fedray.federation import run as inline
 from fedray.federation import run_ray as runs
-from fedray.federation import worker_ray
 from fedray.federation.buffered import staleness_weight
 from fedray.federation.listening import Silent
 from fedray.federation.prepare import prepare
 from fedray.federation.run import execute
+from fedray.federation.wire import Packet
 from fedray.federation.worker import Worker
 from fedray.training.local import LocalTrainer
 
@@ -36,14 +40,17 @@ OPTIONS = {
 }
 
 
-def logged(folder: Path, log) -> str:
+def logged(folder: Path, log, make_config, **options) -> str:
+    """The directory of a run with that log."""
     folder.mkdir()
+    live = make_config(**{"engine": "ray", "federation__buffer": len(log[0])} | OPTIONS | options)
+    (folder / "config.yaml").write_text(live.to_yaml())
     (folder / "rounds.jsonl").write_text("".join(json.dumps({"arrivals": step}) + "\n" for step in log))
     return str(folder)
 
 
 def replay(make_config, folder, **options):
-    return make_config(federation__buffer=2, federation__replay=str(folder), **OPTIONS | options)
+    return make_config(**{"federation__buffer": 2, "federation__replay": str(folder)} | OPTIONS | options)
 
 
 @pytest.mark.parametrize("method", ["fedit", "ffa", "fed-sb"])
@@ -52,7 +59,7 @@ def test_the_steps_are_those_of_the_paper(make_config, tmp_path, method):
     kind = "lora-sb" if method == "fed-sb" else "lora"
     options = {"method__name": method, "adapter": {"kind": kind, "rank": 2}}
     options |= {"federation__optimizer": "sgd", "federation__lr": 0.3}  # Adam would magnify a last digit
-    config = replay(make_config, logged(tmp_path / "log", LOG), **options)
+    config = replay(make_config, logged(tmp_path / "log", LOG, make_config, **options), **options)
     folder = run(config)
 
     trainer, method = LocalTrainer(config, "cpu", 1), make_method(config)
@@ -89,7 +96,8 @@ def test_a_buffer_of_all_clients_is_the_round_that_it_was(make_config, tmp_path)
     log = [[(client, version) for client in every] for version in range(3)]
     options = OPTIONS | {"federation__rounds": 3}
     whole = run(make_config(**options))
-    config = make_config(federation__buffer=4, federation__replay=logged(tmp_path / "log", log), **options)
+    log = logged(tmp_path / "log", log, make_config, **options)
+    config = make_config(federation__buffer=4, federation__replay=log, **options)
     one, other = final_tensors(whole), final_tensors(run(config))
     assert all(torch.equal(one[n], other[n]) for n in one)
 
@@ -121,11 +129,11 @@ def replayed(make_config, folder, **options):
 
 
 def test_a_slow_client_keeps_nobody_waiting_and_the_run_is_replayed_to_the_last_bit(make_config, ray_session):
-    config = live(make_config)
+    config = live(make_config, federation__rounds=20)
     execute(prepare(config))
     folder = Path(config.output.dir)
-    assert check_log(folder) >= 1  # somebody was late
-    same_bits(folder, replayed(make_config, folder))
+    assert check_log(folder) >= 2  # others went on, and were evaluated, while the slow one trained
+    same_bits(folder, replayed(make_config, folder, federation__rounds=20))
 
 
 def test_a_worker_that_dies_is_asked_again_from_the_same_version(make_config, ray_session, monkeypatch):
@@ -220,11 +228,60 @@ def test_a_log_that_is_none_is_refused_before_anything_starts(make_config, tmp_p
     (tmp_path / "rounds.jsonl").write_text('{"round": 1}\n')
     with pytest.raises(ConfigError, match="is of a run without federation.buffer"):
         prepare(replay(make_config, tmp_path))
+    log = logged(tmp_path / "log", LOG, make_config)
+    with pytest.raises(ConfigError, match=r"is of a run with another federation.buffer \(2, now 1\)"):
+        prepare(replay(make_config, log, federation__buffer=1))
+    with pytest.raises(ConfigError, match=r"is of a run with another seed \(0, now 4\)"):
+        prepare(replay(make_config, log, seed=4))
     with pytest.raises(ConfigError, match="federation.buffer 9 is more than the 4 clients"):
         prepare(make_config(engine="ray", federation__buffer=9, **OPTIONS))
 
 
 def test_a_log_that_is_too_short_says_so(make_config, tmp_path):
-    config = replay(make_config, logged(tmp_path / "log", LOG[:2]))
+    config = replay(make_config, logged(tmp_path / "log", LOG[:2], make_config))
     with pytest.raises(FedrayError, match=r"0 of 4 clients reported and 2 are needed \(federation.buffer 2\)"):
         run(config)
+
+
+def test_a_replay_is_not_gone_on_with(make_config, tmp_path, monkeypatch):
+    config = replay(make_config, logged(tmp_path / "log", LOG, make_config))
+    real, saves = checkpoint.save, []
+
+    def dies(*args):
+        real(*args)
+        saves.append(1)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    again = config.model_copy(update={"output": config.output.model_copy(update={"resume": True})})
+    with pytest.raises(ConfigError, match="holds a replay, which begins at the first round"):
+        prepare(again)
+
+
+class Judged(Worker):
+    """Whose updates of some clients are too large."""
+
+    bad: ClassVar[tuple[str, ...]] = ()
+
+    def train(self, client, round, *args):
+        update, kept, report = super().train(client, round, *args)
+        if client in self.bad:
+            update = Packet(update.manifest, update.vector + np.float32(100.0))
+        return update, kept, report
+
+
+def test_who_is_judged_away_leaves_room_for_the_next_and_is_not_said_to_have_arrived(
+    make_config, tmp_path, monkeypatch
+):
+    log = [[("client-0", 0), ("client-1", 0), ("client-2", 0), ("client-3", 0)]]
+    options = {"federation__rounds": 1, "federation__max_update_norm": 50.0, "federation__buffer": 2}
+    monkeypatch.setattr(Judged, "bad", ("client-0", "client-2"))
+    monkeypatch.setattr(inline, "Worker", Judged)
+    folder = logged(tmp_path / "log", log, make_config, **options)
+    (record,) = rounds(run(replay(make_config, folder, **options)))
+    assert record["cohort"] == ["client-1", "client-3"] == [client for client, _ in record["arrivals"]]
+    assert sorted(one["client"] for one in record["dropped"]) == ["client-0", "client-2"]

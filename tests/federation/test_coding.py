@@ -138,16 +138,14 @@ def test_the_rest_is_kept_and_comes_with_the_next_update(make_config, engine, re
     assert any("/rest/" in name for name in kept)
 
 
-def test_feedback_brings_the_mean_nearer_than_rounding_alone(make_config, monkeypatch):
+def test_feedback_brings_the_mean_nearer_than_rounding_alone(make_config):
     """Over many rounds of a small step, rests add up to what rounding alone would lose for ever."""
 
     def distance(feeds_back):
-        with pytest.MonkeyPatch.context() as patch:
-            if not feeds_back:
-                patch.setattr("fedray.federation.coding.feeds_back", lambda wire, method: False)
-                patch.setattr("fedray.federation.coordinator.feeds_back", lambda wire, method: False)
-                patch.setattr("fedray.federation.channels.plain.feeds_back", lambda wire, method: False)
-            return final_tensors(run(make_config(federation__wire="int8", **common)))
+        options = {"federation__wire": "int8", "federation__wire_feedback": feeds_back}
+        found = final_tensors(run(make_config(**options, **common)))
+        assert feeds_back == any("/rest/" in name for name in found)
+        return found
 
     common = FED_IT | SGD | {"federation__rounds": 12, "federation__lr": 0.03, "seed": 2}
     whole = final_tensors(run(make_config(**common)))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from chaos import PROCESSES, STROKES, schedule
+from chaos import STROKES, schedule
 from support import ROOT, same_bits
 
 SEEDS = 30
@@ -72,13 +72,18 @@ def test_whatever_dies_a_run_ends_as_if_nothing_had(tiny, tmp_path):
     for one in told:
         assert one.get("code") == 0 and one["left"] == [], one
         same_bits(tmp_path / f"undisturbed-{one['config']}", tmp_path / one["plan"])
-    assert {"driver", "node", "full disk", *PROCESSES} <= set(struck)
+    planned = sum(len(one["strokes"]) for one in told)
+    landed = [stroke for stroke in struck if "nothing there" not in stroke]
+    assert len(landed) > 0.8 * planned and min(map(landed.count, STROKES)) >= 3, (planned, struck)
+    for one in told:  # a disk that is full, or a driver that is gone, ends the job, which is started again
+        ended = sum(stroke in ("driver", "full disk") for stroke in one["struck"][:-1])
+        assert one["starts"] > (1 if ended else 0), one
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.xdist_group("ray")
-@pytest.mark.parametrize("method", ["fedit", "fedex"])
+@pytest.mark.parametrize("method", ["fedit", "fedex", "rolora"])
 def test_a_hundred_rounds_leave_memory_flat(make_config, method):
     options = {"federation__rounds": 100, "federation__evaluate_every": 10, "worker": {"cpus": 1, "count": 2}}
     config = make_config(engine="ray", method__name=method, **options)

@@ -1,5 +1,7 @@
 """Checkpoints in a second place: what is there after every kill, and a run that goes on from there alone."""
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from support import run, same_bits
 
 from fedray.errors import ConfigError, RoundError
 from fedray.federation import checkpoint, storage
+from fedray.federation import round as rounds_of
 from fedray.federation.folder import check_storage
 from fedray.federation.prepare import prepare
 from fedray.federation.storage import COMPLETE, Storage
@@ -138,3 +141,45 @@ def test_a_place_that_nothing_reaches_is_refused(make_config, uri, words):
 def test_a_private_run_keeps_its_ledger_where_it_is_charged(make_config):
     with pytest.raises(ConfigError, match="without the ledger"):
         make_config(privacy={"noise": 1.0}, output={"dir": "x", "checkpoints": "s3://b/x"})
+
+
+def test_the_best_rounds_checkpoint_comes_back_too(make_config, tmp_path, monkeypatch):
+    place, numbers = f"file://{tmp_path}/far", iter([9.0, 8.0, 7.0, 1.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0])
+    real = rounds_of.evaluate
+
+    def evaluate(server):
+        found = real(server)
+        return dataclasses.replace(found, metrics=found.metrics | {"bits_per_byte": next(numbers)})
+
+    monkeypatch.setattr(rounds_of, "evaluate", evaluate)
+    options = {"federation__rounds": 8, "federation__best_round": True, "data__evaluate_on": "validation"}
+    config = with_output(make_config(**options), checkpoints=place)
+    folder = stopped(config, 6, monkeypatch)
+    assert names(place) == ["round-00004", "round-00005", "round-00006"]
+    shutil.rmtree(folder)
+    folder = run(with_output(config, resume=True))
+    assert json.loads((folder / "summary.json").read_text())["result_round"] == 4
+    assert names(place) == ["round-00004", "round-00007", "round-00008"]
+
+
+def test_an_older_directory_gives_way_to_a_newer_second_place(make_config, tmp_path, monkeypatch):
+    place = f"file://{tmp_path}/far"
+    config = with_output(make_config(**OPTIONS), checkpoints=place)
+    folder = stopped(config, 3, monkeypatch)
+    shutil.rmtree(folder / "checkpoint" / "round-00003")  # a copy from yesterday
+    same_bits(run(make_config(**OPTIONS)), run(with_output(config, resume=True)))
+
+
+def test_what_a_killed_process_was_writing_is_removed(make_config):
+    config = make_config(**OPTIONS)
+    left = Path(config.output.dir) / "checkpoint" / ".writing-1"
+    real = checkpoint.save
+
+    def save(folder, *args):
+        left.mkdir(parents=True, exist_ok=True)
+        real(folder, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        run(config)
+    assert not list((Path(config.output.dir) / "checkpoint").glob(".writing-*"))

@@ -1,5 +1,7 @@
 """One client's local work: engines against each other, warm against fresh, schedules, sampling, base weights."""
 
+import gc
+import weakref
 from itertools import pairwise
 
 import psutil
@@ -292,3 +294,39 @@ def test_fedprox_adds_the_pull_towards_the_broadcast_to_every_gradient(make_conf
             for parameter, gradient in zip(parameters.values(), gradients, strict=True):
                 parameter -= lr * gradient
     assert distance(pulled, {n: p.detach() for n, p in parameters.items()}) < 1e-6
+
+
+@pytest.mark.parametrize("worker", [{"backend": "torch"}, *({"zero_stage": s} for s in range(4))], ids=str)
+def test_a_step_that_failed_leaves_nothing_to_the_next_client(make_config, worker):
+    """Its gradients were made, and not stepped on."""
+    config = make_config(worker={"cpus": 1, **worker}, federation__accumulate=2)
+    trainer, view = trainer_and_view(config)
+    real, calls = trainer.task.loss, []
+
+    def fails(forward, batch):
+        calls.append(1)
+        if len(calls) == 2:  # after the first micro-batch's backward pass
+            raise RuntimeError("out of luck")
+        return real(forward, batch)
+
+    object.__setattr__(trainer.task, "loss", fails)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer.train(moved(view), "client-0", 0)
+    trainer.reset()
+    after = trainer.train(moved(view), "client-1", 0)
+    alone = trainer_and_view(config)[0].train(moved(view), "client-1", 0)
+    assert distance(after.tensors, alone.tensors) == 0.0 and after.loss == alone.loss
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_engines_that_are_done_with_are_let_go(make_config, stage):
+    """rolora changes what trains every round, and so the engine."""
+    config = make_config(worker={"cpus": 1, "zero_stage": stage}, method__name="rolora")
+    trainer, view = trainer_and_view(config)
+    engines = weakref.WeakSet()
+    for round in range(6):
+        trained = ("lora_A", "lora_B")[round % 2 : round % 2 + 1]
+        trainer.train(View(view.tensors, view.base, trained), "client-0", round)
+        engines.add(trainer._engine.engine)
+    gc.collect()
+    assert len(engines) == 1
