@@ -116,6 +116,7 @@ def test_each_entry_is_tuned_on_the_validation_split_and_run_with_its_best_rate(
     "extra, sentence",
     [
         ("--methods fedxx", "--methods 'fedxx' is not known: write [ADAPTER+]METHOD[@RANK] with a method of fedit"),
+        ("--methods fedit --output.checkpoints file:///tmp/x", "output.checkpoints is the place of one run"),
         ("--methods fedit --seed 3", "--seed is set by the comparison itself"),
         ("--methods fedit --federation.lr 3", "--federation.lr is set by the comparison itself"),
         ("--methods fedit --adapter.kind abba", "--adapter.kind is set by the comparison itself"),

@@ -95,11 +95,13 @@ def _check_rest(request: Request) -> None:
 
 
 def higher_is_better(request: Request) -> dict[Entry, bool]:
-    """Of each entry's metric; reads the config of every rate on the way. Raises ConfigError for one that is bad, and
-    where clients count with their examples for one entry and alike for another."""
+    """Of each entry's metric; reads the config of every rate on the way. Raises ConfigError for one that is bad or of
+    a single run, and where clients count with their examples for one entry and alike for another."""
     higher, by_examples = {}, set()
     for entry in request.entries:
         configs = [read_config(request.run(entry, lr, request.seeds[0])) for lr in request.rates[entry]]
+        if configs[-1].output.checkpoints is not None:
+            raise ConfigError("output.checkpoints is the place of one run, and a comparison has many: leave it out")
         higher[entry] = TASKS[configs[-1].model.task].higher_is_better
         by_examples.add(configs[-1].by_examples)
     if len(by_examples) > 1:

@@ -143,7 +143,10 @@ def placed(config: Config, clients: int, gpus_there: float, folder: Path) -> tup
         }
     )
     # Tune's own callbacks track it.
-    output = config.output.model_copy(update={"dir": str(folder), "resume": True, "track": ()})
+    update = {"dir": str(folder), "resume": True, "track": ()}
+    if config.output.checkpoints is not None:  # each trial's own
+        update["checkpoints"] = f"{config.output.checkpoints.rstrip('/')}/{folder.name}"
+    output = config.output.model_copy(update=update)
     return config.model_copy(update={"worker": worker, "output": output}), needed
 
 

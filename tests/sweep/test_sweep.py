@@ -43,7 +43,7 @@ from fedray.report.sweep.tables import points_table
 from fedray.report.terminal import make_console
 from fedray.sweep import Sweep
 from fedray.sweep.budget import check_budget
-from fedray.sweep.resources import bundles, cache_folder, check_placeable
+from fedray.sweep.resources import bundles, cache_folder, check_placeable, placed
 from fedray.sweep.run import read_sweep
 from fedray.sweep.space import in_words, load_space
 from fedray.sweep.space import settings as keys_of
@@ -999,3 +999,17 @@ def test_a_sweep_that_is_stopped_goes_on_without_losing_a_trial_or_a_round(how, 
     files = [path for path in (tmp_path / "keys").rglob("*") if path.is_file()]
     # When all is over nobody can take the noise away; what was answered, and what it cost, stays known.
     assert files and all(path.suffix in (".json", ".jsonl") for path in files)
+
+
+def test_every_trial_has_a_second_place_of_its_own(tmp_path):
+    config = read_config(["--output.checkpoints", "s3://bucket/sweep/"])
+    places = {placed(config, 2, 0, tmp_path / "trials" / name)[0].output.checkpoints for name in ("a", "b")}
+    assert places == {"s3://bucket/sweep/a", "s3://bucket/sweep/b"}
+
+
+def test_the_ranks_of_a_trials_workers_have_bundles(tmp_path):
+    needed = bundles(read_config(["--worker.ranks", "2", "--worker.gpus", "1", "--worker.count", "3"]), 4, 8)
+    assert needed.processes == 6 and len(needed.factory().bundles) == 6
+    assert needed.words == "3 workers of 2 ranks of 1 CPU and 1 GPU = 6 CPUs and 6 GPUs"
+    with pytest.raises(ConfigError, match="for single runs"):
+        bundles(read_config(["--clients.client-0.ranks", "2"]), 4, 8)
