@@ -75,7 +75,7 @@ def folders(configs, kills) -> dict[str, Path]:
         env=env,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -99,12 +99,14 @@ def alike(alone: Path, ranks: Path) -> None:
         assert not b.get("dropped")
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.xdist_group("ray")
 def test_clients_of_several_ranks_and_of_one_make_the_run_that_one_rank_makes(make_config, runs):
     alike(run(make_config(**OPTIONS)), runs["plain"])
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.xdist_group("ray")
 def test_so_they_do_where_they_are_private(make_config):
     options = OPTIONS | PRIVATE
@@ -112,6 +114,7 @@ def test_so_they_do_where_they_are_private(make_config):
     alike(run(make_config(**options)), folders({"private": config}, {})["private"])
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.xdist_group("ray")
 def test_ranks_that_are_killed_cost_nothing_but_time(runs):
     same_bits(runs["plain"], runs["disturbed"])

@@ -14,6 +14,9 @@ from fedray.privacy.plan import Mechanism
 from fedray.privacy.private import Private
 from fedray.ranks import ALONE, SHARE, Group, open_meeting
 
+#: Whoever asks first for what both ranks found waits for all of it.
+pytestmark = pytest.mark.timeout(600)
+
 PLAIN = [
     *((options, "causal-lm") for options in ("plain", "accumulate", "ffa", "proximal", "lora-sb", "abba", "ravan")),
     *((options, "classification") for options in ("plain", "tight-clip")),
