@@ -136,6 +136,7 @@ def test_a_slow_client_keeps_nobody_waiting_and_the_run_is_replayed_to_the_last_
     same_bits(folder, replayed(make_config, folder, federation__rounds=20))
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_asked_again_from_the_same_version(make_config, ray_session, monkeypatch):
     class Dies(Worker):
         def train(self, client, round, *args):
@@ -154,6 +155,7 @@ def test_a_worker_that_dies_is_asked_again_from_the_same_version(make_config, ra
     same_bits(folder, replayed(make_config, folder))
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_dies_goes_on_from_the_checkpoint_and_its_log_from_there(
     make_config, ray_session, monkeypatch
 ):

@@ -109,7 +109,7 @@ def test_a_run_is_about_the_same_in_half_and_in_a_quarter_of_the_bytes(make_conf
             assert after["exactness"] < 1e-6  # of what arrived
 
 
-@pytest.mark.parametrize("engine", ["inline", pytest.param("ray", marks=pytest.mark.xdist_group("ray"))])
+@pytest.mark.parametrize("engine", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
 def test_the_rest_is_kept_and_comes_with_the_next_update(make_config, engine, request):
     """By hand: what the coordinator adds over the rounds is what was meant, but for the last rest."""
     if engine == "ray":
@@ -177,7 +177,7 @@ def test_a_killed_run_goes_on_with_its_rests(make_config, monkeypatch):
     same_bits(whole, folder)
 
 
-@pytest.mark.parametrize("wire", CODES)
+@pytest.mark.parametrize("wire", ["bf16", pytest.param("int8", marks=pytest.mark.slow)])
 def test_engines_and_clients_together_give_the_same(make_config, ray_session, wire):
     options = FED_IT | {"federation__wire": wire}
     alone = run(make_config(**options))

@@ -83,10 +83,10 @@ def folders(configs, kills) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def runs(make_config):
-    """Mixed runs: one is left alone, the other is disturbed."""
-    configs = {name: make_config(engine="ray", clients=MIXED, **OPTIONS) for name in ("plain", "disturbed")}
-    return folders(configs, {"disturbed": [(2, "ray::RankActor"), (3, "ray::WorkerActor")]})
+def disturbed(make_config):
+    """A mixed run in which another rank is killed in round 2, and a first one (or a worker of one) in round 3."""
+    config = make_config(engine="ray", clients=MIXED, **OPTIONS)
+    return folders({"run": config}, {"run": [(2, "ray::RankActor"), (3, "ray::WorkerActor")]})["run"]
 
 
 def alike(alone: Path, ranks: Path) -> None:
@@ -101,8 +101,8 @@ def alike(alone: Path, ranks: Path) -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.xdist_group("ray")
-def test_clients_of_several_ranks_and_of_one_make_the_run_that_one_rank_makes(make_config, runs):
-    alike(run(make_config(**OPTIONS)), runs["plain"])
+def test_clients_of_several_ranks_and_of_one_make_the_run_that_one_rank_makes(make_config, disturbed):
+    alike(run(make_config(**OPTIONS)), disturbed)
 
 
 @pytest.mark.slow
@@ -114,10 +114,12 @@ def test_so_they_do_where_they_are_private(make_config):
     alike(run(make_config(**options)), folders({"private": config}, {})["private"])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.xdist_group("ray")
-def test_ranks_that_are_killed_cost_nothing_but_time(runs):
-    same_bits(runs["plain"], runs["disturbed"])
+def test_ranks_that_are_killed_cost_nothing_but_time(make_config, disturbed):
+    left_alone = make_config(engine="ray", clients=MIXED, **OPTIONS)
+    same_bits(folders({"run": left_alone}, {})["run"], disturbed)
 
 
 # --- what follows when a rank fails ---------------------------------------------------------------------------------

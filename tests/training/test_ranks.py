@@ -51,7 +51,7 @@ def found(make_config, tmp_path_factory):
 
     for stage in range(5):
         for options, task in PLAIN:
-            if stage in (0, 3) or options in ("plain", "accumulate"):
+            if stage == 3 or options in ("plain", "accumulate"):
                 add(f"{options}, {task}", stage, task=task, **OPTIONS[options])
         add("keep", stage, federation__keep_optimizer=True)
         for name, plan in PRIVATE.items():
@@ -66,7 +66,7 @@ def found(make_config, tmp_path_factory):
 @pytest.mark.parametrize("stage", range(5), ids=["zero 0", "zero 1", "zero 2", "zero 3", "zero 3, offloaded"])
 def test_two_ranks_give_what_one_gives(found, stage):
     cases = {name: results for (name, at), results in found.items() if at == stage}
-    assert len(cases) == (9 if stage in (0, 3) else 3) + 4
+    assert len(cases) == (9 if stage == 3 else 3) + 4
     for name, (alone, first, other) in cases.items():
         for one, two, twin in zip(alone[:2], first[:2], other[:2], strict=True):
             assert distance(one.tensors, two.tensors) < 1e-5, name
