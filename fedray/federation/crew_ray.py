@@ -129,7 +129,7 @@ class RayCrew:
             except RayActorError as died:
                 _end(f"rank {rank} died: {one_line(died)}")
             except RayTaskError as theirs:
-                alike = isinstance(theirs.cause, (type(error), FirstRankError))
+                alike = type(theirs.cause) is type(error) or isinstance(theirs.cause, FirstRankError)
                 if freed or not alike:
                     self._out_of_step = True
                     raise _rank_error(rank, theirs) from error

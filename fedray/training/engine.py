@@ -329,12 +329,18 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         """What `destroy` leaves at the model would go into the next engine's steps: the gradients of a step that
-        failed, and hooks that hold this engine with its moments."""
+        failed, and hooks that hold this engine with its moments. DeepSpeed destroys once more when it is collected,
+        whenever that is, and would take the parameters from the engine that has them by then."""
         self.engine.destroy()
+        self.engine.destroy = _nothing
         self.engine.module_forward_pre_hook.remove()
         self.engine.module_forward_post_hook.remove()
         for parameter in self.model.parameters():
             parameter.grad = None
+
+
+def _nothing() -> None:
+    """In the place of what has been done."""
 
 
 def _deepspeed(device: torch.device) -> ModuleType:

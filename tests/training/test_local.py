@@ -330,3 +330,23 @@ def test_engines_that_are_done_with_are_let_go(make_config, stage):
         engines.add(trainer._engine.engine)
     gc.collect()
     assert len(engines) == 1
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_an_engine_that_is_collected_late_takes_nothing_from_the_next(make_config, stage):
+    config = make_config(worker={"cpus": 1, "zero_stage": stage}, method__name="rolora")
+    trainer, view = trainer_and_view(config)
+
+    def trains(trainer, factor):
+        return trainer.train(View(moved(view).tensors, view.base, (factor,)), "client-0", 1)
+
+    gc.disable()
+    try:
+        trains(trainer, "lora_A")
+        trains(trainer, "lora_B")  # another engine over parameters that the first one has had
+        trains(trainer, "lora_A")
+    finally:
+        gc.enable()
+    gc.collect()
+    after, alone = trains(trainer, "lora_A"), trains(trainer_and_view(config)[0], "lora_A")
+    assert distance(after.tensors, alone.tensors) == 0.0
