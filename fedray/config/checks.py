@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fedray.config.build import make_adapter, make_method
@@ -20,6 +20,12 @@ def check(config: Config) -> None:
     method = make_method(config)
     for one in CHECKS:
         one(config, method)
+
+
+def _refuse(what: str, reasons: Mapping[str, bool], fix: str) -> None:
+    """Raises ValueError with the first of the reasons that holds, if one does."""
+    for reason in (words for words, holds in reasons.items() if holds):
+        raise ValueError(f"{what} cannot be: {reason}; {fix}")
 
 
 def _batches(config: Config, method: Method) -> None:
@@ -178,8 +184,8 @@ def _wire(config: Config, method: Method) -> None:
         ),
         f"{method.name}'s second message is worked out from the first one's digits": method.asks,
     }
-    for reason in (words for words, holds in reasons.items() if holds and config.federation.wire != "fp32"):
-        raise ValueError(f"federation.wire {config.federation.wire} cannot be: {reason}; leave it out")
+    if config.federation.wire != "fp32":
+        _refuse(f"federation.wire {config.federation.wire}", reasons, "leave it out")
 
 
 def _buffer(config: Config, method: Method) -> None:
@@ -204,8 +210,7 @@ def _buffer(config: Config, method: Method) -> None:
             config.engine == "inline" and section.replay is None
         ),
     }
-    for reason in (words for words, holds in reasons.items() if holds):
-        raise ValueError(f"federation.buffer {section.buffer} cannot be: {reason}; leave one out")
+    _refuse(f"federation.buffer {section.buffer}", reasons, "leave one out")
 
 
 def _checkpoints(config: Config, method: Method) -> None:
@@ -237,14 +242,9 @@ def _together(config: Config, method: Method) -> None:
         "privacy.unit example clips each example by itself": config.privacy.on and config.privacy.unit == "example",
         f"worker.zero_stage {config.worker.zero_stage} partitions the model": config.worker.zero_stage > 0,
         "worker.profile traces one client": config.worker.profile is not None,
-        "the ranks of a worker deal out one client's batches": _most_ranks(config) > 1,
+        "the ranks of a worker deal out one client's batches": config.most_ranks > 1,
     }
-    for reason in (words for words, holds in reasons.items() if holds):
-        raise ValueError(f"worker.batch_clients {config.worker.batch_clients} cannot be: {reason}; leave one out")
-
-
-def _most_ranks(config: Config) -> int:
-    return max([config.worker.ranks, *(config.worker_of(name).ranks for name in config.clients)])
+    _refuse(f"worker.batch_clients {config.worker.batch_clients}", reasons, "leave one out")
 
 
 def _ranks(config: Config, method: Method) -> None:

@@ -401,6 +401,11 @@ class Config(Section):
         return self.worker.model_copy(update=differing)
 
     @property
+    def most_ranks(self) -> int:
+        """Of any client's workers."""
+        return max([self.worker.ranks, *(self.worker_of(name).ranks for name in self.clients)])
+
+    @property
     def mixed(self) -> bool:
         """Whether some clients' workers are others than `worker` says."""
         return any(self.worker_of(name) != self.worker for name in self.clients)

@@ -24,7 +24,7 @@ import numpy as np
 
 from fedray.errors import ConfigError, RoundError
 from fedray.federation.messages import Orders, Outcome
-from fedray.federation.questions import Question
+from fedray.federation.pool_around import PoolAround
 from fedray.federation.starts import Starts
 from fedray.federation.wire import Message, Packet
 
@@ -103,11 +103,12 @@ class _Stale:
     handle: Any
 
 
-class BufferedPool:
+class BufferedPool(PoolAround):
     """A pool that gives the first `size` outcomes that arrive, whenever their clients started."""
 
     def __init__(self, pool: Pool, arrivals: Arrivals, size: int, clients: int, starts: Starts):
-        self._pool, self._arrivals, self._size, self._clients = pool, arrivals, size, clients
+        super().__init__(pool)
+        self._arrivals, self._size, self._clients = arrivals, size, clients
         self._starts_of = starts
         self._starts: dict[int, Packet] = {}
         self._version = 0
@@ -150,17 +151,6 @@ class BufferedPool:
                 outcome = replace(outcome, update=_Stale(outcome.client, arrival.version, outcome.update))
             outcomes.append(outcome)
         return outcomes
-
-    def ask(
-        self, question: Question, clients: Sequence[str], kept: Mapping[str, Any], deadline: float | None
-    ) -> list[Outcome]:
-        return self._pool.ask(question, clients, kept, deadline)
-
-    def stream(self) -> Arrivals:
-        return self._pool.stream()
-
-    def evaluate(self, handle: Any, part: str, client: str | None, kept: Any = None) -> tuple[list[dict], float]:
-        return self._pool.evaluate(handle, part, client, kept)
 
     def fetch(self, update: Any) -> Any:
         """Numbers as if the client had moved from the newest version, by as much as its change counts."""

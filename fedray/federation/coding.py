@@ -24,10 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedray.federation.buffered import Arrivals
 from fedray.federation.kept import rest_of, rest_tensors
 from fedray.federation.messages import Orders, Outcome
-from fedray.federation.questions import Question
+from fedray.federation.pool_around import PoolAround
 from fedray.federation.starts import Starts, unmoved
 from fedray.federation.wire import Manifest, Message, Opened, Packet, pack, unpack
 from fedray.methods import Method, Spec, View
@@ -180,11 +179,12 @@ class _From:
     handle: Any
 
 
-class OpeningPool:
+class OpeningPool(PoolAround):
     """A pool whose clients send codes: whoever fetches an update gets numbers."""
 
     def __init__(self, pool: Pool, code: Code, starts: Starts):
-        self._pool, self._code, self._starts = pool, code, starts
+        super().__init__(pool)
+        self._code, self._starts = code, starts
 
     def publish(self, message: Message) -> Any:
         self._starts.publish(message)
@@ -201,17 +201,6 @@ class OpeningPool:
     ) -> list[Outcome]:
         outcomes = self._pool.train(handle, round, clients, kept, deadline, orders)
         return [o if o.failed else replace(o, update=_From(o.client, o.update)) for o in outcomes]
-
-    def ask(
-        self, question: Question, clients: Sequence[str], kept: Mapping[str, Any], deadline: float | None
-    ) -> list[Outcome]:
-        return self._pool.ask(question, clients, kept, deadline)
-
-    def stream(self) -> Arrivals:
-        return self._pool.stream()
-
-    def evaluate(self, handle: Any, part: str, client: str | None, kept: Any = None) -> tuple[list[dict], float]:
-        return self._pool.evaluate(handle, part, client, kept)
 
     def fetch(self, update: Any) -> Any:
         """What is no code is given as it came, and judged by who asks for it."""

@@ -90,15 +90,10 @@ def unpack(packet: Packet) -> dict[str, Tensor]:
 
     Raises ValueError when the vector is not as long as the manifest says.
     """
-    tensors, offset = {}, 0
-    for name, shape in packet.manifest:
-        size = math.prod(shape)
-        tensors[name] = torch.empty(shape)
-        tensors[name].view(-1).numpy()[:] = packet.vector[offset : offset + size]
-        offset += size
-    if offset != len(packet.vector):
-        raise ValueError(f"a vector of {len(packet.vector)} numbers does not fit a manifest of {offset}")
-    return tensors
+    size = sum(math.prod(shape) for _, shape in packet.manifest)
+    if size != len(packet.vector):
+        raise ValueError(f"a vector of {len(packet.vector)} numbers does not fit a manifest of {size}")
+    return dict(PacketView(packet))
 
 
 class PacketView(Mapping[str, Tensor]):

@@ -171,7 +171,7 @@ def _limits(config: Config, words: Words) -> list[Limit]:
 
 def _between_ranks(config: Config) -> list[Limit]:
     """Of clients whose steps several processes take."""
-    if max(config.worker.ranks, *(config.worker_of(name).ranks for name in config.clients), 1) == 1:
+    if config.most_ranks == 1:
         return []
     return [
         Limit(
