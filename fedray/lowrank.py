@@ -72,34 +72,43 @@ class LowRank:
         return self + -other
 
     @staticmethod
-    def sum(terms: Sequence[LowRank], weights: Iterable[float] | None = None) -> LowRank:
+    def sum(terms: Iterable[LowRank], weights: Iterable[float] | None = None) -> LowRank:
         """sum_i w_i M_i with one concatenation (m x sum k_i, sum k_i x n). Raises ValueError on an empty list."""
+        terms = list(terms) if weights is None else [t * w for t, w in zip(terms, weights, strict=True)]
         if not terms:
             raise ValueError("a sum of no matrices has no shape")
-        weights = [1.0] * len(terms) if weights is None else list(weights)
-        return LowRank(
-            torch.cat([(t * w).B for t, w in zip(terms, weights, strict=True)], 1), torch.cat([t.A for t in terms], 0)
-        )
+        if len(terms) == 1:
+            return terms[0]
+        return LowRank(torch.cat([t.B for t in terms], 1), torch.cat([t.A for t in terms], 0))
 
     @staticmethod
-    def total(terms: Iterable[LowRank], weights: Sequence[float]) -> LowRank:
+    def total(terms: Iterable[LowRank], weights: Sequence[float], dtype: torch.dtype | None = None) -> LowRank:
         """sum_i w_i M_i, exact, in at most min(m, n) columns: one concatenation as `sum` where that has no more, else
-        one dense matrix that each is added to, beside an identity. `terms` may be made one by one: then the memory is
-        two matrices, however many there are. O(m n) a column. Raises ValueError on an empty list."""
+        one dense matrix that each is added to, beside an identity; rounded once to `dtype`. `terms` may be made one by
+        one: then the memory is two matrices, however many there are. O(m n) a column. Raises ValueError on an empty
+        list."""
         terms = iter(terms)
         if (first := next(terms, None)) is None:
             raise ValueError("a sum of no matrices has no shape")
         every = itertools.chain([first], terms)
         if first.k * len(weights) <= min(first.shape) or first.B.is_meta:
-            return LowRank.sum(list(every), weights).bounded()
+            return _concatenated(every, weights, first, dtype or first.B.dtype).bounded()
         whole = torch.zeros(first.shape, dtype=torch.promote_types(first.B.dtype, first.A.dtype), device=first.B.device)
         for term, weight in zip(every, weights, strict=True):
             whole.addmm_(term.B, term.A, alpha=weight)
-        return _beside_identity(whole)
+        return _beside_identity(whole if dtype is None else whole.to(dtype))
 
     def image(self, vectors: Tensor) -> Tensor:
-        """The matrix times the vectors (n x p), m x p."""
-        return self.B @ (self.A @ vectors.to(self.A.device))
+        """The matrix times the vectors (n x p), m x p, in the vectors' dtype: factors of another one are converted a
+        few columns at a time."""
+        vectors = vectors.to(self.A.device)
+        if self.B.dtype == vectors.dtype:
+            return self.B @ (self.A @ vectors)
+        image = vectors.new_zeros(self.B.shape[0], vectors.shape[1])
+        for start in range(0, self.k, _COLUMNS):
+            some = slice(start, start + _COLUMNS)
+            image.addmm_(self.B[:, some].to(vectors.dtype), self.A[some].to(vectors.dtype) @ vectors)
+        return image
 
     def _triangles(self) -> tuple[Tensor, Tensor]:
         """R of the thin QR of B and of A^T, in fp64: B A = Q_B (R_B R_A^T) Q_A^T."""
@@ -181,6 +190,23 @@ class LowRank:
         return self.B @ self.A
 
 
+def _concatenated(terms: Iterable[LowRank], weights: Sequence[float], like: LowRank, dtype: torch.dtype) -> LowRank:
+    """As `sum`, each term written where it stays. There is room for as many columns each as the last one needed room
+    for, so that nothing is moved where all have the same."""
+    (m, n), at = like.shape, 0
+    B, A = like.B.new_empty(m, 0, dtype=dtype), like.A.new_empty(0, n, dtype=dtype)
+    for i, (term, weight) in enumerate(zip(terms, weights, strict=True)):
+        end = at + term.k
+        if end > B.shape[1]:
+            room, old_B, old_A = at + term.k * (len(weights) - i), B, A
+            B, A = B.new_empty(m, room), A.new_empty(room, n)
+            B[:, :at], A[:at] = old_B[:, :at], old_A[:at]
+        torch.mul(term.B, weight, out=B[:, at:end])
+        A[at:end] = term.A
+        at = end
+    return LowRank(B[:, :at].contiguous(), A[:at])
+
+
 def _beside_identity(whole: Tensor) -> LowRank:
     """A dense matrix as thin factors."""
     m, n = whole.shape
@@ -204,6 +230,8 @@ def squared_distances(matrices: Sequence[LowRank]) -> Tensor:
     return (squares[:, None] + squares[None, :] - 2 * inner).clamp(min=0)
 
 
+_COLUMNS = 128
+"""Columns at a time in `LowRank.image`."""
 _CHUNK = 1 << 17
 """Numbers at a time in `weighted_sum`: the fp64 accumulator stays in a core's cache, so memory is read once and written
 once."""

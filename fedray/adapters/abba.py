@@ -93,13 +93,18 @@ class Abba(Adapter):
         return x_ctn @ columns.mT @ rows.mT
 
     def averaging_error(
-        self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors
+        self,
+        layer: Layer,
+        clients: Sequence[Factors],
+        weights: Sequence[float],
+        means: Factors,
+        dtype: torch.dtype = torch.float64,
     ) -> LowRank:
         """The covariance of the pair where all clients share (B1, A1); the plain difference otherwise."""
         first = clients[0]
         if all(same(c[B1], first[B1]) and same(c[A1], first[A1]) for c in clients[1:]):
-            return self.lift(layer, first, covariance(clients, weights, means, B2, A2))
-        return super().averaging_error(layer, clients, weights, means)
+            return self.lift(layer, first, covariance(clients, weights, means, (B2, A2))).to(dtype)
+        return super().averaging_error(layer, clients, weights, means, dtype)
 
     def module(self, layer: Layer) -> nn.Module:
         return HadamardProduct(A1, B1, A2, B2, self.shapes(layer))

@@ -127,25 +127,32 @@ class Adapter(ABC):
     def delta(self, layer: Layer, factors: Factors) -> LowRank:
         """The m x n update that the factors mean, scale included."""
 
-    def mean_delta(self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float]) -> LowRank:
-        """The ideal sum_i p_i delta(client_i), in the fewest columns: one client's where the delta is linear in all
-        that differs."""
+    def mean_delta(
+        self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], dtype: torch.dtype = torch.float64
+    ) -> LowRank:
+        """The ideal sum_i p_i delta(client_i) of fp64 factors, rounded once to `dtype`, in the fewest columns: one
+        client's where the delta is linear in all that differs."""
         differ = [f for f in clients[0] if any(c[f] is not clients[0][f] for c in clients)]
         if len(differ) <= 1:
             mean: dict[str, Any] = {f: sum(w * c[f] for w, c in zip(weights, clients, strict=True)) for f in differ}
-            return self.delta(layer, {**clients[0], **mean})
-        return LowRank.total((self.delta(layer, c) for c in clients), weights)
+            return self.delta(layer, {**clients[0], **mean}).to(dtype)
+        return LowRank.total((self.delta(layer, c) for c in clients), weights, dtype)
 
     def lift(self, layer: Layer, factors: Factors, inner: LowRank) -> LowRank:
         """The delta if the product of the `pair` were `inner`; linear in it. `factors`: those at rest."""
         raise NotImplementedError(f"{self.kind} has no pair")
 
     def averaging_error(
-        self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors
+        self,
+        layer: Layer,
+        clients: Sequence[Factors],
+        weights: Sequence[float],
+        means: Factors,
+        dtype: torch.dtype = torch.float64,
     ) -> LowRank:
-        """sum_i p_i delta(client_i) - delta(means)."""
+        """sum_i p_i delta(client_i) - delta(means) of fp64 factors, rounded once to `dtype`."""
         terms = (self.delta(layer, factors) for factors in itertools.chain(clients, [means]))
-        return LowRank.total(terms, [*weights, -1.0])
+        return LowRank.total(terms, [*weights, -1.0], dtype)
 
     def together(self, layer: Layer, factors: Factors, x_ctn: Tensor) -> Tensor:
         """The scale-free products of c clients, each applied to its own t inputs: c x t x n -> c x t x m. A factor has
@@ -165,17 +172,23 @@ class Adapter(ABC):
         return None
 
 
-def covariance(clients: Sequence[Factors], weights: Sequence[float], means: Factors, B: str, A: str) -> LowRank:
-    """sum_i p_i B_i A_i - Bbar Abar as sum_{i<k} p_i (B_i - Bbar)(A_i - A_k): the covariance of the factors, of which
-    sum_i p_i (B_i - Bbar) = 0 takes away one client.
+def covariance(
+    clients: Sequence[Factors],
+    weights: Sequence[float],
+    means: Factors,
+    pair: tuple[str, str],
+    dtype: torch.dtype = torch.float64,
+) -> LowRank:
+    """sum_i p_i B_i A_i - (sum_i p_i) Bbar Abar as sum_{i<k} p_i (B_i - Bbar)(A_i - A_k): the covariance of the
+    factors, of which sum_i p_i (B_i - Bbar) = 0 takes away one client.
 
     (k - 1) r columns, and no cancellation of large terms, unlike the difference of the two sums.
     """
-    last = clients[-1]
+    (B, A), last = pair, clients[-1]
     if len(clients) == 1:
-        return LowRank(last[B][:, :0], last[A][:0])
+        return LowRank(last[B][:, :0], last[A][:0]).to(dtype)
     terms = (LowRank(c[B] - means[B], c[A] - last[A]) for c in itertools.islice(clients, len(clients) - 1))
-    return LowRank.total(terms, weights[:-1])
+    return LowRank.total(terms, weights[:-1], dtype)
 
 
 def pad_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:

@@ -42,6 +42,11 @@ class Lora(Adapter):
         return inner * layer.scale
 
     def averaging_error(
-        self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors
+        self,
+        layer: Layer,
+        clients: Sequence[Factors],
+        weights: Sequence[float],
+        means: Factors,
+        dtype: torch.dtype = torch.float64,
     ) -> LowRank:
-        return covariance(clients, weights, means, B, A) * layer.scale
+        return covariance(clients, [layer.scale * w for w in weights], means, (B, A), dtype)

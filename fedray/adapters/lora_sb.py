@@ -101,10 +101,15 @@ class LoraSB(Adapter):
         return x_ctn @ factors[A].mT @ factors[R].mT @ factors[B].mT
 
     def averaging_error(
-        self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors
+        self,
+        layer: Layer,
+        clients: Sequence[Factors],
+        weights: Sequence[float],
+        means: Factors,
+        dtype: torch.dtype = torch.float64,
     ) -> LowRank:
         """Zero: the delta is linear in R and the bases are shared."""
-        return LowRank.zeros(layer.m, layer.n, means[R].dtype)
+        return LowRank.zeros(layer.m, layer.n, dtype)
 
     def module(self, layer: Layer) -> nn.Module:
         return CoreProduct(A, B, R, self.shapes(layer))

@@ -72,10 +72,15 @@ class Ravan(Adapter):
         return heads.flatten(-2) @ factors[B].mT
 
     def averaging_error(
-        self, layer: Layer, clients: Sequence[Factors], weights: Sequence[float], means: Factors
+        self,
+        layer: Layer,
+        clients: Sequence[Factors],
+        weights: Sequence[float],
+        means: Factors,
+        dtype: torch.dtype = torch.float64,
     ) -> LowRank:
         """Zero: what is averaged are the products s_h H_h, and the delta is linear in them."""
-        return LowRank.zeros(layer.m, layer.n, means[H].dtype)
+        return LowRank.zeros(layer.m, layer.n, dtype)
 
     def module(self, layer: Layer) -> nn.Module:
         return CoreProduct(A, B, H, self.shapes(layer), S)

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
 
 from fedray.adapters.base import Layer
 from fedray.lowrank import LowRank
-from fedray.methods.state import Cohort, Spec, Tensors
+from fedray.methods.state import Cohort, Deltas, Spec, Tensors
 
 
-class PerLayer(Mapping[str, LowRank]):
-    """A matrix for each of some layers, made when it is asked for: at most one layer's is in memory at a time."""
+class Sum(Deltas):
+    """The sum of two of them in each of some layers: the first of all of these, the second of some, or of all."""
 
-    def __init__(self, layers: Iterable[Layer], make: Callable[[Layer], LowRank]):
-        self._layers, self._make = {layer.name: layer for layer in layers}, make
+    def __init__(self, layers: Iterable[Layer], first: Deltas, second: Deltas):
+        super().__init__(layers, lambda layer: LowRank.sum(p[layer.name] for p in self._parts(layer.name)))
+        self._first, self._second = first, second
 
-    def __getitem__(self, name: str) -> LowRank:
-        return self._make(self._layers[name])
+    def _parts(self, name: str) -> list[Deltas]:
+        return [self._first, self._second] if name in self._second else [self._first]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._layers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
+    def image(self, name: str, vectors: Tensor) -> Tensor:
+        """Without the concatenation."""
+        first, *rest = [part.image(name, vectors) for part in self._parts(name)]
+        return first + rest[0] if rest else first
 
 
-def ideal(spec: Spec, cohort: Cohort) -> PerLayer:
-    """sum p_i delta_i per layer, in fp64."""
-    return PerLayer(
-        spec.layers, lambda layer: spec.adapter.mean_delta(layer, cohort.factors(spec, layer), cohort.weights)
+def ideal(spec: Spec, cohort: Cohort, dtype: torch.dtype = torch.float64) -> Deltas:
+    """sum p_i delta_i per layer, in fp64, rounded once to `dtype`."""
+    return Deltas(
+        spec.layers, lambda layer: spec.adapter.mean_delta(layer, cohort.factors(spec, layer), cohort.weights, dtype)
     )
 
 
@@ -41,19 +41,21 @@ def inner_mean(spec: Spec, cohort: Cohort, layer: Layer) -> LowRank:
     return LowRank.total((LowRank(f[B], f[A]) for f in cohort.factors(spec, layer)), cohort.weights)
 
 
-def averaging_error(spec: Spec, cohort: Cohort) -> PerLayer:
-    """sum p_i delta_i - delta(mean factors) per layer: the error that plain factor averaging makes."""
+def averaging_error(spec: Spec, cohort: Cohort, dtype: torch.dtype = torch.float64) -> Deltas:
+    """sum p_i delta_i - delta(mean factors) per layer, rounded once to `dtype`: the error that plain factor averaging
+    makes."""
 
     def make(layer: Layer) -> LowRank:
         means = {f: t.double() for f, t in spec.factors(layer, cohort.means).items()}
-        return spec.adapter.averaging_error(layer, cohort.factors(spec, layer, whole=True), cohort.weights, means)
+        clients = cohort.factors(spec, layer, whole=True)
+        return spec.adapter.averaging_error(layer, clients, cohort.weights, means, dtype)
 
-    return PerLayer(spec.layers, make)
+    return Deltas(spec.layers, make)
 
 
-def deltas(spec: Spec, tensors: Tensors) -> PerLayer:
+def deltas(spec: Spec, tensors: Tensors) -> Deltas:
     """Per layer, the delta that the factors mean, in fp64."""
-    return PerLayer(
+    return Deltas(
         spec.layers,
         lambda layer: spec.adapter.delta(layer, {n: t.double() for n, t in spec.factors(layer, tensors).items()}),
     )

@@ -66,7 +66,7 @@ def _of_sketch(spec: Spec, cohort: Cohort, sketch: Sketch, landed: Deltas) -> Te
 
 
 def _image(matrices: Deltas, layer: Layer, vectors: Tensor) -> Tensor:
-    return matrices[layer.name].to(torch.float64).image(vectors)
+    return matrices.image(layer.name, vectors)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> tuple[float, float]:

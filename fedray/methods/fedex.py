@@ -17,9 +17,9 @@ from torch import Tensor
 from fedray.adapters.base import Layer
 from fedray.lowrank import LowRank
 from fedray.methods.base import Method
-from fedray.methods.deltas import PerLayer, averaging_error, deltas, ideal
-from fedray.methods.increments import add_increment, base_parts, base_tensors, stacked_base_tensors
-from fedray.methods.state import Broadcast, Cohort, Deltas, Spec, State, Tensors, View, key
+from fedray.methods.deltas import Sum, averaging_error, deltas, ideal
+from fedray.methods.increments import add_increment, base_tensors, base_total, stacked_base_tensors
+from fedray.methods.state import Broadcast, Cohort, Deltas, Increment, Spec, State, Tensors, View, key
 from fedray.options import option
 
 
@@ -73,16 +73,11 @@ class FedEx(Method):
         spec, average = state.spec, self.assignment == "average"
         sent = cohort.cast({name: cohort.means[name] for name in state.tensors})
         stored = self._base_update(spec, cohort, sent if average else None)
-        means = deltas(spec, sent) if average else {}
-
-        def landed(layer: Layer) -> LowRank:
-            moved = LowRank.sum([part.to(torch.float64) for part in base_parts(spec, layer, stored)])
-            return means[layer.name] + moved if average else moved
-
+        moved = base_total(spec, [Increment(0, stored)])
         increments = add_increment(state, stored) if any(t.numel() for t in stored.values()) else state.increments
         draw = state.draw if average else dict.fromkeys(state.draw, state.round + 1)
         merged = state.replace(round=state.round + 1, tensors=sent, increments=increments, draw=draw)
-        return merged, PerLayer(spec.layers, landed)
+        return merged, Sum(spec.layers, deltas(spec, sent), moved) if average else moved
 
     def _base_update(self, spec: Spec, cohort: Cohort, means: Tensors | None) -> dict[str, Tensor]:
         """sum p_i delta_i, less the delta of `means` where clients go on from those, as it travels."""
@@ -91,11 +86,11 @@ class FedEx(Method):
             return cohort.cast(base_tensors(zeros))
         if spec.adapter.stacked and self.residual_rank is None:
             return cohort.cast(stacked_base_tensors(spec, cohort, means))
-        whole = ideal(spec, cohort) if means is None else averaging_error(spec, cohort)
-        update = whole
-        if self.residual_rank is not None:
-            update = PerLayer(spec.layers, lambda layer: whole[layer.name].compress(self.residual_rank))
-        return {n: t for name in update for n, t in cohort.cast(base_tensors({name: update[name]})).items()}
+        update, cut = ideal if means is None else averaging_error, self.residual_rank
+        if cut is None:
+            return cohort.cast(base_tensors(update(spec, cohort, cohort.dtype)))
+        whole = update(spec, cohort)
+        return {n: t for name in whole for n, t in cohort.cast(base_tensors({name: whole[name].compress(cut)})).items()}
 
 
 @dataclass(frozen=True)
@@ -153,12 +148,12 @@ class FedExKeep(Method):
         merged = state.replace(round=state.round + 1, tensors=cohort.cast(sent), plain=plain, increments=increments)
         return merged, self._landed(state, merged, cohort)
 
-    def _landed(self, state: State, merged: State, cohort: Cohort) -> PerLayer:
+    def _landed(self, state: State, merged: State, cohort: Cohort) -> Deltas:
         """Per layer, the base's change and the mean of the deltas that the cohort started this round with."""
         spec = state.spec
 
         @cache
-        def bases() -> tuple[Deltas, Deltas]:
+        def bases() -> tuple[Mapping[str, LowRank], Mapping[str, LowRank]]:
             before, after = (self.view(spec, self.broadcast(s), None).base for s in (state, merged))
             return before, after
 
@@ -174,7 +169,7 @@ class FedExKeep(Method):
             old = [spec.adapter.delta(layer, spec.factors(layer, t)).to(torch.float64) for t in starts()]
             return change + LowRank.sum(old, cohort.weights)
 
-        return PerLayer(spec.layers, landed)
+        return Deltas(spec.layers, landed)
 
 
 def _stack(state: State, cohort: Cohort, layer: Layer, stays: list[int]) -> dict[str, Tensor]:

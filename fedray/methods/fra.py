@@ -16,10 +16,10 @@ from torch import Tensor
 from fedray.adapters.base import pad_to
 from fedray.lowrank import LowRank, columns_reaching
 from fedray.methods.base import Method
-from fedray.methods.deltas import PerLayer, deltas, inner_mean
+from fedray.methods.deltas import Sum, deltas, inner_mean
 from fedray.methods.ffa import FFA
-from fedray.methods.increments import add_increment, base_tensors
-from fedray.methods.state import Broadcast, Cohort, Deltas, Spec, State, View, key
+from fedray.methods.increments import add_increment, base_tensors, base_total
+from fedray.methods.state import Broadcast, Cohort, Deltas, Increment, Spec, State, View, key
 from fedray.options import option
 
 
@@ -74,14 +74,7 @@ class FRA(Method):
         landed = deltas(spec, self.view(spec, self.broadcast(merged), None).tensors)
         if any(tail.k for tail in tails.values()):
             stored = cohort.cast(base_tensors(tails))
-            means = landed
-            landed = PerLayer(
-                spec.layers,
-                lambda one: (
-                    means[one.name]
-                    + LowRank(stored[f"{one.name}.base_B"], stored[f"{one.name}.base_A"]).to(torch.float64)
-                ),
-            )
+            landed = Sum(spec.layers, landed, base_total(spec, [Increment(0, stored)]))
             merged = merged.replace(increments=add_increment(state, stored))
         return merged, landed
 

@@ -6,14 +6,13 @@ fewer numbers, as a stack of them (`LAYER.base_FACTOR`) with a coefficient each 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fedray.adapters.base import Layer
 from fedray.lowrank import LowRank
-from fedray.methods.deltas import PerLayer
 from fedray.methods.state import Cohort, Deltas, Increment, Spec, State, Tensors, factor_of, layer_of
 
 
@@ -28,14 +27,13 @@ def live_increments(increments: Sequence[Increment]) -> tuple[Increment, ...]:
     return tuple(increments[start:])
 
 
-def base_total(spec: Spec, increments: Sequence[Increment]) -> PerLayer:
+def base_total(spec: Spec, increments: Sequence[Increment]) -> Deltas:
     """Per layer, all base updates since W0 as one LowRank: the same factors, so the same bits, for whoever asks."""
 
     def make(layer: Layer) -> LowRank:
-        parts = [part for i in increments for part in base_parts(spec, layer, i.tensors)]
-        return LowRank(torch.cat([p.B for p in parts], 1), torch.cat([p.A for p in parts], 0))
+        return LowRank.sum(part for i in increments for part in base_parts(spec, layer, i.tensors))
 
-    return PerLayer((layer for layer in spec.layers if any(has_base(i.tensors, layer) for i in increments)), make)
+    return Deltas((layer for layer in spec.layers if any(has_base(i.tensors, layer) for i in increments)), make)
 
 
 def has_base(tensors: Tensors, layer: Layer) -> bool:
@@ -57,7 +55,7 @@ def base_parts(spec: Spec, layer: Layer, tensors: Tensors) -> list[LowRank]:
     return []
 
 
-def base_tensors(deltas: Deltas) -> dict[str, Tensor]:
+def base_tensors(deltas: Mapping[str, LowRank]) -> dict[str, Tensor]:
     """A base update as it travels."""
     return {
         f"{name}.{side}": getattr(delta, side[-1]) for name, delta in deltas.items() for side in ("base_B", "base_A")

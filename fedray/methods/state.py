@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, overload
@@ -20,7 +20,29 @@ from fedray.adapters.base import Adapter, Layer, pad_to
 from fedray.lowrank import LowRank
 
 Tensors = Mapping[str, Tensor]
-Deltas = Mapping[str, LowRank]
+
+
+class Deltas(Mapping[str, LowRank]):
+    """A matrix for each of some layers, made when it is asked for: at most one layer's is in memory at a time."""
+
+    def __init__(self, layers: Iterable[Layer], make: Callable[[Layer], LowRank]):
+        self._layers, self._make = {layer.name: layer for layer in layers}, make
+
+    def __getitem__(self, name: str) -> LowRank:
+        return self._make(self._layers[name])
+
+    def image(self, name: str, vectors: Tensor) -> Tensor:
+        """One of them times vectors (n x p), m x p in their dtype."""
+        return self[name].image(vectors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
 
 
 def key(layer: Layer, factor: str) -> str:
