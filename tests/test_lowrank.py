@@ -97,3 +97,49 @@ def test_dtype_and_shape_rules():
         M + draw(3, 4, 2, 0, torch.float32)
     with pytest.raises(ValueError, match="no shape"):
         LowRank.sum([])
+
+
+def spectrum(S, m, n, seed):
+    """A matrix of these singular values, with as many columns."""
+    g = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(size, len(S), generator=g, dtype=torch.float64)).Q for size in (m, n))
+    return LowRank(U * torch.as_tensor(S, dtype=torch.float64), V.T)
+
+
+GAPS = {
+    "clients that drift from one model": [*[1.0 - i / 20 for i in range(6)], *[0.01] * 194],
+    "one that falls": [2.0**-i for i in range(200)],
+    "a low rank": [1.0, 0.5, 0.25, *[0.0] * 197],
+}
+
+
+@pytest.mark.parametrize("S", GAPS.values(), ids=GAPS)
+@pytest.mark.parametrize("shape", [(230, 260), (260, 210)])
+def test_the_first_of_many_singular_values_are_those_of_the_whole(S, shape):
+    rank, M = 6, spectrum(S, *shape, seed=1)
+    assert M.krylov(rank) and not M.krylov(20)
+    U, found, Vt = M.svd(rank)
+    close(found, torch.tensor(S[:rank], dtype=torch.float64), 1e-10)
+    close(U.T @ U, torch.eye(rank, dtype=torch.float64), 1e-12)
+    close(Vt @ Vt.T, torch.eye(rank, dtype=torch.float64), 1e-12)
+    left = torch.linalg.matrix_norm(M.dense() - (U * found) @ Vt).item()
+    assert left == pytest.approx(sum(s * s for s in S[rank:]) ** 0.5, abs=1e-9, rel=1e-9)
+
+
+def test_the_first_of_a_flat_spectrum_leave_hardly_more_than_the_best_would():
+    M = draw(400, 420, 390, seed=2)
+    rank, whole = 6, torch.linalg.svdvals(M.dense())
+    U, S, Vt = M.svd(rank)
+    left = torch.linalg.matrix_norm(M.dense() - (U * S) @ Vt).item()
+    assert left / whole[rank:].square().sum().sqrt().item() - 1 < 1e-3
+    assert left**2 == pytest.approx((M.norm() ** 2 - S.square().sum()).item(), rel=1e-9)
+
+
+def test_many_columns_of_different_widths_are_put_together_where_they_stay():
+    terms = [draw(30, 40, k, seed=k) for k in (1, 3, 2, 2)]
+    weights = [0.5, -1.0, 2.0, 0.25]
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        total = LowRank.total(iter(terms), weights, dtype)
+        assert total.k == 8 and total.B.dtype == total.A.dtype == dtype and total.B.is_contiguous()
+        close(total.dense().double(), LowRank.sum(terms, weights).dense(), tolerance)
+    close(total.image(torch.eye(40, dtype=torch.float64)), total.dense().double(), 1e-6)

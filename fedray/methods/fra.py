@@ -61,14 +61,16 @@ class FRA(Method):
         for layer in spec.layers:
             room = spec.adapter.shapes(layer)[A][0]
             inner = inner_mean(spec, cohort, layer)
-            U, S, Vt = inner.svd(None if self.residual == "fold" else room)
+            whole = self.residual == "fold" and not inner.krylov(room)
+            U, S, Vt = inner.svd(None if whole else room)
             r = min(room, self.kept_rank(S, inner))
             root = S[:r].sqrt() if self.split == "balanced" else torch.ones_like(S[:r])
             sent[key(layer, B)] = U[:, :r] * (S[:r] / root.clamp_min(torch.finfo(S.dtype).tiny))
             sent[key(layer, A)] = root[:, None] * Vt[:r]
             if self.residual == "fold":
                 rests = {f: cohort.means[key(layer, f)].double() for f in spec.names}
-                tails[layer.name] = spec.adapter.lift(layer, rests, LowRank(U[:, r:] * S[r:], Vt[r:]))
+                kept, rest = LowRank(U[:, :r] * S[:r], Vt[:r]), LowRank(U[:, r:] * S[r:], Vt[r:])
+                tails[layer.name] = spec.adapter.lift(layer, rests, rest if whole else (inner - kept).bounded())
         sent = cohort.cast(sent | {name: cohort.means[name] for name in state.heads})
         merged = state.replace(round=state.round + 1, tensors=sent)
         landed = deltas(spec, self.view(spec, self.broadcast(merged), None).tensors)

@@ -1,5 +1,6 @@
 """How updates become a cohort: in one pass, those of a mean forgotten as they are added."""
 
+import dataclasses
 import gc
 import math
 import weakref
@@ -12,7 +13,7 @@ from algebra import begin, method_of, spec, train
 from fedray.adapters import Layer
 from fedray.errors import RoundError
 from fedray.federation.wire import PacketView, pack
-from fedray.lowrank import LowRank
+from fedray.lowrank import KRYLOV_COLUMNS, OVERSAMPLE, LowRank
 from fedray.methods import Update
 from fedray.methods.gathering import GRAM_COLUMNS, Gathering
 from fedray.methods.robust import RULES
@@ -93,6 +94,23 @@ def test_a_sum_of_many_is_no_wider_than_its_matrix(pair):
         assert held <= room
     if method.exact == "yes":
         assert found.exactness < 1e-6
+
+
+def test_a_tail_that_is_folded_is_exact_in_a_large_cohort_too():
+    """Where the first singular values are iterated for, the tail is what they leave."""
+    kind, plain = method_of("lora+fra")
+    method = dataclasses.replace(plain, residual="fold")
+    state = begin(method, spec(kind, WIDE))
+    updates = [train(method, state, f"c{i}", i, torch.float32, 1.0)[0] for i in range(2 * MANY)]
+    after, found = method.aggregate(state, updates, exact_report=True)
+    assert all(min(layer.m, layer.n) >= KRYLOV_COLUMNS * (layer.rank + OVERSAMPLE) for layer in WIDE)
+    assert found.exactness < 1e-6 < found.aggregation_error
+    means, base = method.view(state.spec, after, None).tensors, method.view(state.spec, after, None).base
+    for layer in WIDE:
+        factors = [state.spec.factors(layer, u.tensors) for u in updates]
+        want = sum(layer.scale * f["lora_B"].double() @ f["lora_A"].double() for f in factors) / len(factors)
+        B, A = means[f"{layer.name}.lora_B"].double(), means[f"{layer.name}.lora_A"].double()
+        torch.testing.assert_close(layer.scale * B @ A + base[layer.name].dense().double(), want, rtol=0, atol=1e-6)
 
 
 class Watched(PacketView):
