@@ -68,7 +68,7 @@ class LowRank:
         return LowRank(torch.cat([self.B, other.B], 1), torch.cat([self.A, other.A], 0))
 
     def __mul__(self, factor: float) -> LowRank:
-        if self.B.is_meta:
+        if self.B.is_meta or factor == 1.0:
             return self
         return LowRank(self.B * factor, self.A)
 

@@ -133,9 +133,11 @@ class Gathering:
             self._fold()
         if not self._clients or (total := math.fsum(self._weights)) <= 0:
             raise RoundError("a round needs at least one update with a positive weight")
-        unrounded = {name: t / total for name, t in self._sums.items()}
+        for summed in (*self._sums.values(), *self._images.values()):  # they are nobody else's
+            summed /= total
+        unrounded = dict(self._sums)
         means = {name: t.to(self._dtype) for name, t in {**start, **unrounded}.items()}
-        sketch = Sketch(self._vectors, {n: t / total for n, t in self._images.items()}) if self._images else None
+        sketch = Sketch(self._vectors, self._images) if self._images else None
         shares = tuple(weight / total for weight in self._weights)
         by_means = self._many and self.ideal == "means"
         return Cohort(tuple(self._clients), shares, tuple(self._kept), means, self._dtype, unrounded, sketch, by_means)

@@ -66,16 +66,16 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    held = most = 0
+    return allocated(call)[0]
+
+
+def allocated(call: Callable[[], object]) -> tuple[int, int]:
+    """Bytes of a call on the CPU: the most at one moment beyond what was held before, and of its largest tensor."""
+    held = most = largest = 0
     for _, size in sorted(_allocations(call), key=lambda event: event[0]):
         held += size
-        most = max(most, held)
-    return most
-
-
-def largest_allocation(call: Callable[[], object]) -> int:
-    """Bytes of the largest single tensor that a call makes on the CPU."""
-    return max((size for _, size in _allocations(call)), default=0)
+        most, largest = max(most, held), max(largest, size)
+    return most, largest
 
 
 def _allocations(call: Callable[[], object]) -> list[tuple[int, int]]:
