@@ -51,12 +51,18 @@ def of_one(group: str, prefix: str, cls: type) -> dict[str, Declared]:
 
 
 def of_tasks(tasks: Mapping[str, type[Task]], named: Collection[str]) -> dict[str, Declared]:
-    """The columns that tasks declare and the data section does not name itself."""
+    """The keys that tasks declare and the data section does not name itself. Raises TypeError where two say different
+    things of one."""
+    docs: dict[str, tuple[str, list[str]]] = {}
+    for owner, task in tasks.items():
+        for name, doc in ((n, d) for n, d in task.options.items() if n not in named):
+            first, owners = docs.setdefault(name, (doc, []))
+            if doc != first:
+                raise TypeError(f"task {owner} says of data.{name} something else than {owners[0]}")
+            owners.append(owner)
     return {
-        name: Declared(Option(str, None, doc.removesuffix("."), "", {}), (), f"task {owner}")
-        for owner, task in tasks.items()
-        for name, doc in task.options.items()
-        if name not in named
+        name: Declared(Option(str, None, doc.removesuffix("."), "", {}), (), f"task {', '.join(owners)}")
+        for name, (doc, owners) in docs.items()
     }
 
 

@@ -18,6 +18,7 @@ from fedray.config.privacy import PrivacySection
 from fedray.config.section import Section
 from fedray.data.builtin import BUILTIN
 from fedray.data.tasks import TASKS
+from fedray.data.tasks.tokens import COMPLETION
 from fedray.errors import ConfigError, nearest
 from fedray.methods import METHODS, RobustOptions, ServerOptimizer
 
@@ -183,8 +184,7 @@ class DataSection(Section):
     """Column with a second text (classification of pairs)."""
     label: str = "label"
     """Column with the class (classification)."""
-    completion: str | None = None
-    """Column whose text is to be produced after `text` (causal-lm); the loss covers it alone."""
+    completion: str | None = Field(None, description=COMPLETION)
     max_length: int = Field(256, ge=2)
     """Longest sequence in tokens."""
     partition: Literal["iid", "dirichlet", "column"] = "iid"
@@ -200,6 +200,17 @@ class DataSection(Section):
     client_held_out: float = Field(0.0, ge=0, lt=1)
     """Share of each client's own examples kept for evaluation on the client; 0 evaluates at the coordinator's side
     only."""
+
+
+class GenerationSection(Section):
+    """How answers are produced where a task's metrics are of what the model says (math, nlg, choice)."""
+
+    max_new_tokens: int = Field(256, ge=1)
+    """Most tokens of an answer."""
+    temperature: float = Field(0.0, ge=0)
+    """0: greedy, the likeliest token each time; else tokens are drawn, by the seed."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw among the likeliest tokens that together have this probability."""
 
 
 class FederationSection(Section):
@@ -357,6 +368,7 @@ class Config(Section):
     adapter: AdapterSection = AdapterSection()
     method: MethodSection = MethodSection()
     data: DataSection = DataSection()
+    generation: GenerationSection = GenerationSection()
     federation: FederationSection = FederationSection()
     clients: dict[str, ClientSection] = {}  # noqa: RUF012 - pydantic copies it
     """Per client: clients.NAME.source, .node_labels, .lr, .local_steps, .batch_size, .gpus, .ranks, .zero_stage."""

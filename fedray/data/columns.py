@@ -9,7 +9,7 @@ from fedray.errors import ConfigError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_TEXT_COLUMNS = ("text", "sentence", "content", "question", "instruction")
+_TEXT_COLUMNS = ("text", "sentence", "content", "question", "instruction", "messages", "conversations")
 
 
 def require_column(dataset: Dataset, column: str, key: str) -> str:

@@ -20,12 +20,13 @@ from safetensors.numpy import save_file
 from fedray.data.owned import owned_folder
 from fedray.data.tasks import Example, Task
 
-_ARRAYS = ("ids", "id_ends", "labels", "label_ends", "sizes", "groups")
+_ARRAYS = ("ids", "id_ends", "labels", "label_ends", "sizes", "groups", "abouts", "about_ends")
 
 
 class Encoded(Sequence[Example]):
-    """Examples, made when they are asked for. `arrays`: ids and labels (int32) one after the other with where each
-    example ends (int64), sizes (fp64), and the number of each one's group among `names` (int32, -1: none)."""
+    """Examples, made when they are asked for. `arrays`: ids and labels (int32) and what is said about each (UTF-8) one
+    after the other with where each example ends (int64), sizes (fp64), and the number of each one's group among
+    `names` (int32, -1: none)."""
 
     def __init__(self, arrays: dict[str, np.ndarray], names: Sequence[str], order: np.ndarray | None = None):
         self._arrays, self._names = arrays, list(names)
@@ -40,7 +41,9 @@ class Encoded(Sequence[Example]):
         labels, label_ends = _flat([e.labels for e in examples])
         sizes = np.array([e.size for e in examples], np.float64)
         groups = np.array([number[e.group] for e in examples], np.int32)
-        return cls(dict(zip(_ARRAYS, (ids, id_ends, labels, label_ends, sizes, groups), strict=True)), names)
+        abouts, about_ends = _flat([e.about.encode() for e in examples], np.uint8)
+        arrays = (ids, id_ends, labels, label_ends, sizes, groups, abouts, about_ends)
+        return cls(dict(zip(_ARRAYS, arrays, strict=True)), names)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -58,15 +61,16 @@ class Encoded(Sequence[Example]):
         return (self._example(int(i)) for i in self._order)
 
     def _example(self, i: int) -> Example:
-        def row(name: str, ends: np.ndarray) -> list[int]:
-            return self._arrays[name][int(ends[i - 1]) if i else 0 : int(ends[i])].tolist()
+        def row(name: str, ends: np.ndarray) -> np.ndarray:
+            return self._arrays[name][int(ends[i - 1]) if i else 0 : int(ends[i])]
 
         group = int(self._arrays["groups"][i])
         return Example(
-            row("ids", self._arrays["id_ends"]),
-            row("labels", self._arrays["label_ends"]),
+            row("ids", self._arrays["id_ends"]).tolist(),
+            row("labels", self._arrays["label_ends"]).tolist(),
             float(self._arrays["sizes"][i]),
             self._names[group] if group >= 0 else None,
+            row("abouts", self._arrays["about_ends"]).tobytes().decode(),
         )
 
     def by_length(self) -> Encoded:
@@ -101,14 +105,15 @@ class Encoded(Sequence[Example]):
             return cls({name: file.get_tensor(name).numpy() for name in _ARRAYS}, json.loads(file.metadata()["names"]))
 
 
-def encode(task: Task, rows: Dataset, folder: str | None = None) -> Encoded:
-    """The task's examples of these rows. `folder`: where they are kept for the next process that asks for the same,
-    if anywhere; it is made for this user alone."""
+def encode(task: Task, rows: Dataset, folder: str | None = None, held_out: bool = False) -> Encoded:
+    """The task's examples of these rows, for training or for metrics. `folder`: where they are kept for the next
+    process that asks for the same, if anywhere; it is made for this user alone."""
+    make = task.encode_held_out if held_out else task.encode
     if folder is None:
-        return Encoded.of(task.encode(rows))
-    path = owned_folder(Path(folder), "worker.cache") / f"{_fingerprint(task, rows)}.safetensors"
+        return Encoded.of(make(rows))
+    path = owned_folder(Path(folder), "worker.cache") / f"{_fingerprint(task, rows, make.__name__)}.safetensors"
     if not path.is_file():
-        Encoded.of(task.encode(rows)).save(path)
+        Encoded.of(make(rows)).save(path)
     return Encoded.load(path)
 
 
@@ -131,8 +136,8 @@ class _Sink:
         pass
 
 
-def _fingerprint(task: Task, rows: Dataset) -> str:
-    """Of everything that decides the examples: the rows, how they are read, and the tokenizer."""
+def _fingerprint(task: Task, rows: Dataset, what: str) -> str:
+    """Of everything that decides the examples: the rows, how they are read and what for, and the tokenizer."""
     digest = hashlib.sha256()
     data, tokenizer = task.config.data, task.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -147,8 +152,11 @@ def _fingerprint(task: Task, rows: Dataset) -> str:
         repr(
             (
                 type(task).__name__,
+                what,
+                _ARRAYS,
                 words,
                 tokenizer.eos_token_id,
+                tokenizer.chat_template,
                 data.model_dump(),
                 task.data.classes,
                 task.data.text,
@@ -169,7 +177,7 @@ def _fingerprint(task: Task, rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _flat(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _flat(rows: Sequence[Sequence[int]], dtype: type = np.int32) -> tuple[np.ndarray, np.ndarray]:
     """All the rows' numbers one after another, and where each row ends."""
     ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
-    return np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(ends[-1]) if len(rows) else 0), ends
+    return np.fromiter(itertools.chain.from_iterable(rows), dtype, int(ends[-1]) if len(rows) else 0), ends

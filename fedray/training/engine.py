@@ -53,6 +53,9 @@ class StepEngine(Protocol):
     def forward(self, inputs: dict) -> Tensor:
         """Logits of a batch; a `labels` entry is not passed on."""
 
+    def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+        """As transformers' `generate`: prompts and what follows them, batch x length."""
+
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """A context in which the parameters are whole (ZeRO-3 partitions them) and may be written."""
 
@@ -158,6 +161,10 @@ class TorchEngine:
 
     def forward(self, inputs: dict) -> Tensor:
         return self.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+
+    def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+        said: Tensor = self.model.generate(**inputs, **options)
+        return said
 
     def close(self) -> None:
         self.optimizer.zero_grad()
@@ -326,6 +333,12 @@ class DeepSpeedEngine:
 
     def forward(self, inputs: dict) -> Tensor:
         return self.engine(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+
+    def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+        # Ranks that share the parameters go on until the last of them has ended.
+        together = self.stage == 3 and torch.distributed.get_world_size() > 1
+        said: Tensor = self.engine.module.generate(**inputs, **options, synced_gpus=together)
+        return said
 
     def close(self) -> None:
         """What `destroy` leaves at the model would go into the next engine's steps: the gradients of a step that

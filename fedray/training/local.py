@@ -33,6 +33,7 @@ from fedray.methods.state import factor_of
 from fedray.privacy.private import Private
 from fedray.ranks import ALONE, Ranks
 from fedray.training.engine import StepEngine, make_engine
+from fedray.training.generation import Evaluated
 from fedray.training.memory import OutOfMemory, out_of_memory, out_of_memory_on
 from fedray.training.model import load_model, load_tokenizer
 
@@ -168,7 +169,7 @@ class LocalTrainer:
             if client not in held:
                 raise ValueError(f"the {part} data of client '{client}' are not read on this node")
             dataset = held[client]
-            encoded = encode(self.task, dataset, self.config.worker.cache)
+            encoded = encode(self.task, dataset, self.config.worker.cache, held_out=part != "train")
             if not encoded:
                 raise ValueError(
                     f"{f'client {client!r}: ' if client and part != 'train' else ''}its {part} data holds no "
@@ -339,11 +340,13 @@ class LocalTrainer:
         engine = self._load(view, self.config.federation, None, base_key)
         self.set_mode(training=False)
         examples, size = self.examples(part, client), 4 * self.config.federation.batch_size
+        model = Evaluated(engine, self.task.tokenizer, self.config.generation, self.device)
         starts, own = self.ranks.dealt(range(0, len(examples), size)[share[0] :: share[1]])
         result = []
         for start in starts:
             rows = examples[start : start + size]
-            result.append(self.task.statistics(engine.forward, rows, self.batch(rows)))
+            self._seed_dropout(seeding.derive(self.config.seed, "generation", part, client, start))
+            result.append(self.task.statistics(model, rows, self.batch(rows)))
         return result[:own]
 
     def reset(self) -> None:

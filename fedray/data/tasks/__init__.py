@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedray.data.tasks.base import IGNORED, Batch, Example, Forward, Task, grouped
+from fedray.data.tasks.base import IGNORED, Batch, Example, Forward, Model, Task, grouped
 from fedray.registers import load
 
 if TYPE_CHECKING:  # the config stands above: it is checked by what is declared here
@@ -14,6 +14,10 @@ if TYPE_CHECKING:  # the config stands above: it is checked by what is declared 
 _CLASSES = (
     "classification.Classification",
     "causal_lm.CausalLM",
+    "instruction.Instruction",
+    "math.Math",
+    "choice.Choice",
+    "nlg.NLG",
 )
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in load(__name__, _CLASSES)}
@@ -24,4 +28,4 @@ def check_task(config: Config) -> None:
     TASKS[config.model.task].check(config, TASKS)
 
 
-__all__ = ["IGNORED", "TASKS", "Batch", "Example", "Forward", "Task", "check_task", "grouped"]
+__all__ = ["IGNORED", "TASKS", "Batch", "Example", "Forward", "Model", "Task", "check_task", "grouped"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -32,12 +32,24 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """One training or test sequence. `size`: what a mean is taken over (bytes, or 1). `group`: reported apart."""
+    """One training or test sequence. `size`: what a mean is taken over (bytes, or 1). `group`: reported apart.
+    `about`: what its metrics need beside the tokens, as the task writes it."""
 
     input_ids: list[int]
     labels: list[int]
     size: float = 1.0
     group: str | None = None
+    about: str = ""
+
+
+class Model(Protocol):
+    """The model that is evaluated."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits, as of a `Forward`."""
+
+    def generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """What it says after each prompt, as `generation` has it, without the token that ends it."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +77,17 @@ class Task(ABC):
     """Optional columns: keys of the data section that other tasks refuse, each with its doc."""
     takes_builtin: ClassVar[bool]
     """Whether it runs on the built-in model and corpus."""
+    generates: ClassVar[bool] = False
+    """Whether its metrics are of what the model says (`generation`)."""
 
     _STATED: ClassVar[tuple[str, ...]] = (
         *("name", "model", "metric", "higher_is_better", "reported"),
         *("target", "labelled", "options", "takes_builtin"),
     )
 
-    def __init_subclass__(cls) -> None:
-        missing = [name for name in Task._STATED if name not in vars(cls)]
+    def __init_subclass__(cls, stated: bool = True) -> None:
+        """`stated`: whether it is a task, and not what several share."""
+        missing = [name for name in Task._STATED if name not in vars(cls) and stated]
         if missing:
             raise TypeError(f"task {cls.__name__} does not state {', '.join(missing)}")
 
@@ -110,6 +125,10 @@ class Task(ABC):
     def encode(self, examples: Dataset) -> list[Example]:
         """The sequences that rows become; a row may become none or several."""
 
+    def encode_held_out(self, examples: Dataset) -> list[Example]:
+        """The same of rows that metrics are taken of."""
+        return self.encode(examples)
+
     @abstractmethod
     def collate(self, examples: Sequence[Example]) -> Batch:
         """A batch, padded to the longest sequence."""
@@ -127,7 +146,7 @@ class Task(ABC):
         """One loss a sequence, each a function of that sequence alone: what DP-SGD clips the gradients of."""
 
     @abstractmethod
-    def statistics(self, forward: Forward, examples: Sequence[Example], batch: Batch) -> list[Statistics]:
+    def statistics(self, model: Model, examples: Sequence[Example], batch: Batch) -> list[Statistics]:
         """One entry an example, with its `group`."""
 
     @abstractmethod

@@ -6,11 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
 from fedray.data.columns import require_column
-from fedray.data.tasks.base import IGNORED, Batch, Example, Forward, Statistics, Task, padded
+from fedray.data.tasks.base import IGNORED, Batch, Example, Model, Statistics
+from fedray.data.tasks.tokens import COMPLETION, TokenTask
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
     from fedray.config.sections import DataSection
 
 
-class CausalLM(Task):
+class CausalLM(TokenTask):
     """Next-token prediction. A text is cut into sequences of `data.max_length`; with `data.completion` an example is
     one sequence and only the completion is scored. Metrics: bits per byte of scored text, mean loss a token.
 
@@ -33,13 +31,9 @@ class CausalLM(Task):
     target = "completion"
     labelled = False
     options: ClassVar[dict[str, str]] = {
-        "completion": "Column whose text is to be produced after `text` (causal-lm); the loss covers it alone.",
+        "completion": COMPLETION,
     }
     takes_builtin = True
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
 
     @classmethod
     def cuts(cls, data: DataSection) -> bool:
@@ -73,40 +67,11 @@ class CausalLM(Task):
         kept = sum(y != IGNORED for y in labels) / len(answer) if answer else 0.0  # an answer that is too long is cut
         return [Example(ids, labels, kept * len(completion.encode()), group)] if len(ids) > 1 else []
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        return self._inputs(examples) | {"labels": padded([e.labels for e in examples], IGNORED)}
-
-    @staticmethod
-    def _tokens(forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Token losses and their mask, both batch x (length - 1)."""
-        logits, targets = forward(batch)[:, :-1].float(), batch["labels"][:, 1:]
-        losses = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED
-        )
-        return losses, targets != IGNORED
-
-    def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        losses, mask = self._tokens(forward, batch)
-        return losses.sum() / mask.sum().clamp_min(1)
-
-    def counted(self, batch: Batch) -> int:
-        return int((batch["labels"][:, 1:] != IGNORED).sum())
-
-    def losses(self, forward: Forward, batch: Batch) -> Tensor:
-        losses, mask = self._tokens(forward, batch)
-        return losses.sum(1) / mask.sum(1).clamp_min(1)
-
-    def statistics(self, forward: Forward, examples: Sequence[Example], batch: Batch) -> list[Statistics]:
-        losses, mask = self._tokens(forward, batch)
-        sums, counts = losses.double().sum(1).tolist(), mask.sum(1).tolist()
-        return [
-            {"group": e.group, "loss": loss, "tokens": count, "bytes": e.size}
-            for e, loss, count in zip(examples, sums, counts, strict=True)
-        ]
+    def statistics(self, model: Model, examples: Sequence[Example], batch: Batch) -> list[Statistics]:
+        found = super().statistics(model, examples, batch)
+        return [{**s, "bytes": e.size} for e, s in zip(examples, found, strict=True)]
 
     def metrics(self, statistics: Sequence[Statistics]) -> dict[str, float]:
         nats = math.fsum(s["loss"] for s in statistics)
-        return {
-            "bits_per_byte": nats / math.log(2) / max(1.0, math.fsum(s["bytes"] for s in statistics)),
-            "loss": nats / max(1, sum(s["tokens"] for s in statistics)),
-        }
+        in_bytes = math.fsum(s["bytes"] for s in statistics)
+        return {"bits_per_byte": nats / math.log(2) / max(1.0, in_bytes), **super().metrics(statistics)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedray.data.columns import require_column
-from fedray.data.tasks.base import Batch, Example, Forward, Statistics, Task
+from fedray.data.tasks.base import Batch, Example, Forward, Model, Statistics, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,8 +53,8 @@ class Classification(Task):
     def losses(self, forward: Forward, batch: Batch) -> Tensor:
         return torch.nn.functional.cross_entropy(forward(batch).float(), batch["labels"], reduction="none")
 
-    def statistics(self, forward: Forward, examples: Sequence[Example], batch: Batch) -> list[Statistics]:
-        logits = forward(batch).float()
+    def statistics(self, model: Model, examples: Sequence[Example], batch: Batch) -> list[Statistics]:
+        logits = model.forward(batch).float()
         losses = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none").double().tolist()
         guesses = logits.argmax(-1).tolist()
         return [

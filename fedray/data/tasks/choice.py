@@ -1,0 +1,205 @@
+"""Multiple choice (BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC, OpenBookQA): the right answer is learned; which one
+the model takes is judged by likelihood, or by what it says (LLM-Adapters, Hu et al., EMNLP 2023)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fedray.data.columns import require_column
+from fedray.data.tasks.base import Example, Model, Statistics, Task
+from fedray.data.tasks.chat import Message, cut, pieces, tokens
+from fedray.data.tasks.generating import Generating, prompt_of
+from fedray.data.tasks.instruction import COLUMNS, WORDS
+from fedray.data.tasks.tokens import TokenTask
+from fedray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fedray.config.sections import Config
+
+#: Where LLM-Adapters' instructions say what may be answered.
+_FORMAT = re.compile(r"Answer format:\s*(\S+/\S+)\s*$")
+#: What a column of truth values means among answers in words.
+_WORDS = {True: ("true", "yes"), False: ("false", "no")}
+_JUDGES = ("likelihood", "generation")
+
+
+class Choice(Generating):
+    """One of some given answers. Metrics: accuracy, by the likelihood of each answer (`judge: likelihood`; beside it
+    that of likelihood a byte) or by the first of them that the model says (`judge: generation`), and mean loss.
+
+    The answers of a row are in `data.choices` (a column of lists, or of ARC's {text, label}; or several columns, or
+    words for all rows), and the right one in the column `data.key`: itself, its label, its number from 0, or true and
+    false. Without `data.choices` they are what the instruction gives after "Answer format:".
+    """
+
+    name = "choice"
+    model = "causal-lm"
+    metric = "accuracy"
+    reported: ClassVar[dict[str, bool]] = {"accuracy": True, "accuracy_per_byte": True, "loss": False}
+    higher_is_better = True
+    target = "key"
+    labelled = False
+    options: ClassVar[dict[str, str]] = {
+        **COLUMNS,
+        **WORDS,
+        "choices": "Column with the answers that a row may have (a list, or ARC's choices); several columns, "
+        "comma-separated; or words for all rows, separated by / (yes/no).",
+        "key": "Column with the right one of `choices` (default: answer, label or answerKey, whichever is there).",
+        "judge": "What decides which answer the model takes (choice): likelihood (default) or generation.",
+    }
+    takes_builtin = False
+    generates = True
+
+    @classmethod
+    def check(cls, config: Config, tasks: Mapping[str, type[Task]]) -> None:
+        super().check(config, tasks)
+        if config.data.judge not in (None, *_JUDGES):
+            raise ValueError(f"data.judge is {config.data.judge}: give one of {', '.join(_JUDGES)}")
+
+    # --- what may be answered, and what is right ---
+
+    def _conversations(self, examples: Dataset) -> list[list[Message]]:
+        if self.config.data.choices is None:
+            return super()._conversations(examples)
+        inputs = self._inputs_of(examples)
+        return [
+            self._with_system(self._asked(str(text), about) + [{"role": "assistant", "content": choices[right]}])
+            for text, about, (choices, right) in zip(
+                examples[self.data.text], inputs, self._given(examples), strict=True
+            )
+        ]
+
+    def _given(self, examples: Dataset) -> list[tuple[list[str], int]]:
+        """Each row's answers and the place of the right one. Raises ConfigError for a row without."""
+        choices, labels = self._choices(examples)
+        keys = examples[self._key(examples)]
+        return [
+            (row, _place(key, row, names, f"row {i + 1}"))
+            for i, (key, row, names) in enumerate(zip(keys, choices, labels, strict=True))
+        ]
+
+    def _key(self, examples: Dataset) -> str:
+        if (column := self.config.data.key) is not None:
+            return require_column(examples, column, "data.key")
+        usual = [c for c in ("answer", "label", "answerKey") if c in examples.column_names]
+        if not usual:
+            raise ConfigError(f"data.key is not given: choose one of {', '.join(examples.column_names)}")
+        return usual[0]
+
+    def _choices(self, examples: Dataset) -> tuple[list[list[str]], list[list[str]]]:
+        """The answers of every row, and their labels where they have some."""
+        given = self.config.data.choices or ""
+        if "/" in given:
+            words = given.split("/")
+            return [words] * len(examples), [[]] * len(examples)
+        names = [require_column(examples, name.strip(), "data.choices") for name in given.split(",")]
+        if len(names) > 1:
+            rows = zip(*(examples[name] for name in names), strict=True)
+            return [[str(v) for v in row] for row in rows], [[]] * len(examples)
+        lists = [_listed(value, f"data.choices '{names[0]}'") for value in examples[names[0]]]
+        return [choices for choices, _ in lists], [labels for _, labels in lists]
+
+    def reference(self, examples: Dataset, i: int, answer: str) -> str:
+        raise NotImplementedError("the answers of all rows are read at once")
+
+    def encode_held_out(self, examples: Dataset) -> list[Example]:
+        encoded = []
+        conversations, offered = self._conversations(examples), self._offered(examples)
+        for i, (messages, (choices, right), group) in enumerate(
+            zip(conversations, offered, self._groups(examples), strict=True)
+        ):
+            before, found, after = messages[-1]["content"].rpartition(choices[right])
+            if not found:
+                raise ConfigError(f"the answer of row {i + 1} does not hold the right one, '{choices[right]}'")
+            answers = [before + choice + after for choice in choices]
+            about = json.dumps({"right": right, "choices": choices, "answers": self._written(messages, answers)})
+            example = self._example(messages, group, about)
+            if example is None or not prompt_of(example):
+                raise ConfigError(
+                    f"row {i + 1} of the held-out data has no room for a question: raise data.max_length"
+                )
+            encoded.append(example)
+        return encoded
+
+    def _offered(self, examples: Dataset) -> list[tuple[list[str], int]]:
+        if self.config.data.choices is not None:
+            return self._given(examples)
+        found = []
+        keys, texts = examples[self._key(examples)], examples[self.data.text]
+        for i, (text, key) in enumerate(zip(texts, keys, strict=True)):
+            if (match := _FORMAT.search(str(text))) is None:
+                raise ConfigError(
+                    f"row {i + 1} of the held-out data does not say 'Answer format: a/b': give data.choices"
+                )
+            choices = match.group(1).split("/")
+            found.append((choices, _place(key, choices, [], f"row {i + 1}")))
+        return found
+
+    def _written(self, messages: list[Message], answers: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Ids and labels of the conversation with each answer in the place of the right one."""
+        template = self.config.data.template or "chat"
+        asked = [[*messages[:-1], {"role": "assistant", "content": answer}] for answer in answers]
+        return [cut(*tokens(self.tokenizer, pieces(self.tokenizer, template, one)), self._length) for one in asked]
+
+    # --- which one the model takes ---
+
+    def statistics(self, model: Model, examples: Sequence[Example], batch: Batch) -> list[Statistics]:
+        if self.config.data.judge == "generation":
+            return super().statistics(model, examples, batch)
+        found = TokenTask.statistics(self, model, examples, batch)
+        abouts = [json.loads(e.about) for e in examples]
+        rows = [Example(ids, labels) for about in abouts for ids, labels in about["answers"]]
+        scores: list[float] = []
+        for start in range(0, len(rows), len(examples)):  # as many at once as the evaluation takes of its own
+            part = self.collate(rows[start : start + len(examples)])
+            part = {name: t.to(batch["input_ids"].device) for name, t in part.items()}
+            scores += [-s["loss"] for s in TokenTask.statistics(self, model, rows[start : start + len(examples)], part)]
+        return [s | self._taken(about, [scores.pop(0) for _ in about["choices"]]) for s, about in zip(found, abouts, strict=True)]
+
+    @staticmethod
+    def _taken(about: dict[str, Any], scores: Sequence[float]) -> Statistics:
+        """Whether the likeliest answer is the right one, and the likeliest a byte; of equal ones the first."""
+        each = [score / max(1, len(choice.encode())) for score, choice in zip(scores, about["choices"], strict=True)]
+        right = about["right"]
+        return {"right": float(scores.index(max(scores)) == right), "right_per_byte": float(each.index(max(each)) == right)}
+
+    def judged(self, example: Example, said: str) -> Statistics:
+        about = json.loads(example.about)
+        found = [(said.lower().find(choice.lower()), i) for i, choice in enumerate(about["choices"])]
+        first = min(((at, i) for at, i in found if at >= 0), default=None)
+        right = float(first is not None and first[1] == about["right"])
+        return {"right": right, "right_per_byte": right}
+
+    def metrics(self, statistics: Sequence[Statistics]) -> dict[str, float]:
+        count = max(1, len(statistics))
+        return {
+            "accuracy": sum(s["right"] for s in statistics) / count,
+            "accuracy_per_byte": sum(s["right_per_byte"] for s in statistics) / count,
+            **super().metrics(statistics),
+        }
+
+
+def _listed(value: Any, where: str) -> tuple[list[str], list[str]]:
+    """A row's answers and their labels, out of a list or of ARC's {text, label}."""
+    if isinstance(value, Mapping) and isinstance(value.get("text"), list):
+        return [str(v) for v in value["text"]], [str(v) for v in value.get("label", [])]
+    if isinstance(value, list) and value:
+        return [str(v) for v in value], []
+    raise ConfigError(f"{where} holds {value!r:.80}, which is no list of answers")
+
+
+def _place(key: Any, choices: Sequence[str], labels: Sequence[str], where: str) -> int:
+    """Which of the answers a key means: by its label, as an answer, or by its number. Raises ConfigError."""
+    words, lower = str(key).strip(), [c.lower() for c in choices]
+    meant = _WORDS[key] if isinstance(key, bool) else (words.lower(),)
+    for names, wanted in ((labels, (words,)), (choices, (words,)), (lower, meant)):
+        if (place := next((i for i, name in enumerate(names) if name in wanted), None)) is not None:
+            return place
+    if words.isdigit() and int(words) < len(choices):
+        return int(words)
+    raise ConfigError(f"{where} has {key!r} for its right answer, which is none of {', '.join(choices)}")

@@ -1,0 +1,61 @@
+"""What all tasks of next-token prediction share: the loss over the tokens that are scored, and its statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedray.data.tasks.base import IGNORED, Batch, Example, Forward, Model, Statistics, Task, padded
+
+
+#: What `data.completion` is.
+COMPLETION = (
+    "Column whose text is to be produced after `text`; the loss covers it alone (causal-lm; instruction, math, choice "
+    "and nlg take output, completion, response or answer, whichever is there)."
+)
+
+
+class TokenTask(Task, stated=False):
+    """Next-token prediction of the labels that are not `IGNORED`; a step's loss is the mean over these tokens."""
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return self._inputs(examples) | {"labels": padded([e.labels for e in examples], IGNORED)}
+
+    @staticmethod
+    def _tokens(forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Token losses and their mask, both batch x (length - 1)."""
+        logits, targets = forward(batch)[:, :-1].float(), batch["labels"][:, 1:]
+        losses = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED
+        )
+        return losses, targets != IGNORED
+
+    def loss(self, forward: Forward, batch: Batch) -> Tensor:
+        losses, mask = self._tokens(forward, batch)
+        return losses.sum() / mask.sum().clamp_min(1)
+
+    def counted(self, batch: Batch) -> int:
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def losses(self, forward: Forward, batch: Batch) -> Tensor:
+        losses, mask = self._tokens(forward, batch)
+        return losses.sum(1) / mask.sum(1).clamp_min(1)
+
+    def statistics(self, model: Model, examples: Sequence[Example], batch: Batch) -> list[Statistics]:
+        losses, mask = self._tokens(model.forward, batch)
+        sums, counts = losses.double().sum(1).tolist(), mask.sum(1).tolist()
+        return [
+            {"group": e.group, "loss": loss, "tokens": count}
+            for e, loss, count in zip(examples, sums, counts, strict=True)
+        ]
+
+    def metrics(self, statistics: Sequence[Statistics]) -> dict[str, float]:
+        nats = math.fsum(s["loss"] for s in statistics)
+        return {"loss": nats / max(1, sum(s["tokens"] for s in statistics))}

@@ -1,0 +1,62 @@
+"""What a model says after prompts: batched, with a cache of keys and values, greedily or drawn with a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedray.config.sections import GenerationSection
+from fedray.training.engine import StepEngine
+
+
+class Evaluated:
+    """An engine's model as tasks evaluate it (`fedray.data.tasks.Model`)."""
+
+    def __init__(self, engine: StepEngine, tokenizer: Any, section: GenerationSection, device: torch.device):
+        self._engine, self._tokenizer, self._section, self._device = engine, tokenizer, section, device
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits of a batch."""
+        return self._engine.forward(batch)
+
+    def generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """At most `generation.max_new_tokens` after each prompt, up to the first token that ends a turn. Prompts are
+        padded on the left, where attention does not look: what a model says does not depend on the others of its batch
+        but for rounding."""
+        ends, pad = self._ends(), self._tokenizer.pad_token_id
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self._device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._device)
+        said = self._engine.generate(
+            {"input_ids": ids, "attention_mask": mask},
+            max_new_tokens=self._section.max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=ends,
+            use_cache=True,
+            **self._how(),
+        )
+        return [_until(row, ends) for row in said[:, longest:].tolist()]
+
+    def _how(self) -> dict[str, Any]:
+        if self._section.temperature == 0:  # the model's own settings of sampling would be warned about
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {
+            "do_sample": True,
+            "temperature": self._section.temperature,
+            "top_p": self._section.top_p,
+            "top_k": 0,
+        }
+
+    def _ends(self) -> list[int]:
+        """The tokenizer's end token, and those that the model says itself."""
+        own = getattr(getattr(self._engine.model, "generation_config", None), "eos_token_id", None)
+        ends = {self._tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        return sorted(end for end in ends if end is not None)
+
+
+def _until(row: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """The tokens before the first that ends a turn."""
+    return list(row[: next((i for i, token in enumerate(row) if token in ends), len(row))])
