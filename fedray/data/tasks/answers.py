@@ -8,7 +8,7 @@ from fractions import Fraction
 
 _NUMBER = r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?"
 _DIGITS = re.compile(rf"(?<![\w.])[$€£]?\s?({_NUMBER})(?:\s*/\s*({_NUMBER}))?\s*(%|\\%)?")
-_FRACTION = re.compile(r"([-+−]?)\s*\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}")
+_FRACTION = re.compile(r"([-+−]?)\s*\\[dt]?frac\s*(?:\{([^{}]+)\}\s*\{([^{}]+)\}|(\d)\s*(\d))")
 #: Where an answer says that it gives its result: GSM8K's mark, and the phrases of instruction-tuned models.
 _MARK = re.compile(r"####|(?:final answer|answer)\s*(?:is|:|=)\s*", re.IGNORECASE)
 _SPACES = re.compile(r"\\[,;!: ]|\\(?:left|right)(?![a-zA-Z])|\s+")
@@ -52,7 +52,7 @@ def as_number(text: str) -> Fraction | None:
     it is written (50% is 50); None for everything else."""
     plain = _SPACES.sub("", text).strip("$€£.").replace("−", "-").replace("\\$", "").replace("^\\circ", "")
     if match := _FRACTION.fullmatch(plain):
-        above, below = as_number(match.group(2)), as_number(match.group(3))
+        above, below = as_number(match.group(2) or match.group(4)), as_number(match.group(3) or match.group(5))
         if above is None or not below:
             return None
         return -above / below if match.group(1) in ("-", "−") else above / below
