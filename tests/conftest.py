@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import random
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -131,6 +133,15 @@ def make_config(tiny, tmp_path_factory):
         return from_dict(values)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def smollm(tmp_path_factory) -> Path:
+    """A real instruction-tuned decoder, unpacked: 135 million parameters in bf16."""
+    folder = tmp_path_factory.mktemp("smollm")
+    unpack = SHARED / "models" / "smollm2-135m-instruct" / "unpack.py"
+    subprocess.run([sys.executable, unpack, folder], check=True, capture_output=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

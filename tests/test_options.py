@@ -30,8 +30,10 @@ KEYS = {
     ),
     "data": (
         "source subset train_split test_split validation_split evaluate_on held_out text text_pair label "
-        "completion max_length partition alpha column limit test_limit client_held_out"
+        "completion input template system choices key judge max_length partition alpha column limit test_limit "
+        "client_held_out"
     ),
+    "generation": "max_new_tokens temperature top_p",
     "federation": (
         "clients rounds cohort local_steps batch_size accumulate optimizer lr weight_decay schedule "
         "schedule_over warmup max_grad_norm proximal keep_optimizer max_bytes evaluate_every patience "

@@ -201,6 +201,11 @@ class DataSection(Section):
     """Share of each client's own examples kept for evaluation on the client; 0 evaluates at the coordinator's side
     only."""
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """A key that some task declares; None where it is not set."""
+
 
 class GenerationSection(Section):
     """How answers are produced where a task's metrics are of what the model says (math, nlg, choice)."""

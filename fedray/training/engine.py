@@ -105,6 +105,7 @@ class TorchEngine:
 
     def __init__(self, model: nn.Module, parameters: Parameters, config: FederationSection):
         self.model, self.parameters, self.config = model, parameters, config
+        self._generate: Any = getattr(model, "generate", None)  # a classifier has none
         self.optimizer = make_optimizer(parameters, config)
         self._proximal = Proximal(self.optimizer, config.proximal)
 
@@ -163,7 +164,7 @@ class TorchEngine:
         return self.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
 
     def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-        said: Tensor = self.model.generate(**inputs, **options)
+        said: Tensor = self._generate(**inputs, **options)
         return said
 
     def close(self) -> None:

@@ -56,7 +56,10 @@ def test_every_key_has_a_line_of_help():
         ("--clients.a.lrr 3", "unknown key 'clients.a.lrr': did you mean clients.NAME.lr?"),
         ("--federation.lr fast", "federation.lr: input should be a valid number"),
         ("--federation.rounds 0", "federation.rounds: input should be greater than or equal to 1"),
-        ("--model.task regression", "model.task: input should be 'causal-lm' or 'classification'"),
+        (
+            "--model.task regression",
+            "model.task: input should be 'causal-lm' or 'choice' or 'classification' or 'instruction'",
+        ),
         ("--method.name fedx", "method.name 'fedx' is not known: did you mean fedex?"),
         ("--method.name fed-sb", "method 'fed-sb' does not fit adapter 'lora': it averages the r x r core R"),
         ("--adapter.kind dora", "adapter.kind 'dora' is not known"),

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,7 +185,7 @@ def test_bits_per_byte_and_the_loss_against_hand_numbers(tmp_path):
     def uniform(inputs):
         return torch.zeros(*inputs["input_ids"].shape, 256)
 
-    statistics = lm.statistics(uniform, rows, batch)
+    statistics = lm.statistics(SimpleNamespace(forward=uniform), rows, batch)
     assert lm.metrics(statistics)["bits_per_byte"] == pytest.approx(8.0)
     assert lm.metrics(statistics)["loss"] == pytest.approx(math.log(256))
     assert lm.loss(uniform, batch).item() == pytest.approx(math.log(256))

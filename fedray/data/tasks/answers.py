@@ -6,9 +6,10 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-_NUMBER = r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?"
+_MINUS = "\N{MINUS SIGN}"
+_NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?"
 _DIGITS = re.compile(rf"(?<![\w.])[$€£]?\s?({_NUMBER})(?:\s*/\s*({_NUMBER}))?\s*(%|\\%)?")
-_FRACTION = re.compile(r"([-+−]?)\s*\\[dt]?frac\s*(?:\{([^{}]+)\}\s*\{([^{}]+)\}|(\d)\s*(\d))")
+_FRACTION = re.compile(r"([-+]?)\s*\\[dt]?frac\s*(?:\{([^{}]+)\}\s*\{([^{}]+)\}|(\d)\s*(\d))")
 #: Where an answer says that it gives its result: GSM8K's mark, and the phrases of instruction-tuned models.
 _MARK = re.compile(r"####|(?:final answer|answer)\s*(?:is|:|=)\s*", re.IGNORECASE)
 _SPACES = re.compile(r"\\[,;!: ]|\\(?:left|right)(?![a-zA-Z])|\s+")
@@ -17,6 +18,7 @@ _SPACES = re.compile(r"\\[,;!: ]|\\(?:left|right)(?![a-zA-Z])|\s+")
 def result_of(text: str) -> str | None:
     """What an answer comes to: in its last `\\boxed{...}`; after its last mark (`####`, "the answer is"); its last
     number. None where there is none of these."""
+    text = text.replace(_MINUS, "-")
     if (boxed := _last_boxed(text)) is not None:
         return boxed.strip() or None
     marks = list(_MARK.finditer(text))
@@ -50,12 +52,14 @@ def number_in(text: str, first: bool) -> str | None:
 def as_number(text: str) -> Fraction | None:
     """Its value where it is a number alone: signs, thousands, decimals, exponents, fractions, LaTeX's too, per cent as
     it is written (50% is 50); None for everything else."""
-    plain = _SPACES.sub("", text).strip("$€£.").replace("−", "-").replace("\\$", "").replace("^\\circ", "")
+    plain = (
+        _SPACES.sub("", text.replace(_MINUS, "-")).lstrip("$€£").rstrip("$.").replace("\\$", "").replace("^\\circ", "")
+    )
     if match := _FRACTION.fullmatch(plain):
         above, below = as_number(match.group(2) or match.group(4)), as_number(match.group(3) or match.group(5))
         if above is None or not below:
             return None
-        return -above / below if match.group(1) in ("-", "−") else above / below
+        return -above / below if match.group(1) == "-" else above / below
     match = _DIGITS.fullmatch(plain)
     if match is None or not re.search(r"\d", plain):
         return None
@@ -79,5 +83,5 @@ def same_result(one: str | None, other: str | None) -> bool:
         return False
     a, b = as_number(one), as_number(other)
     if a is not None and b is not None:
-        return abs(a - b) <= Fraction(1, 10**6) * max(1, abs(b))
+        return abs(a - b) <= Fraction(1, 10**6) * max(Fraction(1), abs(b))
     return a is None and b is None and _SPACES.sub("", one).strip("$.") == _SPACES.sub("", other).strip("$.")

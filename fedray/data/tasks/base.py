@@ -106,9 +106,8 @@ class Task(ABC):
     def _check_options(cls, config: Config, tasks: Mapping[str, type[Task]]) -> None:
         for option, owners in _owners(tasks).items():
             if cls.name not in owners and getattr(config.data, option) is not None:
-                raise ValueError(
-                    f"data.{option} belongs to {' and '.join(owners)}; for {cls.name} give data.{cls.target}"
-                )
+                known = " and ".join(", ".join(owners).rsplit(", ", 1))
+                raise ValueError(f"data.{option} belongs to {known}; for {cls.name} give data.{cls.target}")
 
     @classmethod
     def cuts(cls, data: DataSection) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedray.data.columns import require_column
-from fedray.data.tasks.base import Example, Model, Statistics, Task
+from fedray.data.tasks.base import Batch, Example, Model, Statistics, Task
 from fedray.data.tasks.chat import Message, cut, pieces, tokens
 from fedray.data.tasks.generating import Generating, prompt_of
 from fedray.data.tasks.instruction import COLUMNS, WORDS
@@ -68,7 +68,7 @@ class Choice(Generating):
             return super()._conversations(examples)
         inputs = self._inputs_of(examples)
         return [
-            self._with_system(self._asked(str(text), about) + [{"role": "assistant", "content": choices[right]}])
+            self._with_system([*self._asked(str(text), about), {"role": "assistant", "content": choices[right]}])
             for text, about, (choices, right) in zip(
                 examples[self.data.text], inputs, self._given(examples), strict=True
             )
@@ -120,9 +120,7 @@ class Choice(Generating):
             about = json.dumps({"right": right, "choices": choices, "answers": self._written(messages, answers)})
             example = self._example(messages, group, about)
             if example is None or not prompt_of(example):
-                raise ConfigError(
-                    f"row {i + 1} of the held-out data has no room for a question: raise data.max_length"
-                )
+                raise ConfigError(f"row {i + 1} of the held-out data has no room for a question: raise data.max_length")
             encoded.append(example)
         return encoded
 
@@ -154,19 +152,28 @@ class Choice(Generating):
         found = TokenTask.statistics(self, model, examples, batch)
         abouts = [json.loads(e.about) for e in examples]
         rows = [Example(ids, labels) for about in abouts for ids, labels in about["answers"]]
-        scores: list[float] = []
-        for start in range(0, len(rows), len(examples)):  # as many at once as the evaluation takes of its own
-            part = self.collate(rows[start : start + len(examples)])
-            part = {name: t.to(batch["input_ids"].device) for name, t in part.items()}
-            scores += [-s["loss"] for s in TokenTask.statistics(self, model, rows[start : start + len(examples)], part)]
-        return [s | self._taken(about, [scores.pop(0) for _ in about["choices"]]) for s, about in zip(found, abouts, strict=True)]
+        scores = iter(self._scores(model, rows, len(examples), batch["input_ids"].device))
+        taken = [self._taken(about, [next(scores) for _ in about["choices"]]) for about in abouts]
+        return [s | one for s, one in zip(found, taken, strict=True)]
+
+    def _scores(self, model: Model, rows: Sequence[Example], size: int, device: Any) -> list[float]:
+        """The log-likelihood of each row's answer, so many at once."""
+        found: list[float] = []
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            batch = {name: t.to(device) for name, t in self.collate(part).items()}
+            found += [-s["loss"] for s in TokenTask.statistics(self, model, part, batch)]
+        return found
 
     @staticmethod
     def _taken(about: dict[str, Any], scores: Sequence[float]) -> Statistics:
         """Whether the likeliest answer is the right one, and the likeliest a byte; of equal ones the first."""
         each = [score / max(1, len(choice.encode())) for score, choice in zip(scores, about["choices"], strict=True)]
         right = about["right"]
-        return {"right": float(scores.index(max(scores)) == right), "right_per_byte": float(each.index(max(each)) == right)}
+        return {
+            "right": float(scores.index(max(scores)) == right),
+            "right_per_byte": float(each.index(max(each)) == right),
+        }
 
     def judged(self, example: Example, said: str) -> Statistics:
         about = json.loads(example.about)

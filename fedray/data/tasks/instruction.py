@@ -1,4 +1,4 @@
-"""Instruction tuning: conversations in the words of the model's chat template, of which only the answers are learned."""
+"""Instruction tuning: conversations in the words of the model's chat template. Only the answers are learned."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Conversations(TokenTask, stated=False):
             return [self._with_system(messages_of(value, where)) for value in texts]
         answers, inputs = self._answers(examples), self._inputs_of(examples)
         return [
-            self._with_system(self._asked(str(text), about) + [{"role": "assistant", "content": answer}])
+            self._with_system([*self._asked(str(text), about), {"role": "assistant", "content": answer}])
             for text, about, answer in zip(texts, inputs, answers, strict=True)
         ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedray.data.tasks.base import Example, Statistics, Task
 from fedray.data.tasks.generating import Generating
@@ -82,7 +82,7 @@ def scores(said: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str
     from rouge_score.rouge_scorer import RougeScorer
 
     most = max(len(each) for each in references)
-    streams = [[each[i] if i < len(each) else None for each in references] for i in range(most)]
+    streams: Any = [[each[i] if i < len(each) else None for each in references] for i in range(most)]
     words, of_references = [_words(s) for s in said], [[_words(r) for r in each] for each in references]
     rouge = RougeScorer(["rougeL"], use_stemmer=False)
     nearest = [

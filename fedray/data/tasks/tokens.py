@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fedray.data.tasks.base import IGNORED, Batch, Example, Forward, Model, Statistics, Task, padded
 
-
 #: What `data.completion` is.
 COMPLETION = (
     "Column whose text is to be produced after `text`; the loss covers it alone (causal-lm; instruction, math, choice "
