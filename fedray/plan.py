@@ -54,7 +54,7 @@ class MethodCost:
 
 @dataclass(frozen=True)
 class Memory:
-    """A worker's memory in bytes; `activations` is an estimate (for transformers, without checkpointing)."""
+    """A worker's memory in bytes; `activations` is an estimate (for transformers)."""
 
     base: int
     adapter_and_optimizer: int
@@ -166,6 +166,13 @@ def _cost(config: Config, spec: Spec, heads: int, cohort: Sequence[str]) -> Meth
     )
 
 
+def _kept(config: Config, outline: Outline) -> int:
+    """Numbers a token that are kept for the backward pass: about 10 hidden-sized and 3 inner-sized tensors a block, or
+    each block's input and those of the one that is worked out once more."""
+    inside = 10 * outline.hidden + 3 * outline.inner
+    return outline.blocks * outline.hidden + inside if config.model.checkpointing else outline.blocks * inside
+
+
 def _memory(config: Config, spec: Spec, outline: Outline) -> Memory:
     width = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
     method = make_method(config)
@@ -177,7 +184,6 @@ def _memory(config: Config, spec: Spec, outline: Outline) -> Memory:
         base=width * outline.base,
         # fp32: value, gradient, and two moments; factors at rest: their value
         adapter_and_optimizer=16 * (moving + outline.heads) + 4 * (spec.size() - moving),
-        # about 10 hidden-sized and 3 inner-sized tensors a layer are kept for the backward pass, logits twice in fp32
-        activations=width * tokens * outline.blocks * (10 * outline.hidden + 3 * outline.inner) + logits,
+        activations=width * tokens * _kept(config, outline) + logits,
         host_copy_of_moved_layers=width * sum(layer.m * layer.n for layer in spec.layers) if method.moves_base else 0,
     )

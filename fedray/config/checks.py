@@ -229,6 +229,19 @@ def _profile(config: Config, method: Method) -> None:
         )
 
 
+def _memory(config: Config, method: Method) -> None:
+    """What may be saved of a step's memory and time."""
+    by_example = config.privacy.on and config.privacy.unit == "example"
+    if config.model.compute == "bfloat16":
+        reasons = {"privacy.unit example clips gradients of fp32, which bfloat16 rounds beyond the clip": by_example}
+        _refuse("model.compute bfloat16", reasons, "leave it out")
+    if config.model.checkpointing and config.worker.batch_clients > 1:
+        raise ValueError(
+            f"model.checkpointing cannot be: worker.batch_clients {config.worker.batch_clients} replaces layers for "
+            "the time of one pass, and a second one would see others; leave one out"
+        )
+
+
 def _together(config: Config, method: Method) -> None:
     """Clients train together over one base, each as it would alone."""
     if config.worker.batch_clients == 1:
@@ -292,6 +305,7 @@ CHECKS: tuple[Callable[[Config, Method], None], ...] = (
     _buffer,
     _checkpoints,
     _profile,
+    _memory,
     _together,
     _ranks,
     _offload,

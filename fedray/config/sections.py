@@ -69,6 +69,14 @@ class ModelSection(Section):
     """What the model is trained for."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the frozen base; adapters and heads are always fp32."""
+    compute: Literal["bfloat16"] | None = None
+    """Multiply matrices of the base and the adapters in this dtype (autocast; default: each in its own); what trains
+    stays fp32."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Implementation of attention (default: transformers' own choice)."""
+    checkpointing: bool = False
+    """Keep only each block's input for the backward pass, and work out what is inside once more: less memory, a third
+    more time."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout inside the base model (default: as its own config says; 0 in example-level private runs, which admit no
     other)."""

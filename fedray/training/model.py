@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -100,7 +102,10 @@ def load_base(config: Config, classes: int = 0) -> PreTrainedModel:
     transformers_logging.set_verbosity_error()
     torch.manual_seed(seeding.derive(config.seed, "heads"))
     model: PreTrainedModel = _CLASSES[TASKS[config.model.task].model].from_pretrained(
-        resolve(config.model.path), config=read_model_config(config, classes), dtype=getattr(torch, config.model.dtype)
+        resolve(config.model.path),
+        config=read_model_config(config, classes),
+        dtype=getattr(torch, config.model.dtype),
+        attn_implementation=config.model.attention,
     )
     # The head of a decoder reads the last token that is no padding: model and tokenizer must mean the same token.
     model.config.pad_token_id = load_tokenizer(config).pad_token_id
@@ -108,10 +113,40 @@ def load_base(config: Config, classes: int = 0) -> PreTrainedModel:
 
 
 def load_model(config: Config, classes: int = 0) -> PeftModel:
-    """The base model with its adapter attached."""
+    """The base model with its adapter attached, and passes as `model.compute` and `model.checkpointing` have them."""
     model = load_base(config, classes)
     model.config.use_cache = False
+    if config.model.checkpointing:
+        _checkpoint(config, model)
+    if config.model.compute is not None:
+        _autocast(model, getattr(torch, config.model.compute))
     return attach(model, config.adapter, TASKS[config.model.task].model)
+
+
+def _checkpoint(config: Config, model: PreTrainedModel) -> None:
+    """Blocks that are worked out once more in the backward pass. Opacus's hooks see a pass only where autograd is on:
+    PyTorch's reentrant form runs the first one without, and the second, whose gradients are taken, with it."""
+    reentrant = config.privacy.on and config.privacy.unit == "example"
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    except ValueError as error:
+        raise ConfigError(
+            f"model.checkpointing: {model.config.model_type} has no blocks for it: leave it out"
+        ) from error
+    if reentrant:
+        model.enable_input_require_grads()
+
+
+def _autocast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Every pass through the base, whoever calls it, with matrices multiplied in this dtype."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(next(model.parameters()).device.type, dtype=dtype):
+            return forward(*args, **kwargs)
+
+    model.forward = cast
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
