@@ -51,6 +51,7 @@ line of privacy.identities
                                                                 a run with canaries: the epsilon that they prove \
 beside the one that is claimed
   fedray threats                                                who learns what, in each mode
+  fedray schema                                                 the config's JSON schema, for editors
   fedray export   RUN_DIR OUT --format lora|peft|merged         write its result for others to load
   fedray run --help                                             every key, its default and what it means
 """
@@ -188,6 +189,15 @@ def _plan_of_run(config: Config) -> tuple[Plan, str, str | None]:
     units = prepared.units() if private else None
     costs = plan(config, prepared.cohort, len(prepared.data.classes) or 2, units)
     return costs, prepared.placement.reason, UNKNOWN_COUNTS if private and config.siloed else None
+
+
+def _schema(argv: list[str], console: Console) -> int:
+    from fedray.config.schema import schema
+
+    if argv:
+        raise ConfigError(f"fedray schema takes nothing, not '{argv[0]}'")
+    print(json.dumps(schema(), indent=2))
+    return 0
 
 
 def _json_asked(argv: list[str]) -> tuple[bool, list[str]]:
@@ -396,6 +406,7 @@ _COMMANDS = {
     "audit": _audit,
     "identity": _identity,
     "threats": _threats,
+    "schema": _schema,
 }
 
 if __name__ == "__main__":
