@@ -29,6 +29,8 @@ _USAGE = """fedray: exact, private, federated low-rank fine-tuning of language m
 
   fedray run      [--config F.yaml] [--section.key value ...]   one federated run; no arguments: the built-in demo
   fedray plan     the same arguments [--json]                   what it would cost, before it runs
+  fedray holdings [--out FILE.png] the same arguments           who holds what: rows and labels of each client, as \
+a table and a picture
   fedray methods                                                adapters and methods: what fits, what is exact
   fedray compare  [--methods a,b] [--seeds 0,1,2] [--lrs 1e-3,3e-3,1e-2] [--out DIR] [--jobs N] \
 [--section.key value ...]
@@ -189,6 +191,18 @@ def _plan_of_run(config: Config) -> tuple[Plan, str, str | None]:
     units = prepared.units() if private else None
     costs = plan(config, prepared.cohort, len(prepared.data.classes) or 2, units)
     return costs, prepared.placement.reason, UNKNOWN_COUNTS if private and config.siloed else None
+
+
+def _holdings(argv: list[str], console: Console) -> int:
+    from fedray.config.read import read_config
+    from fedray.report.holdings import holdings, table_of, write_picture
+
+    own, argv = split(argv, lambda name: name == "out")
+    found = holdings(read_config(argv))
+    console.print(table_of(found))
+    if "out" in own:
+        console.print(f"picture in {write_picture(found, own['out'])}")
+    return 0
 
 
 def _schema(argv: list[str], console: Console) -> int:
@@ -407,6 +421,7 @@ _COMMANDS = {
     "identity": _identity,
     "threats": _threats,
     "schema": _schema,
+    "holdings": _holdings,
 }
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from fedray.adapters import ADAPTERS
@@ -10,7 +11,11 @@ from fedray.data.tasks import TASKS
 from fedray.methods import METHODS
 
 #: Names that are looked up in a register, which the types alone do not say.
-_NAMES = {("MethodSection", "name"): METHODS, ("AdapterSection", "kind"): ADAPTERS, ("ModelSection", "task"): TASKS}
+_NAMES: dict[tuple[str, str], Iterable[str]] = {
+    ("MethodSection", "name"): METHODS,
+    ("AdapterSection", "kind"): ADAPTERS,
+    ("ModelSection", "task"): TASKS,
+}
 
 
 def schema() -> dict[str, Any]:

@@ -195,10 +195,16 @@ class DataSection(Section):
     completion: str | None = Field(None, description=COMPLETION)
     max_length: int = Field(256, ge=2)
     """Longest sequence in tokens."""
-    partition: Literal["iid", "dirichlet", "column"] = "iid"
-    """How examples are dealt to clients; the built-in corpus is always split by package."""
+    partition: Literal["iid", "dirichlet", "pathological", "shards", "quantity", "column"] = "iid"
+    """How examples are dealt to clients: alike; shares of each `label` from a Dirichlet distribution; few labels each;
+    shards of the examples in order of their labels; many to one and few to another; by a column. The built-in corpus
+    is always split by package."""
     alpha: float = Field(0.5, gt=0)
-    """dirichlet: concentration; smaller is less even."""
+    """dirichlet, quantity: concentration; smaller is less even."""
+    labels_per_client: int = Field(2, ge=1)
+    """pathological: so many labels each."""
+    shards_per_client: int = Field(2, ge=1)
+    """shards: so many each."""
     column: str | None = None
     """column: the column whose values are the clients."""
     limit: int | None = Field(None, ge=1)
@@ -230,7 +236,7 @@ class FederationSection(Section):
     """The federated rounds and each client's local training."""
 
     clients: int | None = Field(None, ge=1)
-    """Number of clients (default: 5 for iid and dirichlet; otherwise as the column or the `clients` section says)."""
+    """Number of clients (default: 5, or as the column or the `clients` section says)."""
     rounds: int = Field(5, ge=1)
     """Number of rounds."""
     cohort: int | None = Field(None, ge=1)

@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from fedray.config.sections import BUILTIN, DEFAULT_CLIENTS, Config
 from fedray.data.columns import require_column, text_column
+from fedray.data.dealing import deal_by_chance
 from fedray.data.sources import load_held_out, load_splits
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError, nearest
@@ -181,7 +182,10 @@ def _draw(examples: Dataset, count: int, seed: int, purpose: str) -> Dataset:
 
 def _deal(config: Config, examples: Dataset) -> dict[str, Dataset]:
     column = _client_column(config)
-    return _deal_randomly(config, examples) if column is None else _deal_by_column(config, examples, column)
+    if column is not None:
+        return _deal_by_column(config, examples, column)
+    parts = deal_by_chance(config, examples)
+    return dict(zip(_numbered(len(parts)), parts, strict=True))
 
 
 def _deal_by_column(config: Config, examples: Dataset, column: str) -> dict[str, Dataset]:
@@ -204,39 +208,6 @@ def _deal_by_column(config: Config, examples: Dataset, column: str) -> dict[str,
             f"federation.clients is {clients}, but column '{column}' has {count} values: leave federation.clients out"
         )
     return {name: named[name] for name in sorted(named)}
-
-
-def _deal_randomly(config: Config, examples: Dataset) -> dict[str, Dataset]:
-    """`federation.clients` clients, drawn by the seed: alike, or with shares of the labels from a Dirichlet
-    distribution."""
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
-
-    data, clients = config.data, config.federation.clients or DEFAULT_CLIENTS
-    if len(examples) < clients:
-        raise ConfigError(
-            f"{len(examples)} training examples are fewer than {clients} clients: "
-            "lower federation.clients or give more data"
-        )
-    partitioner: IidPartitioner | DirichletPartitioner
-    if data.partition == "iid":
-        partitioner = IidPartitioner(num_partitions=clients)
-        partitioner.dataset = examples.shuffle(seed=derive(config.seed, "partition") % 2**32)
-    else:
-        partitioner = DirichletPartitioner(
-            num_partitions=clients,
-            partition_by=require_column(examples, data.label, "data.label"),
-            alpha=data.alpha,
-            min_partition_size=min(10, len(examples) // clients),
-            seed=derive(config.seed, "partition") % 2**32,
-        )
-        partitioner.dataset = examples
-    try:
-        return {name: partitioner.load_partition(i) for i, name in enumerate(_numbered(clients))}
-    except ValueError as error:
-        raise ConfigError(
-            f"data.alpha {data.alpha} leaves a client with too few examples: "
-            f"raise it, or lower federation.clients ({error})"
-        ) from error
 
 
 def _check(config: Config, part: Dataset, text: str, where: str) -> None:

@@ -186,6 +186,7 @@ def test_a_coordinator_that_dies_goes_on_from_the_checkpoint_and_its_log_from_th
     same_bits(folder, replayed(make_config, folder, federation__local_steps=20))
 
 
+@pytest.mark.slow
 def test_who_fails_is_left_out_and_too_few_end_the_run(make_config, ray_session, monkeypatch):
     class Fails(Worker):
         def train(self, client, round, *args):

@@ -177,7 +177,8 @@ def test_a_killed_run_goes_on_with_its_rests(make_config, monkeypatch):
     same_bits(whole, folder)
 
 
-@pytest.mark.parametrize("wire", ["bf16", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("wire", ["bf16", "int8"])
 def test_engines_and_clients_together_give_the_same(make_config, ray_session, wire):
     options = FED_IT | {"federation__wire": wire}
     alone = run(make_config(**options))

@@ -99,6 +99,7 @@ def alike(alone: Path, ranks: Path) -> None:
         assert not b.get("dropped")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.xdist_group("ray")
 def test_clients_of_several_ranks_and_of_one_make_the_run_that_one_rank_makes(make_config, disturbed):
