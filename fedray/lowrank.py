@@ -107,12 +107,13 @@ class LowRank:
             whole.addmm_(term.B, term.A, alpha=weight)
         return _beside_identity(whole if dtype is None else whole.to(dtype))
 
-    def image(self, vectors: Tensor) -> Tensor:
+    def image(self, vectors: Tensor, weights: Tensor | None = None) -> Tensor:
         """The matrix times the vectors (n x p), m x p, in the vectors' dtype: factors of another one are converted a
-        few columns at a time."""
+        few columns at a time. `weights` (k): of the factors' columns, where they are of that dtype."""
         vectors = vectors.to(self.A.device)
         if self.B.dtype == vectors.dtype:
-            return self.B @ (self.A @ vectors)
+            thin_kp = self.A @ vectors
+            return self.B @ (thin_kp if weights is None else thin_kp.mul_(weights[:, None]))
         image = vectors.new_zeros(self.B.shape[0], vectors.shape[1])
         for start in range(0, self.k, _COLUMNS):
             some = slice(start, start + _COLUMNS)

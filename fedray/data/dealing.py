@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 
 from fedray.config.sections import DEFAULT_CLIENTS, Config
@@ -40,7 +41,12 @@ def _seed(config: Config) -> int:
 
 
 def _label(config: Config, examples: Dataset) -> str:
-    return require_column(examples, config.data.label, "data.label")
+    """The column of the labels. Raises ConfigError where some row has none, or a list."""
+    label = require_column(examples, config.data.label, "data.label")
+    column = examples.data.column(label)
+    if column.null_count or pa.types.is_nested(column.type):
+        raise ConfigError(f"data.label '{label}' has rows without a single value: fill them in or leave them out")
+    return label
 
 
 def _parts(partitioner: Partitioner, examples: Dataset, clients: int) -> list[Dataset]:
@@ -75,6 +81,10 @@ def _pathological(config: Config, examples: Dataset, clients: int) -> list[Datas
     label, each = _label(config, examples), config.data.labels_per_client
     if each > (there := len(examples.unique(label))):
         raise ConfigError(f"data.labels_per_client {each} is more than the {there} labels there are: lower it")
+    if clients + each - 1 < there:  # client i has label i and those after it
+        raise ConfigError(
+            f"data.labels_per_client {each} of {clients} clients leave out some of the {there} labels: raise one"
+        )
     partitioner = PathologicalPartitioner(
         num_partitions=clients,
         partition_by=label,
@@ -86,15 +96,18 @@ def _pathological(config: Config, examples: Dataset, clients: int) -> list[Datas
 
 
 def _shards(config: Config, examples: Dataset, clients: int) -> list[Dataset]:
-    from flwr_datasets.partitioner import ShardPartitioner
-
-    partitioner = ShardPartitioner(
-        num_partitions=clients,
-        partition_by=_label(config, examples),
-        num_shards_per_partition=config.data.shards_per_client,
-        seed=_seed(config),
-    )
-    return _parts(partitioner, examples, clients)
+    """In order of their labels the examples are cut into shards of one size, to one, and each client is dealt some
+    (McMahan et al., AISTATS 2017)."""
+    each, generator = config.data.shards_per_client, np.random.default_rng(_seed(config))
+    if clients * each > len(examples):
+        raise ConfigError(
+            f"data.shards_per_client {each} of {clients} clients are more than {len(examples)} examples: lower it"
+        )
+    mixed = generator.permutation(len(examples))
+    labels = np.unique(np.asarray(examples[_label(config, examples)], dtype=str), return_inverse=True)[1]
+    shards = np.array_split(mixed[np.argsort(labels[mixed], kind="stable")], clients * each)
+    deal = generator.permutation(clients * each).reshape(clients, each)
+    return [examples.select(np.concatenate([shards[i] for i in mine])) for mine in deal]
 
 
 def _quantity(config: Config, examples: Dataset, clients: int) -> list[Dataset]:

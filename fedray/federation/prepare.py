@@ -74,6 +74,7 @@ def prepare(config: Config, capacity: tuple[float, float] | None = None) -> Prep
     data = load_data(config)
     _check_data(config, data)
     check_loadable(config)
+    _check_rows(config, data)
     model = skeleton(config, len(data.classes) or 2)
     spec = make_spec(config, attach.layers(model), data.clients)
     heads = sum(p.numel() for p in attach.heads(model).values())
@@ -106,6 +107,21 @@ def _check_data(config: Config, data: FederatedData) -> None:
     check_clients(config, cohort, rows)
     if (rule := make_method(config).robust) is not None:
         rule.check_cohort(cohort, needed_of(cohort, config.federation.quorum).clients)
+
+
+def _check_rows(config: Config, data: FederatedData) -> None:
+    """Raises ConfigError for a row that is read here and that the task cannot take. O(rows)."""
+    task = TASKS[config.model.task](config, data, load_tokenizer(config))
+    parts = [
+        *((f"client '{name}'", part, False) for name, part in data.train.items()),
+        *((f"client '{name}'", part, True) for name, part in data.held_out.items()),
+        ("the held-out data", data.test, True),
+    ]
+    for where, part, held_out in parts:
+        try:
+            task.check_rows(part, held_out)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
 
 
 def _placement(config: Config, clients: Sequence[str], capacity: tuple[float, float] | None) -> Placement:

@@ -117,7 +117,9 @@ class Gathering:
                 self.spec.adapter.delta(layer, {f: t.double() for f, t in self.spec.factors(layer, tensors).items()})
                 for tensors in block
             ]
-            image = LowRank.sum(terms, weights).image(self._vectors[: layer.n])
+            # Weights of the thin products cost less than those of the factors.
+            columns = [torch.full((t.k,), w, dtype=torch.float64) for t, w in zip(terms, weights, strict=True)]
+            image = LowRank.sum(terms).image(self._vectors[: layer.n], torch.cat(columns).to(terms[0].B.device))
             self._images[layer.name] = image if layer.name not in self._images else self._images[layer.name] + image
 
     @cached_property

@@ -9,14 +9,30 @@ import torch
 from torch import Tensor
 
 from fedray.config.sections import GenerationSection
+from fedray.data.tasks import Task
 from fedray.training.engine import StepEngine
+
+#: Habits that a model's own settings may have, and that are no part of what it has learned: a penalty of what was said
+#: would count the padding too.
+_NEUTRAL: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "min_p": None,
+    "typical_p": 1.0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+}
 
 
 class Evaluated:
     """An engine's model as tasks evaluate it (`fedray.data.tasks.Model`)."""
 
-    def __init__(self, engine: StepEngine, tokenizer: Any, section: GenerationSection, device: torch.device):
-        self._engine, self._tokenizer, self._section, self._device = engine, tokenizer, section, device
+    def __init__(self, engine: StepEngine, task: Task, section: GenerationSection, device: torch.device):
+        self._engine, self._task, self._section, self._device = engine, task, section, device
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits of a batch."""
@@ -26,7 +42,7 @@ class Evaluated:
         """At most `generation.max_new_tokens` after each prompt, up to the first token that ends a turn. Prompts are
         padded on the left, where attention does not look: what a model says does not depend on the others of its batch
         but for rounding."""
-        ends, pad = self._ends(), self._tokenizer.pad_token_id
+        ends, pad = self._ends(), self._task.tokenizer.pad_token_id
         longest = max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self._device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._device)
@@ -36,6 +52,7 @@ class Evaluated:
             pad_token_id=pad,
             eos_token_id=ends,
             use_cache=True,
+            **_NEUTRAL,
             **self._how(),
         )
         return [_until(row, ends) for row in said[:, longest:].tolist()]
@@ -51,9 +68,9 @@ class Evaluated:
         }
 
     def _ends(self) -> list[int]:
-        """The tokenizer's end token, and those that the model says itself."""
+        """The task's, and those that the model says itself."""
         own = getattr(getattr(self._engine.model, "generation_config", None), "eos_token_id", None)
-        ends = {self._tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        ends = {*self._task.ends, *(own if isinstance(own, list) else [own])}
         return sorted(end for end in ends if end is not None)
 
 

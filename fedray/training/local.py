@@ -340,7 +340,7 @@ class LocalTrainer:
         engine = self._load(view, self.config.federation, None, base_key)
         self.set_mode(training=False)
         examples, size = self.examples(part, client), 4 * self.config.federation.batch_size
-        model = Evaluated(engine, self.task.tokenizer, self.config.generation, self.device)
+        model = Evaluated(engine, self.task, self.config.generation, self.device)
         starts, own = self.ranks.dealt(range(0, len(examples), size)[share[0] :: share[1]])
         result = []
         for start in starts:

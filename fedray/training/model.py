@@ -76,9 +76,17 @@ def check_loadable(config: Config) -> None:
         raise ConfigError(f"model.path '{path}' holds no weights (*.safetensors or pytorch_model*.bin)")
     load_tokenizer(config)
     positions = getattr(read_model_config(config), "max_position_embeddings", None)
-    if positions is not None and config.data.max_length > positions:
+    if positions is None:
+        return
+    if config.data.max_length > positions:
         raise ConfigError(
             f"data.max_length {config.data.max_length} is more than the model's {positions} positions: lower it"
+        )
+    said = config.generation.max_new_tokens if TASKS[config.model.task].speaks(config.data) else 0
+    if config.data.max_length + said > positions:
+        raise ConfigError(
+            f"data.max_length {config.data.max_length} and generation.max_new_tokens {said} are more than the model's "
+            f"{positions} positions: lower one"
         )
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from support import rounds, run
 from transformers import AutoTokenizer, ByT5Tokenizer
 
@@ -16,9 +17,11 @@ from fedray.data.partition import load_data
 from fedray.data.tasks import IGNORED, TASKS, Example
 from fedray.data.tasks.answers import as_number, result_of, same_result
 from fedray.data.tasks.chat import cut, messages_of, pieces, tokens
+from fedray.data.tasks.choice import _counts_from, _first_said, _place
 from fedray.data.tasks.generating import prompt_of
 from fedray.data.tasks.nlg import scores
 from fedray.errors import ConfigError
+from fedray.federation.prepare import prepare
 from fedray.training.generation import Evaluated
 from fedray.training.local import LocalTrainer
 
@@ -134,13 +137,20 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_answer_its_end(length):
         ("#### 2\n#### 3", "3"),
         ("It costs .5 dollars", "0.5"),
         ("2 + 2 = 4.", "4"),
-        ("the answer is 10^2", "10"),
+        ("the answer is 10^2", "10^2"),
         ("\\boxed{ 12 }", "12"),
         ("no idea", None),
         ("", None),
         ("####", None),
         ("\\boxed{}", None),
         ("\\boxed{7", "7"),
+        ("The answer is: 2\\sqrt{3}", "2\\sqrt{3}"),
+        ("The answer is: (3,4).", "(3,4)"),
+        ("The answer is: x^2+3", "x^2+3"),
+        ("The answer is: $16\\pi$", "16\\pi"),
+        ("The answer is: 10:30", "10:30"),
+        ("The answer is that he has 5 apples.", "5"),
+        ("The answer is **18 dollars**", "18"),
     ],
 )
 def test_what_an_answer_comes_to(text, result):
@@ -150,6 +160,7 @@ def test_what_an_answer_comes_to(text, result):
 
 
 def test_numbers_that_are_none_and_numbers_that_would_fill_the_memory():
+    assert as_number("1e000000999999999") is None and as_number("7" * 5000) is None
     assert as_number("1e999999999") is None and as_number("1/0") is None and as_number("12 apples") is None
     assert not same_result("7", "7.1") and not same_result(None, None) and not same_result("x", "7")
     assert same_result("0.333333333", "1/3") and not same_result("0.33", "1/3")
@@ -202,6 +213,34 @@ def test_a_row_without_an_answer_is_named(tmp_path):
         encoded(tmp_path, "math", [{"question": "how many?", "answer": "a few"}], held_out=True)
 
 
+@pytest.mark.parametrize(
+    ("task", "row", "sentence"),
+    [
+        (
+            "instruction",
+            {"instruction": "add", "output": ""},
+            "client 'client-0': data.completion 'output' has no answer",
+        ),
+        (
+            "math",
+            {"question": "how many?", "answer": "a few"},
+            "the held-out data: the answer of row 1 of the held-out",
+        ),
+        ("choice", {"instruction": "which?", "output": "b", "answer": "b"}, "the held-out data: row 1 of the held-out"),
+    ],
+)
+def test_a_bad_row_is_refused_before_the_run_begins(make_config, tmp_path, task, row, sentence):
+    source = write_rows(tmp_path / "bad.jsonl", [row] * 30)
+    config = make_config(
+        model={"path": make_config().model.path, "task": task},
+        data={"source": str(source), "max_length": 64, "template": "plain"},
+        generation={"max_new_tokens": 8},
+    )
+    with pytest.raises(ConfigError) as refused:
+        prepare(config)
+    assert str(refused.value).startswith(sentence)
+
+
 def test_an_example_keeps_what_is_said_about_it_in_a_file(tmp_path):
     rows = [Example([1, 2], [1, 2], about="z\u00fcrich"), Example([3], [3]), Example([4], [4], about="x")]
     Encoded.of(rows).save(tmp_path / "kept")
@@ -247,16 +286,47 @@ def test_the_likeliest_choice_is_taken_and_the_likeliest_a_byte(tmp_path):
 
     found = task.statistics(SimpleNamespace(forward=forward), examples[:1], task.collate(examples[:1]))
     assert found[0]["right"] == 1.0 and found[0]["right_per_byte"] == 0.0
-    assert task.judged(examples[0], "It is A, not bbbb")["right"] == 1.0
+    assert task.judged(examples[0], "The answer is a, not bbbb")["right"] == 1.0
+    assert _first_said("The answer is B", list("ABCD")) == 1 and _first_said("I do not know: yes", ["yes", "no"]) == 0
+    assert _first_said("100", ["10", "100"]) == 1 and _first_said("none", ["yes", "no"]) is None
     assert task.judged(examples[0], "bbbb or a")["right"] == 0.0 == task.judged(examples[0], "?")["right"]
+
+
+def test_keys_that_are_numbers():
+    assert _place(0, ["1", "2", "3", "0"], [], "row 1") == 0  # a class, whatever the answers say
+    assert _counts_from(["1", "2", "1"], [["a", "b"]] * 3) == 1 and _place("2", ["a", "b"], [], "row 1", 1) == 1
+    assert _counts_from(["0", "1"], [["a", "b"]] * 2) == 0
+    with pytest.raises(ConfigError, match="counts from 0 or from 1 cannot be told"):
+        _place("1", ["a", "b"], [], "row 1", _counts_from(["1", "1"], [["a", "b"]] * 2))
+
+
+def test_a_question_is_never_cut_to_make_room_for_its_answer(tmp_path):
+    row = {"question": "q" * 60, "answer": f"{'a' * 60} #### 7"}
+    _, (example, *_) = encoded(tmp_path, "math", [row], held_out=True, max_length=100, template="plain")
+    assert len(prompt_of(example)) == 60 and len(example.input_ids) == 100
+    with pytest.raises(ConfigError, match="row 1 of the held-out data asks in 60 tokens, and data.max_length is 50"):
+        encoded(tmp_path, "math", [row], held_out=True, max_length=50, template="plain")
+
+
+def test_messages_in_columns_of_structs_and_without_an_answer(tmp_path):
+    columns = {"role": ["user", "assistant"], "content": ["a", "b"]}
+    assert messages_of(columns, "x") == said(("user", "a"), ("assistant", "b"))
+    with pytest.raises(ConfigError, match="has no answer of the assistant in row 1"):
+        encoded(tmp_path, "instruction", [{"messages": said(("user", "a"))}])
+
+
+def test_the_templates_end_of_a_turn_ends_what_is_said(tmp_path):
+    task, _ = encoded(tmp_path, "instruction", [{"instruction": "add", "output": "b"}])
+    assert task.ends == (task.tokenizer.eos_token_id, task.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    dated = byte_tokenizer("{{ date_string }}" + CHATML)
+    assert pieces(dated, "chat", TWO_TURNS)[0][0].startswith("26 Jul 2024")
 
 
 def test_held_out_rows_of_one_input_are_one_question_with_all_references(tmp_path):
     rows = [{"mr": "an x", "ref": "one"}, {"mr": "an x", "ref": "two"}, {"mr": "an y", "ref": "three"}]
-    _, examples = encoded(tmp_path, "nlg", rows, held_out=True, text="mr", completion="ref")
-    assert len(examples) <= 2
-    for example in examples:
-        assert set(json.loads(example.about)) <= {"one", "two", "three"}
+    task, _ = encoded(tmp_path, "nlg", rows, text="mr", completion="ref")
+    examples = task.encode_held_out(Dataset.from_list(rows))
+    assert [json.loads(example.about) for example in examples] == [["one", "two"], ["three"]]
 
 
 def test_scores_are_those_of_the_libraries():
@@ -301,7 +371,7 @@ def evaluated(trainer, **section):
     config = from_dict({"generation": {"max_new_tokens": 6, **section}})
     trainer.set_mode(training=False)
     engine = trainer._rebuild(dict(trainer.factors))
-    return Evaluated(engine, trainer.task.tokenizer, config.generation, trainer.device)
+    return Evaluated(engine, trainer.task, config.generation, trainer.device)
 
 
 def test_what_is_said_greedily_is_the_likeliest_token_each_time_alone_or_in_a_batch(speaker):

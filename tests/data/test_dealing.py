@@ -46,7 +46,7 @@ PARTITIONS = ["iid", "dirichlet", "pathological", "shards", "quantity"]
 def test_every_row_has_one_holder_and_the_seed_decides_who(source, partition):
     one, same, other = (dealt(source, partition, seed=seed) for seed in (0, 0, 1))
     texts = [text for part in one.values() for text in part["text"]]
-    assert len(texts) == len(set(texts)) and len(texts) >= 0.97 * 540  # shards leave out what fills none
+    assert len(texts) == len(set(texts)) == 540
     assert all(len(part) for part in one.values())
     assert [part["text"] for part in one.values()] == [part["text"] for part in same.values()]
     assert [part["text"] for part in one.values()] != [part["text"] for part in other.values()]
@@ -63,6 +63,8 @@ def test_shards_hold_few_labels(source, each):
     parts = dealt(source, "shards", shards_per_client=each)
     assert all(len(set(part["label"])) <= 2 * each for part in parts.values())
     assert len({len(part) for part in parts.values()}) == 1
+    many = dealt(source, "shards", shards_per_client=50)
+    assert sum(map(len, many.values())) == 540
 
 
 def test_quantities_differ_and_labels_do_not(source):
@@ -78,6 +80,10 @@ def test_quantities_differ_and_labels_do_not(source):
 def test_what_cannot_be_dealt_is_refused(source):
     with pytest.raises(ConfigError, match="data.labels_per_client 9 is more than the 6 labels there are: lower it"):
         dealt(source, "pathological", labels_per_client=9)
+    with pytest.raises(ConfigError, match="data.labels_per_client 2 of 2 clients leave out some of the 6 labels"):
+        dealt(source, "pathological", clients=2)
+    with pytest.raises(ConfigError, match="data.shards_per_client 300 of 6 clients are more than 540 examples"):
+        dealt(source, "shards", shards_per_client=300)
     with pytest.raises(ConfigError, match="540 training examples are fewer than 700 clients"):
         dealt(source, "quantity", clients=700)
     with pytest.raises(ConfigError, match="data.label 'mood' is not a column"):

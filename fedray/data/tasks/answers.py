@@ -8,10 +8,13 @@ from fractions import Fraction
 
 _MINUS = "\N{MINUS SIGN}"
 _NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?"
-_DIGITS = re.compile(rf"(?<![\w.])[$€£]?\s?({_NUMBER})(?:\s*/\s*({_NUMBER}))?\s*(%|\\%)?")
+_DIGITS = re.compile(rf"(?<![\w.])[$€£]?\s?({_NUMBER})(?:\s*/\s*({_NUMBER}))?(?:\s*(%|\\%))?")
 _FRACTION = re.compile(r"([-+]?)\s*\\[dt]?frac\s*(?:\{([^{}]+)\}\s*\{([^{}]+)\}|(\d)\s*(\d))")
 #: Where an answer says that it gives its result: GSM8K's mark, and the phrases of instruction-tuned models.
-_MARK = re.compile(r"####|(?:final answer|answer)\s*(?:is|:|=)\s*", re.IGNORECASE)
+_MARK = re.compile(r"####|answer(?:\s*(?:is|:|=))+\s*", re.IGNORECASE)
+#: After a number: nothing, or words that say what it counts.
+_UNIT = re.compile(r"[.,;!?*$)]*(?:\s+[^\W\d_][^\\^=+*/{}]*)?[.,;!?*$)]*")
+_FORMULA = re.compile(r"[\\^(){}\[\]=+*/:]|\d\s*[a-zA-Z]\b")
 _SPACES = re.compile(r"\\[,;!: ]|\\(?:left|right)(?![a-zA-Z])|\s+")
 
 
@@ -24,9 +27,21 @@ def result_of(text: str) -> str | None:
     marks = list(_MARK.finditer(text))
     if marks:
         line = text[marks[-1].end() :].strip().splitlines()
-        found = (number_in(line[0], first=True) or line[0].strip(" .*$")) if line else None
-        return found or None
+        return _result_in(line[0]) if line else None
     return number_in(text, first=False)
+
+
+def _result_in(line: str) -> str | None:
+    """What a line gives: the number that it begins with, where nothing but a unit follows; its only number, where it
+    holds no formula; else the line itself, so that 2\\sqrt{3} is not taken for 2."""
+    bare = line.strip(" *$")
+    begins = _FRACTION.match(bare) or _DIGITS.match(bare)
+    if begins is not None and re.search(r"\d", begins.group(0)) and _UNIT.fullmatch(bare[begins.end() :]):
+        return begins.group(0).strip()
+    numbers = [m.group(0).strip() for m in _DIGITS.finditer(bare) if re.search(r"\d", m.group(0))]
+    if len(numbers) == 1 and not _FORMULA.search(bare):
+        return numbers[0]
+    return bare.rstrip(".") or None
 
 
 def _last_boxed(text: str) -> str | None:
@@ -72,7 +87,7 @@ def _value(digits: str) -> Fraction | None:
     memory)."""
     plain = digits.replace(",", "")
     exponent = re.search(r"[eE]([-+]?\d+)$", plain)
-    if not re.search(r"\d", plain) or (exponent and abs(int(exponent.group(1)[:6])) > 400):
+    if not re.search(r"\d", plain) or len(plain) > 400 or (exponent and abs(int(exponent.group(1))) > 400):
         return None
     return Fraction(plain)
 

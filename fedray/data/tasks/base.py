@@ -77,8 +77,6 @@ class Task(ABC):
     """Optional columns: keys of the data section that other tasks refuse, each with its doc."""
     takes_builtin: ClassVar[bool]
     """Whether it runs on the built-in model and corpus."""
-    generates: ClassVar[bool] = False
-    """Whether its metrics are of what the model says (`generation`)."""
 
     _STATED: ClassVar[tuple[str, ...]] = (
         *("name", "model", "metric", "higher_is_better", "reported"),
@@ -110,6 +108,16 @@ class Task(ABC):
                 raise ValueError(f"data.{option} belongs to {known}; for {cls.name} give data.{cls.target}")
 
     @classmethod
+    def speaks(cls, data: DataSection) -> bool:
+        """Whether its metrics are of what the model says (`generation`)."""
+        return False
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end what the model says."""
+        return () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
+
+    @classmethod
     def cuts(cls, data: DataSection) -> bool:
         """Whether a row of a long text becomes several sequences."""
         return False
@@ -119,6 +127,10 @@ class Task(ABC):
         """The columns that it reads beside the text, by the config key that names each."""
         keys = [*cls.options, *(["label"] if cls.labelled else [])]
         return {f"data.{key}": getattr(data, key) for key in keys if getattr(data, key) is not None}
+
+    def check_rows(self, examples: Dataset, held_out: bool) -> None:  # noqa: B027 - most take any text
+        """Raises ConfigError, with the row, for what could not be encoded; tokenises nothing. Called before a run
+        begins where the rows may be read, for those that train and those that metrics are taken of (`held_out`)."""
 
     @abstractmethod
     def encode(self, examples: Dataset) -> list[Example]:

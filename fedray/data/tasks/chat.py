@@ -7,7 +7,7 @@ apart: no token spans the border between a prompt and its answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fedray.data.tasks.base import IGNORED
@@ -21,11 +21,15 @@ ROLES = ("system", "user", "assistant")
 
 #: Stanford Alpaca's headings around an instruction, and between an instruction and what it is about.
 ALPACA, ALPACA_INPUT = "### Instruction:\n{}\n\n### Response:\n", "{}\n\n### Input:\n{}"
+#: What templates that write a date (Llama 3) are told that it is: a run is the same on any day.
+_DATE = "26 Jul 2024"
 TEMPLATES = ("chat", "alpaca", "plain")
 
 
 def messages_of(value: Any, where: str) -> list[Message]:
     """A list of messages, by whatever names roles and contents have. Raises ConfigError for what is none."""
+    if isinstance(value, Mapping) and all(isinstance(each, list) for each in value.values()):
+        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]  # a column of structs
     if not isinstance(value, list) or not value:
         raise ConfigError(f"{where} holds {_short(value)}, which is no list of messages with role and content")
     return [_message(one, where) for one in value]
@@ -78,7 +82,9 @@ def _rendered(tokenizer: Any, messages: Sequence[Message], prompted: bool) -> st
     from jinja2 import TemplateError  # what a template raises of its own: roles out of order, no system message
 
     try:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompted)
+        text: str = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=prompted, date_string=_DATE
+        )
     except TemplateError as error:
         raise ConfigError(f"the model's chat template refuses a conversation of the data: {error}") from error
     return text
@@ -102,15 +108,32 @@ def tokens(tokenizer: Any, written: Sequence[tuple[str, bool]]) -> tuple[list[in
     """Ids, and labels: an answer's own tokens up to the one that ends it; everything else is ignored."""
     ids: list[int] = []
     labels: list[int] = []
+    special = _special(tokenizer)
     for text, answers in written:
         piece = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids += piece
-        scored = _answer_length(piece, tokenizer.all_special_ids) if answers else 0
+        scored = _answer_length(piece, special) if answers else 0
         labels += piece[:scored] + [IGNORED] * (len(piece) - scored)
     return ids, labels
 
 
-def _answer_length(piece: Sequence[int], special: Sequence[int]) -> int:
+def _special(tokenizer: Any) -> set[int]:
+    """Tokens that are no text, named or not."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The token with which the chat template ends an answer; None where it ends with none."""
+    if not tokenizer.chat_template:
+        return None
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    _, labels = tokens(tokenizer, pieces(tokenizer, "chat", asked))
+    last = [label for label in labels if label != IGNORED][-1]
+    return last if last in _special(tokenizer) else None
+
+
+def _answer_length(piece: Sequence[int], special: Collection[int]) -> int:
     """Up to the last special token, which ends a turn: what a template writes after it (a line break) belongs to the
     next one. All of it where there is none."""
     ends = [i for i, token in enumerate(piece) if token in special]

@@ -3,6 +3,7 @@ the model takes is judged by likelihood, or by what it says (LLM-Adapters, Hu et
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedray.data.columns import require_column
 from fedray.data.tasks.base import Batch, Example, Model, Statistics, Task
-from fedray.data.tasks.chat import Message, cut, pieces, tokens
-from fedray.data.tasks.generating import Generating, prompt_of
+from fedray.data.tasks.chat import Message
+from fedray.data.tasks.generating import Generating
 from fedray.data.tasks.instruction import COLUMNS, WORDS
 from fedray.data.tasks.tokens import TokenTask
 from fedray.errors import ConfigError
@@ -19,7 +20,7 @@ from fedray.errors import ConfigError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedray.config.sections import Config
+    from fedray.config.sections import Config, DataSection
 
 #: Where LLM-Adapters' instructions say what may be answered.
 _FORMAT = re.compile(r"Answer format:\s*(\S+/\S+)\s*$")
@@ -53,15 +54,23 @@ class Choice(Generating):
         "judge": "What decides which answer the model takes (choice): likelihood (default) or generation.",
     }
     takes_builtin = False
-    generates = True
 
     @classmethod
     def check(cls, config: Config, tasks: Mapping[str, type[Task]]) -> None:
         super().check(config, tasks)
         if config.data.judge not in (None, *_JUDGES):
             raise ValueError(f"data.judge is {config.data.judge}: give one of {', '.join(_JUDGES)}")
+        if not cls.speaks(config.data) and config.worker.zero_stage == 3 and config.most_ranks > 1:
+            raise ValueError(
+                "data.judge likelihood takes as many passes as a batch has answers, in which the ranks of ZeRO-3 would "
+                "wait for each other: use worker.zero_stage 2, or data.judge generation"
+            )
 
     # --- what may be answered, and what is right ---
+
+    @classmethod
+    def speaks(cls, data: DataSection) -> bool:
+        return data.judge == "generation"
 
     def _conversations(self, examples: Dataset) -> list[list[Message]]:
         if self.config.data.choices is None:
@@ -78,8 +87,9 @@ class Choice(Generating):
         """Each row's answers and the place of the right one. Raises ConfigError for a row without."""
         choices, labels = self._choices(examples)
         keys = examples[self._key(examples)]
+        first = _counts_from(keys, choices)
         return [
-            (row, _place(key, row, names, f"row {i + 1}"))
+            (row, _place(key, row, names, f"row {i + 1}", first))
             for i, (key, row, names) in enumerate(zip(keys, choices, labels, strict=True))
         ]
 
@@ -107,22 +117,29 @@ class Choice(Generating):
     def reference(self, examples: Dataset, i: int, answer: str) -> str:
         raise NotImplementedError("the answers of all rows are read at once")
 
-    def encode_held_out(self, examples: Dataset) -> list[Example]:
-        encoded = []
-        conversations, offered = self._conversations(examples), self._offered(examples)
-        for i, (messages, (choices, right), group) in enumerate(
-            zip(conversations, offered, self._groups(examples), strict=True)
-        ):
-            before, found, after = messages[-1]["content"].rpartition(choices[right])
-            if not found:
+    def references(self, examples: Dataset, conversations: Sequence[list[Message]]) -> list[str]:
+        found = []
+        for i, (messages, (choices, right)) in enumerate(zip(conversations, self._offered(examples), strict=True)):
+            before, held, after = messages[-1]["content"].rpartition(choices[right])
+            if not held:
                 raise ConfigError(f"the answer of row {i + 1} does not hold the right one, '{choices[right]}'")
             answers = [before + choice + after for choice in choices]
-            about = json.dumps({"right": right, "choices": choices, "answers": self._written(messages, answers)})
-            example = self._example(messages, group, about)
-            if example is None or not prompt_of(example):
-                raise ConfigError(f"row {i + 1} of the held-out data has no room for a question: raise data.max_length")
-            encoded.append(example)
-        return encoded
+            found.append(json.dumps({"right": right, "choices": choices, "answers": answers}))
+        return found
+
+    def encode_held_out(self, examples: Dataset) -> list[Example]:
+        found = []
+        for example, messages in zip(super().encode_held_out(examples), self._conversations(examples), strict=True):
+            about = json.loads(example.about)
+            answers = [[*messages[:-1], {"role": "assistant", "content": answer}] for answer in about["answers"]]
+            about["answers"] = self._written(answers)
+            if (longest := max(len(ids) for ids, _ in about["answers"])) > self._length:
+                raise ConfigError(
+                    f"a question of the held-out data has {longest} tokens with its longest answer, and "
+                    f"data.max_length is {self._length}: raise it, or leave the row out"
+                )
+            found.append(dataclasses.replace(example, about=json.dumps(about)))
+        return found
 
     def _offered(self, examples: Dataset) -> list[tuple[list[str], int]]:
         if self.config.data.choices is not None:
@@ -137,12 +154,6 @@ class Choice(Generating):
             choices = match.group(1).split("/")
             found.append((choices, _place(key, choices, [], f"row {i + 1}")))
         return found
-
-    def _written(self, messages: list[Message], answers: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Ids and labels of the conversation with each answer in the place of the right one."""
-        template = self.config.data.template or "chat"
-        asked = [[*messages[:-1], {"role": "assistant", "content": answer}] for answer in answers]
-        return [cut(*tokens(self.tokenizer, pieces(self.tokenizer, template, one)), self._length) for one in asked]
 
     # --- which one the model takes ---
 
@@ -177,9 +188,7 @@ class Choice(Generating):
 
     def judged(self, example: Example, said: str) -> Statistics:
         about = json.loads(example.about)
-        found = [(said.lower().find(choice.lower()), i) for i, choice in enumerate(about["choices"])]
-        first = min(((at, i) for at, i in found if at >= 0), default=None)
-        right = float(first is not None and first[1] == about["right"])
+        right = float(_first_said(said, about["choices"]) == about["right"])
         return {"right": right, "right_per_byte": right}
 
     def metrics(self, statistics: Sequence[Statistics]) -> dict[str, float]:
@@ -191,6 +200,17 @@ class Choice(Generating):
         }
 
 
+def _first_said(said: str, choices: Sequence[str]) -> int | None:
+    """Which of the answers a text says first, as whole words; of those at one place the longest. Single letters in
+    their own case: `a` is a word."""
+    found = []
+    for i, choice in enumerate(choices):
+        case = re.NOFLAG if len(choice) == 1 else re.IGNORECASE
+        if match := re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", said, case):
+            found.append((match.start(), -len(choice), i))
+    return min(found)[2] if found else None
+
+
 def _listed(value: Any, where: str) -> tuple[list[str], list[str]]:
     """A row's answers and their labels, out of a list or of ARC's {text, label}."""
     if isinstance(value, Mapping) and isinstance(value.get("text"), list):
@@ -200,13 +220,35 @@ def _listed(value: Any, where: str) -> tuple[list[str], list[str]]:
     raise ConfigError(f"{where} holds {value!r:.80}, which is no list of answers")
 
 
-def _place(key: Any, choices: Sequence[str], labels: Sequence[str], where: str) -> int:
+def _counts_from(keys: Sequence[Any], choices: Sequence[Sequence[str]]) -> int | None:
+    """Whether digits that are written as text count from 0 or from 1 (WinoGrande, SIQA); None where these rows do not
+    tell. Whole numbers count from 0, as classes do."""
+    digits = {int(key) for key in keys if isinstance(key, str) and key.strip().isdigit()}
+    if not digits or 0 in digits:
+        return 0
+    return 1 if max(digits) == max(map(len, choices)) else None
+
+
+def _place(key: Any, choices: Sequence[str], labels: Sequence[str], where: str, first: int | None = 0) -> int:
     """Which of the answers a key means: by its label, as an answer, or by its number. Raises ConfigError."""
     words, lower = str(key).strip(), [c.lower() for c in choices]
-    meant = _WORDS[key] if isinstance(key, bool) else (words.lower(),)
-    for names, wanted in ((labels, (words,)), (choices, (words,)), (lower, meant)):
-        if (place := next((i for i, name in enumerate(names) if name in wanted), None)) is not None:
-            return place
-    if words.isdigit() and int(words) < len(choices):
-        return int(words)
+    if isinstance(key, bool):
+        return _named(lower, _WORDS[key], key, choices, where)
+    if words in labels:
+        return list(labels).index(words)
+    if isinstance(key, str) and words.lower() in lower:
+        return choices.index(words) if words in choices else lower.index(words.lower())
+    if words.isdigit():
+        if first is None:
+            raise ConfigError(f"{where}: whether '{words}' counts from 0 or from 1 cannot be told: name the answers")
+        if 0 <= int(words) - first < len(choices):
+            return int(words) - first
     raise ConfigError(f"{where} has {key!r} for its right answer, which is none of {', '.join(choices)}")
+
+
+def _named(lower: Sequence[str], meant: Sequence[str], key: Any, choices: Sequence[str], where: str) -> int:
+    """The answer in one of these words."""
+    place = next((i for i, name in enumerate(lower) if name in meant), None)
+    if place is None:
+        raise ConfigError(f"{where} has {key!r} for its right answer, which is none of {', '.join(choices)}")
+    return place

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedray.data.tasks.base import IGNORED, Batch, Example, Model, Statistics
+from fedray.data.tasks.chat import Message, pieces, tokens
 from fedray.data.tasks.instruction import Conversations
 from fedray.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from fedray.config.sections import DataSection
 
 
 def prompt_of(example: Example) -> list[int]:
@@ -27,21 +30,40 @@ def prompt_of(example: Example) -> list[int]:
 class Generating(Conversations, stated=False):
     """A held-out row is one question: the last answer of its conversation is what is asked for."""
 
-    generates = True
+    @classmethod
+    def speaks(cls, data: DataSection) -> bool:
+        return True
 
-    def encode_held_out(self, examples: Dataset) -> list[Example]:
-        encoded = []
-        for i, (messages, group) in enumerate(zip(self._conversations(examples), self._groups(examples), strict=True)):
+    def check_rows(self, examples: Dataset, held_out: bool) -> None:
+        super().check_rows(examples, held_out)
+        if held_out:
+            self.references(examples, self._conversations(examples))
+
+    def references(self, examples: Dataset, conversations: Sequence[list[Message]]) -> list[str]:
+        """What is kept of each row to hold an answer against. Raises ConfigError for a row without."""
+        for i, messages in enumerate(conversations):
             if messages[-1]["role"] != "assistant":
                 raise ConfigError(f"row {i + 1} of the held-out data does not end with an answer: leave it out")
-            example = self._example(messages, group, self.reference(examples, i, messages[-1]["content"]))
-            if example is None or not prompt_of(example):
+        return [self.reference(examples, i, messages[-1]["content"]) for i, messages in enumerate(conversations)]
+
+    def encode_held_out(self, examples: Dataset) -> list[Example]:
+        encoded, conversations = [], self._conversations(examples)
+        rows = zip(conversations, self._groups(examples), self.references(examples, conversations), strict=True)
+        for i, (messages, group, reference) in enumerate(rows):
+            ids, labels = self._written([messages])[0]
+            asked = len(prompt_of(Example(ids, labels)))
+            if not 0 < asked < self._length:  # what is asked is never cut: it would be another question
                 raise ConfigError(
-                    f"row {i + 1} of the held-out data has no room for a question beside its answer: raise "
-                    "data.max_length"
+                    f"row {i + 1} of the held-out data asks in {asked} tokens, and data.max_length is {self._length}: "
+                    "raise it, or leave the row out"
                 )
-            encoded.append(example)
+            encoded.append(Example(ids[: self._length], labels[: self._length], 1.0, group, reference))
         return encoded
+
+    def _written(self, conversations: Sequence[list[Message]]) -> list[tuple[list[int], list[int]]]:
+        """Ids and labels of whole conversations."""
+        template = self.config.data.template or "chat"
+        return [tokens(self.tokenizer, pieces(self.tokenizer, template, one)) for one in conversations]
 
     def statistics(self, model: Model, examples: Sequence[Example], batch: Batch) -> list[Statistics]:
         found = super().statistics(model, examples, batch)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedray.data.columns import require_column
 from fedray.data.tasks.base import IGNORED, Example, Statistics, Task
-from fedray.data.tasks.chat import ALPACA_INPUT, TEMPLATES, Message, cut, messages_of, pieces, tokens
+from fedray.data.tasks.chat import ALPACA_INPUT, TEMPLATES, Message, cut, end_of_turn, messages_of, pieces, tokens
 from fedray.data.tasks.tokens import COMPLETION, TokenTask
 from fedray.errors import ConfigError
 
@@ -47,6 +47,10 @@ class Conversations(TokenTask, stated=False):
         """An input may be empty, and answers of messages are among them: neither has to have a value in each row."""
         return {}
 
+    def check_rows(self, examples: Dataset, held_out: bool) -> None:
+        for messages in self._conversations(examples)[:1]:  # whether there is a template, and it tells answers apart
+            pieces(self.tokenizer, self.config.data.template or "chat", messages)
+
     def encode(self, examples: Dataset) -> list[Example]:
         encoded = []
         for i, (messages, group) in enumerate(zip(self._conversations(examples), self._groups(examples), strict=True)):
@@ -61,6 +65,12 @@ class Conversations(TokenTask, stated=False):
         return Example(ids, labels, 1.0, group, about) if any(y != IGNORED for y in labels[1:]) else None
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """The chat template's own end of a turn beside the tokenizer's end token."""
+        own = end_of_turn(self.tokenizer) if (self.config.data.template or "chat") == "chat" else None
+        return super().ends if own is None else (*super().ends, own)
+
+    @property
     def _length(self) -> int:
         return self.config.data.max_length
 
@@ -71,8 +81,12 @@ class Conversations(TokenTask, stated=False):
     def _conversations(self, examples: Dataset) -> list[list[Message]]:
         """Each row's messages."""
         texts, where = examples[self.data.text], f"data.text '{self.data.text}'"
-        if len(texts) and isinstance(texts[0], list):
-            return [self._with_system(messages_of(value, where)) for value in texts]
+        if len(texts) and isinstance(texts[0], (list, Mapping)):
+            found = [self._with_system(messages_of(value, where)) for value in texts]
+            silent = (i for i, one in enumerate(found) if all(m["role"] != "assistant" for m in one))
+            if (row := next(silent, None)) is not None:
+                raise ConfigError(f"{where} has no answer of the assistant in row {row + 1}: leave the row out")
+            return found
         answers, inputs = self._answers(examples), self._inputs_of(examples)
         return [
             self._with_system([*self._asked(str(text), about), {"role": "assistant", "content": answer}])

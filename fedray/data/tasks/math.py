@@ -28,7 +28,6 @@ class Math(Generating):
     labelled = False
     options: ClassVar[dict[str, str]] = COLUMNS | WORDS
     takes_builtin = False
-    generates = True
 
     def reference(self, examples: Dataset, i: int, answer: str) -> str:
         found = result_of(answer)

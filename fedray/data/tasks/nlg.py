@@ -42,7 +42,6 @@ class NLG(Generating):
     labelled = False
     options: ClassVar[dict[str, str]] = COLUMNS | WORDS
     takes_builtin = False
-    generates = True
 
     @classmethod
     def check(cls, config: Config, tasks: Mapping[str, type[Task]]) -> None:
