@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Evaluated:
         """At most `generation.max_new_tokens` after each prompt, up to the first token that ends a turn. Prompts are
         padded on the left, where attention does not look: what a model says does not depend on the others of its batch
         but for rounding."""
-        ends, pad = self._ends(), self._task.tokenizer.pad_token_id
+        ends, pad = self._ends, self._task.tokenizer.pad_token_id
         longest = max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self._device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._device)
@@ -67,6 +68,7 @@ class Evaluated:
             "top_k": 0,
         }
 
+    @cached_property
     def _ends(self) -> list[int]:
         """The task's, and those that the model says itself."""
         own = getattr(getattr(self._engine.model, "generation_config", None), "eos_token_id", None)

@@ -131,8 +131,9 @@ class Choice(Generating):
         found = []
         for example, messages in zip(super().encode_held_out(examples), self._conversations(examples), strict=True):
             about = json.loads(example.about)
-            answers = [[*messages[:-1], {"role": "assistant", "content": answer}] for answer in about["answers"]]
-            about["answers"] = self._written(answers)
+            about["answers"] = [
+                self._written([*messages[:-1], {"role": "assistant", "content": answer}]) for answer in about["answers"]
+            ]
             if (longest := max(len(ids) for ids, _ in about["answers"])) > self._length:
                 raise ConfigError(
                     f"a question of the held-out data has {longest} tokens with its longest answer, and "
@@ -232,23 +233,17 @@ def _counts_from(keys: Sequence[Any], choices: Sequence[Sequence[str]]) -> int |
 def _place(key: Any, choices: Sequence[str], labels: Sequence[str], where: str, first: int | None = 0) -> int:
     """Which of the answers a key means: by its label, as an answer, or by its number. Raises ConfigError."""
     words, lower = str(key).strip(), [c.lower() for c in choices]
+    place: int | None = None
     if isinstance(key, bool):
-        return _named(lower, _WORDS[key], key, choices, where)
-    if words in labels:
-        return list(labels).index(words)
-    if isinstance(key, str) and words.lower() in lower:
-        return choices.index(words) if words in choices else lower.index(words.lower())
-    if words.isdigit():
+        place = next((i for i, name in enumerate(lower) if name in _WORDS[key]), None)
+    elif words in labels:
+        place = list(labels).index(words)
+    elif isinstance(key, str) and words.lower() in lower:
+        place = choices.index(words) if words in choices else lower.index(words.lower())
+    elif words.isdigit():
         if first is None:
             raise ConfigError(f"{where}: whether '{words}' counts from 0 or from 1 cannot be told: name the answers")
-        if 0 <= int(words) - first < len(choices):
-            return int(words) - first
-    raise ConfigError(f"{where} has {key!r} for its right answer, which is none of {', '.join(choices)}")
-
-
-def _named(lower: Sequence[str], meant: Sequence[str], key: Any, choices: Sequence[str], where: str) -> int:
-    """The answer in one of these words."""
-    place = next((i for i, name in enumerate(lower) if name in meant), None)
-    if place is None:
+        place = int(words) - first
+    if place is None or not 0 <= place < len(choices):
         raise ConfigError(f"{where} has {key!r} for its right answer, which is none of {', '.join(choices)}")
     return place

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedray.data.tasks.base import IGNORED, Batch, Example, Model, Statistics
-from fedray.data.tasks.chat import Message, pieces, tokens
+from fedray.data.tasks.chat import Message
 from fedray.data.tasks.instruction import Conversations
 from fedray.errors import ConfigError
 
@@ -50,7 +50,7 @@ class Generating(Conversations, stated=False):
         encoded, conversations = [], self._conversations(examples)
         rows = zip(conversations, self._groups(examples), self.references(examples, conversations), strict=True)
         for i, (messages, group, reference) in enumerate(rows):
-            ids, labels = self._written([messages])[0]
+            ids, labels = self._written(messages)
             asked = len(prompt_of(Example(ids, labels)))
             if not 0 < asked < self._length:  # what is asked is never cut: it would be another question
                 raise ConfigError(
@@ -59,11 +59,6 @@ class Generating(Conversations, stated=False):
                 )
             encoded.append(Example(ids[: self._length], labels[: self._length], 1.0, group, reference))
         return encoded
-
-    def _written(self, conversations: Sequence[list[Message]]) -> list[tuple[list[int], list[int]]]:
-        """Ids and labels of whole conversations."""
-        template = self.config.data.template or "chat"
-        return [tokens(self.tokenizer, pieces(self.tokenizer, template, one)) for one in conversations]
 
     def statistics(self, model: Model, examples: Sequence[Example], batch: Batch) -> list[Statistics]:
         found = super().statistics(model, examples, batch)

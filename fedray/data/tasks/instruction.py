@@ -49,34 +49,33 @@ class Conversations(TokenTask, stated=False):
 
     def check_rows(self, examples: Dataset, held_out: bool) -> None:
         for messages in self._conversations(examples)[:1]:  # whether there is a template, and it tells answers apart
-            pieces(self.tokenizer, self.config.data.template or "chat", messages)
+            pieces(self.tokenizer, self._template, messages)
 
     def encode(self, examples: Dataset) -> list[Example]:
         encoded = []
-        for i, (messages, group) in enumerate(zip(self._conversations(examples), self._groups(examples), strict=True)):
-            example = self._example(messages, group, self._about(examples, i))
-            encoded += [example] if example is not None else []
+        for messages, group in zip(self._conversations(examples), self._groups(examples), strict=True):
+            ids, labels = cut(*self._written(messages), self._length)
+            if any(y != IGNORED for y in labels[1:]):  # a token of an answer is left to be predicted
+                encoded.append(Example(ids, labels, 1.0, group))
         return encoded
 
-    def _example(self, messages: list[Message], group: str | None, about: str = "") -> Example | None:
-        """None where no token of an answer is left to be predicted."""
-        template = self.config.data.template or "chat"
-        ids, labels = cut(*tokens(self.tokenizer, pieces(self.tokenizer, template, messages)), self._length)
-        return Example(ids, labels, 1.0, group, about) if any(y != IGNORED for y in labels[1:]) else None
+    def _written(self, messages: list[Message]) -> tuple[list[int], list[int]]:
+        """Ids and labels of a whole conversation."""
+        return tokens(self.tokenizer, pieces(self.tokenizer, self._template, messages))
 
     @property
     def ends(self) -> tuple[int, ...]:
         """The chat template's own end of a turn beside the tokenizer's end token."""
-        own = end_of_turn(self.tokenizer) if (self.config.data.template or "chat") == "chat" else None
+        own = end_of_turn(self.tokenizer) if self._template == "chat" else None
         return super().ends if own is None else (*super().ends, own)
 
     @property
     def _length(self) -> int:
         return self.config.data.max_length
 
-    def _about(self, examples: Dataset, i: int) -> str:
-        """What a row's metrics need beside its tokens."""
-        return ""
+    @property
+    def _template(self) -> str:
+        return self.config.data.template or "chat"
 
     def _conversations(self, examples: Dataset) -> list[list[Message]]:
         """Each row's messages."""
@@ -95,7 +94,7 @@ class Conversations(TokenTask, stated=False):
 
     def _asked(self, instruction: str, about: str) -> list[Message]:
         """The instruction, and what it is about."""
-        joined = ALPACA_INPUT if self.config.data.template == "alpaca" else "{}\n\n{}"
+        joined = ALPACA_INPUT if self._template == "alpaca" else "{}\n\n{}"
         return [{"role": "user", "content": joined.format(instruction, about) if about else instruction}]
 
     def _with_system(self, messages: list[Message]) -> list[Message]:

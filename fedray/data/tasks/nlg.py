@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -50,16 +51,16 @@ class NLG(Generating):
             raise ValueError(f"model.task nlg needs {missing[0]}: pip install fedray[nlg]")
 
     def encode_held_out(self, examples: Dataset) -> list[Example]:
-        asked: dict[str, list[int]] = {}
+        first: dict[str, int] = {}
+        references: dict[str, list[str]] = {}
         for i, messages in enumerate(self._conversations(examples)):
-            asked.setdefault(json.dumps(messages[:-1]), []).append(i)
-        first = [rows[0] for rows in asked.values()]
-        answers = [messages[-1]["content"] for messages in self._conversations(examples)]
-        references = {rows[0]: [answers[i] for i in rows] for rows in asked.values()}
-        found = super().encode_held_out(examples.select(first))
+            asked = json.dumps(messages[:-1])
+            first.setdefault(asked, i)
+            references.setdefault(asked, []).append(messages[-1]["content"])
+        found = super().encode_held_out(examples.select(first.values()))
         return [
-            Example(e.input_ids, e.labels, e.size, e.group, json.dumps(references[i]))
-            for i, e in zip(first, found, strict=True)
+            dataclasses.replace(example, about=json.dumps(each))
+            for example, each in zip(found, references.values(), strict=True)
         ]
 
     def reference(self, examples: Dataset, i: int, answer: str) -> str:
