@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from fedray.federation.wire import Message, Packet, PacketView, decode, pack
+from fedray.federation.wire import Message, Packet, PacketView, decode, pack, unpack
 from fedray.methods import Method, Spec, View
 from fedray.methods.shapes import trained
 
@@ -38,7 +38,7 @@ class Starts:
             assert self._message is not None, "an update follows a broadcast"
             header = self._message.header
             increments = {version: PacketView(packet) for version, packet in self._message.increments.items()}
-            broadcast = decode(header, self._message.packet_of(client), increments)
+            broadcast = decode(header, unpack(self._message.packet_of(client)), increments)
             view = self._method.view(self._spec, broadcast, client)
             self._packets[alike] = pack(unmoved(self._method, self._spec, client, view, self._heads, header.round))
         return self._packets[alike]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -94,6 +94,23 @@ def unpack(packet: Packet) -> dict[str, Tensor]:
     if size != len(packet.vector):
         raise ValueError(f"a vector of {len(packet.vector)} numbers does not fit a manifest of {size}")
     return dict(PacketView(packet))
+
+
+Unpack = Callable[[Packet], dict[str, Tensor]]
+
+
+class UnpackOnce:
+    """`unpack`, of packets with the same vector once: the tensors are shared, so they are only read."""
+
+    def __init__(self) -> None:
+        self._done: dict[tuple[int, Any], tuple[np.ndarray, dict[str, Tensor]]] = {}
+
+    def __call__(self, packet: Packet) -> dict[str, Tensor]:
+        """The packet's tensors. Raises ValueError as `unpack` does."""
+        place = id(packet.vector), packet.manifest
+        if place not in self._done:
+            self._done[place] = packet.vector, unpack(packet)  # the vector is held: its id is nobody else's
+        return dict(self._done[place][1])
 
 
 class PacketView(Mapping[str, Tensor]):
@@ -206,7 +223,7 @@ def encode(broadcast: Broadcast, known: Mapping[int, Packet], spec: Spec) -> Mes
     return Message(header, pack(broadcast.tensors), packets, cut, dict(spec.ranks))
 
 
-def decode(header: Header, packet: Packet, increments: Mapping[int, Mapping[str, Tensor]]) -> Broadcast:
-    """`increments`: unpacked tensors by version; only the live ones are looked up."""
+def decode(header: Header, tensors: dict[str, Tensor], increments: Mapping[int, Mapping[str, Tensor]]) -> Broadcast:
+    """`tensors`: of the packet, unpacked; `increments`: likewise by version, of which only the live are looked up."""
     live = tuple(Increment(version, increments[version], resets) for version, resets, _ in header.increments)
-    return Broadcast(header.round, unpack(packet), live, header.trained, header.draw, header.plain)
+    return Broadcast(header.round, tensors, live, header.trained, header.draw, header.plain)

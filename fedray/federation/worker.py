@@ -20,7 +20,7 @@ from fedray.federation.coding import make_coder
 from fedray.federation.kept import factors_kept, kept_tensors, optimizer_kept
 from fedray.federation.messages import Answered, Failure, Orders, Trained
 from fedray.federation.questions import Question
-from fedray.federation.wire import Header, Packet, as_announced, decode, inputs_digest, pack, unpack
+from fedray.federation.wire import Header, Packet, Unpack, UnpackOnce, as_announced, decode, inputs_digest, pack, unpack
 from fedray.methods import Method, Spec, View
 from fedray.methods.state import factor_of
 from fedray.privacy.private import Private
@@ -122,9 +122,10 @@ class Worker:
     def _train_together(self, round: int, header: Header, fetch: Fetch, work: Sequence[Work]) -> list[Done]:
         begun: dict[str, _Begun] = {}
         done: dict[str, Done] = {}
+        unpack_once = UnpackOnce()
         for part in work:
             try:
-                begun[part.client] = self._begin(round, header, fetch, part)
+                begun[part.client] = self._begin(round, header, fetch, part, unpack_once)
             except Exception as error:  # noqa: BLE001 - as in `train`
                 done[part.client] = self._failed(part.client, error)
         try:
@@ -139,13 +140,13 @@ class Worker:
                 done[client] = self._failed(client, error)
         return [done[part.client] for part in work]
 
-    def _begin(self, round: int, header: Header, fetch: Fetch, work: Work) -> _Begun:
+    def _begin(self, round: int, header: Header, fetch: Fetch, work: Work, unpack: Unpack = unpack) -> _Begun:
         """What a client trains from, and how."""
         # Objects of its own: what somebody else says of them (a digest) is not believed.
         header, packet, kept = Header.parse(header.to_text()), work.packet.again(), work.kept and work.kept.again()
         private = self.side.protect(work.client, round, partial(inputs_digest, header, packet, kept), work.orders)
         held = unpack(kept) if kept is not None else {}
-        view, base_key = self._view(work.client, header, packet, fetch, held)
+        view, base_key = self._view(work.client, header, packet, fetch, held, unpack)
         return _Begun(work, view, base_key, held, private)
 
     def _end(self, round: int, begun: _Begun, steps: Callable[[], LocalResult]) -> Done:
@@ -200,7 +201,13 @@ class Worker:
         return statistics, self.trainer.base_lost
 
     def _view(
-        self, client: str | None, header: Header, packet: Packet, fetch: Fetch, held: dict[str, Tensor]
+        self,
+        client: str | None,
+        header: Header,
+        packet: Packet,
+        fetch: Fetch,
+        held: dict[str, Tensor],
+        unpack: Unpack = unpack,
     ) -> tuple[View, Any]:
         """What the client trains from, and a key that equal base weights share."""
         live = {(version, digest) for version, _, digest in header.increments}
@@ -208,7 +215,7 @@ class Worker:
         for version, digest in sorted(live - self._increments.keys()):
             self._increments[version, digest] = unpack(as_announced(fetch(version), digest))
         increments = {version: self._increments[version, digest] for version, _, digest in header.increments}
-        view = self.method.view(self.spec, decode(header, packet, increments), client)
+        view = self.method.view(self.spec, decode(header, unpack(packet), increments), client)
         keeps = self.method.keeps(self.spec)
         factors = {n: t for n, t in factors_kept(held).items() if factor_of(n) in keeps}
         view = View(view.tensors | factors, view.base, view.trained)

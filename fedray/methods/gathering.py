@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fedray.errors import RoundError
-from fedray.lowrank import LowRank, add_weighted
-from fedray.methods.state import Cohort, Sketch, Spec, Tensors, Update
+from fedray.lowrank import add_weighted
+from fedray.methods.state import Cohort, Sketch, Spec, Tensors, Update, key
 
 #: Up to so many columns of all clients together, every number about them is measured on the factors themselves.
 GRAM_COLUMNS = 128
@@ -65,6 +65,7 @@ class Gathering:
         self._block: list[dict[str, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
         self._images: dict[str, Tensor] = {}
+        self._room: dict[tuple[str, torch.Size], Tensor] = {}
         self._dtype = torch.float32
         self._many = False
 
@@ -88,39 +89,59 @@ class Gathering:
         """Add the block to the sums, and forget it where nobody needs it."""
         first = len(self._clients) - len(self._block)
         clients, weights = self._clients[first:], self._weights[first:]
-        self._sum(weights)
+        starts = [self.starts(client) for client in clients] if self._keeps or self._sketches else []
+        complete = [{**start, **received} for start, received in zip(starts, self._block, strict=False)]
+        self._sum(weights, complete)
         if self.looks and not all(math.isfinite(t.sum().item()) for t in self._sums.values()):
             for client, received in zip(clients, self._block, strict=True):  # what is not finite stays so in a sum
                 check_finite(Update(client, 1.0, received))
-        keeps, sketches = self.keeps or not self._many, self.ideal == "sketch" and self._many
-        starts = [self.starts(client) for client in clients] if keeps or sketches else []
-        complete = [{**start, **received} for start, received in zip(starts, self._block, strict=False)]
-        if keeps and self._many:
+        if self._keeps and self._many:
             self._kept += [Complete(self.spec, s, came) for s, came in zip(starts, self._came, strict=True)]
-        elif keeps:
+        elif self._keeps:
             self._kept += complete
-        if sketches:
-            self._sketch(complete, weights)
         self._block, self._came = [], []
 
-    def _sum(self, weights: Sequence[float]) -> None:
+    @property
+    def _keeps(self) -> bool:
+        return self.keeps or not self._many
+
+    @property
+    def _sketches(self) -> bool:
+        return self.ideal == "sketch" and self._many
+
+    def _sum(self, weights: Sequence[float], complete: Sequence[Tensors]) -> None:
         if not self._sums:
             block = self._block[0]
             self._dtype = next(iter(block.values())).dtype
             self._sums = {n: torch.zeros(t.shape, dtype=torch.float64, device=t.device) for n, t in block.items()}
+        sketched = self._sketch(complete, weights) if self._sketches else set()
         for name, total in self._sums.items():
-            add_weighted(total, [received[name] for received in self._block], weights)
+            if name not in sketched:
+                add_weighted(total, [received[name] for received in self._block], weights)
 
-    def _sketch(self, block: Sequence[Tensors], weights: Sequence[float]) -> None:
+    def _sketch(self, block: Sequence[Tensors], weights: Sequence[float]) -> set[str]:
+        """Of each layer, the images and the sums of the factors, whose names are returned: one conversion to fp64,
+        which costs as much as either, serves both."""
+        names = {layer.name: {f: key(layer, f) for f in self.spec.names} for layer in self.spec.layers}
         for layer in self.spec.layers:
-            terms = [
-                self.spec.adapter.delta(layer, {f: t.double() for f, t in self.spec.factors(layer, tensors).items()})
-                for tensors in block
-            ]
-            # Weights of the thin products cost less than those of the factors.
-            columns = [torch.full((t.k,), w, dtype=torch.float64) for t, w in zip(terms, weights, strict=True)]
-            image = LowRank.sum(terms).image(self._vectors[: layer.n], torch.cat(columns).to(terms[0].B.device))
-            self._images[layer.name] = image if layer.name not in self._images else self._images[layer.name] + image
+            for tensors, weight in zip(block, weights, strict=True):
+                factors = {f: self._in_fp64(f, tensors[name]) for f, name in names[layer.name].items()}
+                for f, name in names[layer.name].items():
+                    if name in self._sums:
+                        self._sums[name].add_(factors[f], alpha=weight)
+                image = self.spec.adapter.delta(layer, factors).image(self._vectors[: layer.n])
+                if layer.name in self._images:
+                    self._images[layer.name].add_(image, alpha=weight)
+                else:
+                    self._images[layer.name] = image.mul_(weight)
+        return {name for of_layer in names.values() for name in of_layer.values()}
+
+    def _in_fp64(self, factor: str, tensor: Tensor) -> Tensor:
+        """In memory that the next client's is written over, which is why it is still in the cache."""
+        room = self._room.get((factor, tensor.shape))
+        if room is None:
+            room = self._room[factor, tensor.shape] = torch.empty_like(tensor, dtype=torch.float64)
+        return room.copy_(tensor)
 
     @cached_property
     def _vectors(self) -> Tensor:

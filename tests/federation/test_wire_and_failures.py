@@ -50,7 +50,7 @@ def test_a_broadcast_survives_the_wire_and_packs_an_increment_once(method):
     again = encode(method.broadcast(state), first.increments, SPEC)
     assert all(again.increments[v] is p for v, p in first.increments.items())
     assert [i[2] for i in first.header.increments] == [first.increments[i[0]].digest for i in first.header.increments]
-    got = decode(first.header, first.packet, {v: unpack(p) for v, p in first.increments.items()})
+    got = decode(first.header, unpack(first.packet), {v: unpack(p) for v, p in first.increments.items()})
     for client in ("a", None):
         one, other = method.view(SPEC, got, client), method.view(SPEC, state, client)
         assert one.trained == other.trained and all(torch.equal(one.tensors[n], t) for n, t in other.tensors.items())
@@ -134,5 +134,5 @@ def test_clients_of_smaller_rank_receive_smaller_packets_and_equal_ranks_share_o
     message = encode(FlexLoRA().broadcast(state), {}, spec)
     assert message.packet_of("b") is message.packet_of("c") and message.packet_of("a").nbytes == message.packet.nbytes
     assert message.packet_of("b").nbytes == 4 * (6 + sum(layer.m + layer.n for layer in SPEC.layers))
-    view = FlexLoRA().view(spec, decode(message.header, message.packet_of("b"), {}), "b")
+    view = FlexLoRA().view(spec, decode(message.header, unpack(message.packet_of("b")), {}), "b")
     assert view.tensors["wide.lora_A"].shape == (2, 11) and not view.tensors["wide.lora_A"][1:].any()
