@@ -54,7 +54,8 @@ line of privacy.identities
 beside the one that is claimed
   fedray threats                                                who learns what, in each mode
   fedray schema                                                 the config's JSON schema, for editors
-  fedray export   RUN_DIR OUT --format lora|peft|merged         write its result for others to load
+  fedray export   RUN_DIR OUT --format lora|peft|merged         write its result, with a card, for others to load
+                  [--max-rank Q] [--push OWNER/NAME [--private]]  at one rank (vLLM, llama.cpp); to the hub
   fedray run --help                                             every key, its default and what it means
 """
 
@@ -347,17 +348,25 @@ def _metrics(metrics: dict[str, float]) -> str:
 
 
 def _export(argv: list[str], console: Console) -> int:
-    from fedray.federation.results import FORMATS, export
+    from fedray.federation.exports import FORMATS, Form, export, push
 
     if words(argv)[-1:] == ["--format"]:
         raise ConfigError(f"--format needs one of {', '.join(FORMATS)}")
-    flags, places = split(argv, lambda name: name == "format")
+    flags, places = split(argv, lambda name: name in ("format", "max-rank", "push"), switches=("private",))
     if len(places) != 2 or any(place.startswith("--") for place in places):
         raise ConfigError(
             "fedray export takes a run directory and a place to write to: fedray export RUN_DIR OUT --format peft"
         )
-    export(Path(places[0]), Path(places[1]), flags.get("format", "peft"))
+    if "private" in flags and "push" not in flags:
+        raise ConfigError("--private is of the repository that --push OWNER/NAME makes: give that too")
+    out, most = Path(places[1]), flags.get("max-rank")
+    if most is not None and not most.isdecimal():
+        raise ConfigError(f"--max-rank '{most}' is no rank: give 1 or more")
+    for sentence in export(Path(places[0]), out, Form(flags.get("format", "peft"), int(most) if most else None)):
+        console.print(sentence, soft_wrap=True)
     console.print(f"written to {places[1]}")
+    if "push" in flags:
+        console.print(f"sent to {push(out, flags['push'], 'private' in flags)}", soft_wrap=True)
     return 0
 
 

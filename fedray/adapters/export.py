@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedray.adapters.attach import PREFIX
-from fedray.adapters.base import Adapter, Layer
+from fedray.adapters.base import Adapter, Layer, pad_to
 from fedray.errors import ConfigError
 from fedray.lowrank import LowRank
 
@@ -37,6 +38,25 @@ class Learned:
         return (delta + self.base[layer.name] if layer.name in self.base else delta).bounded()
 
 
+@dataclass(frozen=True)
+class Lost:
+    """What an adapter of a smaller rank leaves out: Frobenius norms relative to the change's, of all layers together
+    and of the layer that loses most."""
+
+    rank: int
+    whole: float
+    worst_layer: str
+    worst: float
+
+    @property
+    def sentence(self) -> str:
+        """For a person."""
+        return (
+            f"rank {self.rank} in every layer leaves out {self.whole:.2g} of the change of the weights (Frobenius "
+            f"norm, relative), at most {self.worst:.2g} of a layer's, {self.worst_layer}"
+        )
+
+
 def write_lora(folder: Path, learned: Learned, peft_config: LoraConfig) -> None:
     """The adapter at the rank it trained with. Raises ConfigError when the base moved: alone it would be wrong."""
     if learned.base:
@@ -54,24 +74,53 @@ def write_peft(folder: Path, learned: Learned, peft_config: LoraConfig) -> None:
     `peft_config`: the one the run trained with. LoRA's own factors keep its rank and alpha; all else has alpha equal
     to the rank, so the scale is 1.
     """
+    if learned.adapter.kind == "lora" and not learned.base:
+        factors = {layer.name: learned.factors(layer) for layer in learned.layers}
+        pairs = {name: LowRank(of["lora_B"], of["lora_A"]) for name, of in factors.items()}
+        _write(folder, learned, pairs, copy.deepcopy(peft_config))
+    else:
+        changes = {layer.name: learned.change(layer) for layer in learned.layers}
+        _write(folder, learned, changes, _at_scale_one(peft_config, changes))
+
+
+def write_capped(folder: Path, learned: Learned, peft_config: LoraConfig, rank: int) -> Lost:
+    """The best plain LoRA of at most `rank` (Eckart-Young, layer by layer), of one rank in all layers and nothing
+    beside it, as vLLM and llama.cpp's converter take it; what it leaves out. Raises ConfigError for trained heads,
+    which such an adapter has no place for. O((m + n) k^2) a layer."""
+    if learned.heads:
+        raise ConfigError(
+            f"this run trained {', '.join(learned.heads)} beside the adapter, which an adapter of one rank has no "
+            "place for: leave --max-rank out, or write --format merged"
+        )
+    changes = {layer.name: learned.change(layer).to(torch.float64) for layer in learned.layers}
+    best = {name: change.compress(rank) for name, change in changes.items()}
+    norms = {name: change.norm() for name, change in changes.items()}
+    lost = {name: (changes[name] - matrix).norm() for name, matrix in best.items()}
+    one = max(matrix.k for matrix in best.values())
+    padded = {n: LowRank(pad_to(m.B, (m.shape[0], one)), pad_to(m.A, (one, m.shape[1]))) for n, m in best.items()}
+    _write(folder, learned, padded, _at_scale_one(peft_config, padded))
+    relative = {name: lost[name] / (norms[name] or 1.0) for name in lost}
+    worst = max(relative, key=relative.__getitem__)
+    return Lost(one, math.hypot(*lost.values()) / (math.hypot(*norms.values()) or 1.0), worst, relative[worst])
+
+
+def _at_scale_one(peft_config: LoraConfig, pairs: Mapping[str, LowRank]) -> LoraConfig:
+    """The config of these pairs: alpha equal to the rank, in every layer."""
+    ranks = {name: pair.k for name, pair in pairs.items()}
     peft_config = copy.deepcopy(peft_config)
-    tensors: dict[str, Tensor] = {f"{PREFIX}{name}": learned.tensors[name] for name in learned.heads}
-    ranks, plain = {}, learned.adapter.kind == "lora" and not learned.base
-    for layer in learned.layers:
-        if plain:
-            B_mr, A_rn = learned.factors(layer)["lora_B"], learned.factors(layer)["lora_A"]
-        else:
-            change = learned.change(layer)
-            B_mr, A_rn = change.B, change.A
-        ranks[layer.name] = A_rn.shape[0]
-        tensors[f"{PREFIX}{layer.name}.lora_B.weight"] = B_mr
-        tensors[f"{PREFIX}{layer.name}.lora_A.weight"] = A_rn
-    if not plain:
-        peft_config.r = max(ranks.values())
-        peft_config.lora_alpha, peft_config.use_rslora = peft_config.r, False
-        peft_config.rank_pattern = {n: k for n, k in ranks.items() if k != peft_config.r}
-        peft_config.alpha_pattern = dict(peft_config.rank_pattern)
-    peft_config.target_modules = sorted(layer.name for layer in learned.layers)
+    peft_config.r = max(ranks.values())
+    peft_config.lora_alpha, peft_config.use_rslora = peft_config.r, False
+    peft_config.rank_pattern = {n: k for n, k in ranks.items() if k != peft_config.r}
+    peft_config.alpha_pattern = dict(peft_config.rank_pattern)
+    return peft_config
+
+
+def _write(folder: Path, learned: Learned, pairs: Mapping[str, LowRank], peft_config: LoraConfig) -> None:
+    """The files of an adapter; `peft_config` is changed."""
+    tensors = {f"{PREFIX}{name}": learned.tensors[name] for name in learned.heads}
+    for name, pair in pairs.items():
+        tensors |= {f"{PREFIX}{name}.lora_B.weight": pair.B, f"{PREFIX}{name}.lora_A.weight": pair.A}
+    peft_config.target_modules = sorted(pairs)
     peft_config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
     save_file(

@@ -1,20 +1,17 @@
-"""What is left of a run: its last state, its adapter, exports, evaluation, and the summary."""
+"""What is left of a run: its last state, evaluation, and the summary."""
 
 from __future__ import annotations
 
 import json
 import math
-import urllib.parse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from peft import LoraConfig
 
 from fedray.adapters import attach
-from fedray.adapters.export import Learned, merge, write_lora, write_peft
 from fedray.config.build import make_method, make_spec
 from fedray.config.read import from_dict
 from fedray.config.sections import Config
@@ -28,9 +25,7 @@ from fedray.methods import State, View
 from fedray.methods.state import factor_of
 from fedray.privacy.ledger import worst
 from fedray.training.local import LocalTrainer
-from fedray.training.model import load_base, load_tokenizer, resolve, skeleton
-
-FORMATS = ("lora", "peft", "merged")
+from fedray.training.model import skeleton
 
 
 def read_run_config(folder: Path) -> Config:
@@ -91,51 +86,6 @@ def views(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str | None
             view.tensors | {n: t for n, t in held.items() if factor_of(n) in keeps}, view.base, view.trained
         )
     return result
-
-
-def export(folder: Path, out: Path, format: str) -> None:
-    """Write a run's result to `out`: `lora` (the trained factors), `peft` (with the base update), `merged` (a whole
-    model).
-
-    Raises ConfigError for an unknown format, a target that is not empty, or an adapter that alone would be wrong.
-    """
-    config = read_run_config(folder)
-    if format not in FORMATS:
-        raise ConfigError(f"--format '{format}' is not known: choose {', '.join(FORMATS)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"'{out}' is not empty: choose another place")
-    classes = classes_of(config)
-    write(config, load_checkpoint(folder, config, classes), out, format, classes)
-
-
-def write(config: Config, checkpoint: checkpoints.Checkpoint, out: Path, format: str, classes: int) -> None:
-    """`export` for a checkpoint at hand; a folder for each client where clients have models of their own."""
-    for client, view in views(config, checkpoint).items():
-        _write_view(
-            config, checkpoint.state, view, out if client is None else out / folder_name(client), format, classes
-        )
-
-
-def folder_name(client: str) -> str:
-    """A client's name as one folder's name: names come from data, and must not lead out of the place that is written
-    to."""
-    quoted = urllib.parse.quote(client, safe=" ")
-    return quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
-
-
-def _write_view(config: Config, state: State, view: View, out: Path, format: str, classes: int) -> None:
-    learned = Learned(state.spec.adapter, state.spec.layers, view.tensors, view.base, state.heads)
-    if format == "merged":
-        model = load_base(config, classes)
-        merge(model, learned)
-        model.save_pretrained(out)
-        load_tokenizer(config).save_pretrained(out)
-        return
-    peft_config = skeleton(config, classes or 2).peft_config[attach.ADAPTER]
-    if not isinstance(peft_config, LoraConfig):
-        raise TypeError(f"adapter '{config.adapter.kind}' is no LoRA to PEFT, but {type(peft_config).__name__}")
-    peft_config.base_model_name_or_path = resolve(config.model.path)
-    {"lora": write_lora, "peft": write_peft}[format](out, learned, peft_config)
 
 
 def evaluate(folder: Path) -> dict[str, Any]:

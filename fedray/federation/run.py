@@ -20,10 +20,11 @@ from fedray.federation.channels import fixed_masks
 from fedray.federation.channels.registry import hides_cohort
 from fedray.federation.channels.statement import read_statement, spent
 from fedray.federation.coordinator import Coordinator
+from fedray.federation.exports import Form, write
 from fedray.federation.listening import Listener, Silent, unheard
 from fedray.federation.pool_inline import InlinePool
 from fedray.federation.prepare import Prepared
-from fedray.federation.results import load_checkpoint, summarise, write
+from fedray.federation.results import load_checkpoint, summarise
 from fedray.federation.run_ray import RayRun, why_ended
 from fedray.federation.storage import storage_of
 from fedray.federation.worker import Worker
@@ -114,7 +115,7 @@ def _finish(prepared: Prepared, records: list[dict[str, Any]], wall_seconds: flo
     folder, config, classes = prepared.folder, prepared.config, len(prepared.data.classes)
     if prepared.resuming and (folder / "summary.json").is_file():
         return json.loads((folder / "summary.json").read_text())  # it was finished
-    write(config, load_checkpoint(folder, config, classes), folder / "adapter", "peft", classes)
+    write(config, load_checkpoint(folder, config, classes), folder, folder / "adapter", Form(), classes)
     summary = summarise(config, prepared.trainable, len(prepared.data.clients), records, wall_seconds)
     summary |= spent(config, folder) | fixed_masks.masks(config, folder)
     _write(folder / "summary.json", json.dumps(summary, indent=2))

@@ -53,9 +53,16 @@ def read_model_config(config: Config, classes: int = 0) -> PretrainedConfig:
             for name in _dropouts(read):
                 setattr(read, name, config.base_dropout)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path '{path}' cannot be read: {reason}") from error
+        raise ConfigError(f"model.path '{path}' cannot be read: {_reason(path, error)}") from error
     return read
+
+
+def _reason(path: str, error: Exception) -> str:
+    """An error of transformers in one line; of what should come from the hub with what else it may need."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, OSError) and not Path(path).exists():
+        return f"{reason}; if it is private or gated, set HF_TOKEN to a token that may read it"
+    return reason
 
 
 def _dropouts(model_config: PretrainedConfig) -> list[str]:
@@ -74,8 +81,8 @@ def check_loadable(config: Config) -> None:
     folder = Path(resolve(path))
     if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
         raise ConfigError(f"model.path '{path}' holds no weights (*.safetensors or pytorch_model*.bin)")
-    load_tokenizer(config)
     positions = getattr(read_model_config(config), "max_position_embeddings", None)
+    load_tokenizer(config)
     if positions is None:
         return
     if config.data.max_length > positions:
@@ -163,7 +170,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(resolve(config.model.path))
     except (OSError, ValueError, TypeError, AttributeError) as error:  # AutoTokenizer's ways to say that there is none
         raise ConfigError(
-            f"model.path '{config.model.path}' has no tokenizer that can be read: {str(error).splitlines()[0]}"
+            f"model.path '{config.model.path}' has no tokenizer that can be read: {_reason(config.model.path, error)}"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

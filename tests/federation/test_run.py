@@ -16,6 +16,7 @@ from fedray.config.build import make_method
 from fedray.data.partition import load_data
 from fedray.errors import ClientError, ConfigError, RoundError
 from fedray.federation import pool_inline, results, worker_ray
+from fedray.federation.exports import Form, export, folder_name
 from fedray.federation.worker import Worker
 from fedray.methods import View
 from fedray.methods.traffic import simulate
@@ -294,11 +295,9 @@ def test_clients_named_like_paths_are_exported_below_the_run(make_config, tmp_pa
             method__name="fedsa",
         )
     )
-    assert sorted(p.name for p in (folder / "adapter").iterdir()) == sorted(map(results.folder_name, names))
-    assert all((folder / "adapter" / results.folder_name(n) / "adapter_config.json").is_file() for n in names)
-    assert results.folder_name("ward 7") == "ward 7" and not any(
-        "/" in results.folder_name(n) or results.folder_name(n) == ".." for n in names
-    )
+    assert sorted(p.name for p in (folder / "adapter").iterdir()) == sorted(map(folder_name, names))
+    assert all((folder / "adapter" / folder_name(n) / "adapter_config.json").is_file() for n in names)
+    assert folder_name("ward 7") == "ward 7" and not any("/" in folder_name(n) or folder_name(n) == ".." for n in names)
 
 
 def test_evaluate_every_skips_rounds_but_never_the_last(make_config):
@@ -449,7 +448,7 @@ def test_the_adapter_loads_in_plain_peft_and_gives_the_same_logits(name, task, p
     trainer = LocalTrainer(config, "cpu", 1)
     views = results.views(config, results.load_checkpoint(folder, config, len(trainer.data.classes)))
     assert list(views) == ([None] if name not in PERSONAL else ["client-0", "client-1", "client-2"])
-    results.export(folder, tmp_path / "merged", "merged")
+    export(folder, tmp_path / "merged", Form("merged"))
     logits = {}
     for client, view in views.items():
         place = "" if client is None else client
@@ -473,10 +472,10 @@ def test_export_lora_refuses_an_adapter_that_alone_is_wrong(name, played, tmp_pa
         with pytest.raises(
             ConfigError, match=f"moved the base, so its rank-{config.adapter.rank} adapter alone is wrong"
         ):
-            results.export(folder, tmp_path / "lora", "lora")
+            export(folder, tmp_path / "lora", Form("lora"))
         assert not (tmp_path / "lora").exists()
     else:
-        results.export(folder, tmp_path / "lora", "lora")
+        export(folder, tmp_path / "lora", Form("lora"))
         place = tmp_path / "lora" / ("client-0" if name in PERSONAL else "")
         rank = {"lora": 2, "lora-sb": 2, "abba": 2 * 2, "ravan": 4 * 2}[config.adapter.kind]
         assert json.loads((place / "adapter_config.json").read_text())["r"] == rank
@@ -510,8 +509,8 @@ def test_exports_refuse_bad_targets(played, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     with pytest.raises(ConfigError, match="is not empty"):
-        results.export(folder, tmp_path / "full", "peft")
+        export(folder, tmp_path / "full", Form("peft"))
     with pytest.raises(ConfigError, match="--format 'onnx' is not known"):
-        results.export(folder, tmp_path / "new", "onnx")
+        export(folder, tmp_path / "new", Form("onnx"))
     with pytest.raises(ConfigError, match="is no run directory"):
-        results.export(tmp_path, tmp_path / "new", "peft")
+        export(tmp_path, tmp_path / "new", Form("peft"))
