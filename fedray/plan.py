@@ -179,7 +179,8 @@ def _memory(config: Config, spec: Spec, outline: Outline) -> Memory:
     moving = spec.size(*method.trained(spec))
     tokens = config.federation.micro_batch * config.data.max_length
     speaks = TASKS[config.model.task].model == "causal-lm"
-    logits = 2 * 4 * tokens * outline.vocabulary if speaks else 0
+    at_once = min(tokens, config.model.loss_chunk or tokens)
+    logits = 2 * 4 * at_once * outline.vocabulary if speaks else 0
     return Memory(
         base=width * outline.base,
         # fp32: value, gradient, and two moments; factors at rest: their value

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedray.config.build import make_adapter, make_method
 from fedray.config.sections import BUILTIN, Config
-from fedray.data.tasks import check_task
+from fedray.data.tasks import TASKS, check_task
 from fedray.federation.channels.registry import check as check_privacy
 from fedray.methods import Method
 
@@ -240,6 +240,12 @@ def _memory(config: Config, method: Method) -> None:
             f"model.checkpointing cannot be: worker.batch_clients {config.worker.batch_clients} replaces layers for "
             "the time of one pass, and a second one would see others; leave one out"
         )
+    if config.model.loss_chunk is not None:
+        reasons = {
+            "a classifier has no logits by token": TASKS[config.model.task].model == "classification",
+            "worker.zero_stage 3 has a part of the layer that makes the logits": config.worker.zero_stage == 3,
+        }
+        _refuse("model.loss_chunk", reasons, "leave it out")
 
 
 def _together(config: Config, method: Method) -> None:

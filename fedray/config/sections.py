@@ -77,6 +77,9 @@ class ModelSection(Section):
     checkpointing: bool = False
     """Keep only each block's input for the backward pass, and work out what is inside once more: less memory, a third
     more time."""
+    loss_chunk: int | None = Field(None, ge=1)
+    """Tokens whose logits are there at once in the loss of next-token prediction (default: all of a batch's): less
+    memory where the vocabulary is large, in the same time."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout inside the base model (default: as its own config says; 0 in example-level private runs, which admit no
     other)."""

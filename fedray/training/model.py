@@ -25,6 +25,7 @@ from fedray.config.sections import BUILTIN, Config
 from fedray.data.builtin import BASE_MODEL
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError
+from fedray.training.chunked import chunk_losses, head_of
 from fedray.training.outline import SHAPES
 
 _CLASSES = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
@@ -103,12 +104,15 @@ def skeleton(config: Config, classes: int = 2) -> PeftModel:
     try:
         with torch.device("meta"):
             model = _CLASSES[kind].from_config(model_config, dtype=getattr(torch, config.model.dtype))
-            return attach(model, config.adapter, kind)
+            attached = attach(model, config.adapter, kind)
     except ValueError as error:
         raise ConfigError(
             f"model.path '{config.model.path}' does not fit model.task {config.model.task}: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    if config.model.loss_chunk is not None:
+        head_of(attached)
+    return attached
 
 
 def load_base(config: Config, classes: int = 0) -> PreTrainedModel:
@@ -131,6 +135,8 @@ def load_model(config: Config, classes: int = 0) -> PeftModel:
     """The base model with its adapter attached, and passes as `model.compute` and `model.checkpointing` have them."""
     model = load_base(config, classes)
     model.config.use_cache = False
+    if config.model.loss_chunk is not None:
+        chunk_losses(model, config.model.loss_chunk)
     if config.model.checkpointing:
         _checkpoint(config, model)
     if config.model.compute is not None:

@@ -22,6 +22,7 @@ from fedray.adapters import attach
 from fedray.config.build import make_adapter
 from fedray.config.sections import FederationSection
 from fedray.data.tasks import Example
+from fedray.data.tasks.tokens import with_targets
 from fedray.methods import View
 from fedray.methods.state import Tensors
 from fedray.training.engine import Proximal, make_optimizer, set_rate
@@ -141,6 +142,8 @@ class Together:
     def _losses(self, batches: Sequence[Sequence[Example]]) -> list[Tensor]:
         own = [self._trainer.batch(batch) for batch in batches]
         inputs = self._trainer.batch([example for batch in batches for example in batch])
+        if self._trainer.config.model.loss_chunk is not None:
+            inputs = with_targets(inputs)
         inputs.pop("labels")
         self._dropouts.lengths = [batch["input_ids"].shape[1] for batch in own]
         before = _random_state(self._device)
@@ -258,8 +261,14 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _given(logits: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
-    """What a task calls for logits, which are here already; without the padding to other clients' lengths."""
-    return lambda batch: logits if logits.dim() == 2 else logits[:, : batch["input_ids"].shape[1]]
+    """What a task calls for logits or token losses, which are here already; without the padding to other clients'
+    lengths."""
+
+    def given(batch: dict[str, Tensor]) -> Tensor:
+        by_class = logits.dim() == 2 and "targets" not in batch
+        return logits if by_class else logits[:, : batch["input_ids"].shape[1]]
+
+    return given
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -17,6 +17,11 @@ COMPLETION = (
 )
 
 
+def with_targets(batch: Batch) -> Batch:
+    """The batch with what each place is to predict, for a model that gives token losses (`fedray.training.chunked`)."""
+    return batch | {"targets": torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)}
+
+
 class TokenTask(Task, stated=False):
     """Next-token prediction of the labels that are not `IGNORED`; a step's loss is the mean over these tokens."""
 
@@ -27,10 +32,12 @@ class TokenTask(Task, stated=False):
     def collate(self, examples: Sequence[Example]) -> Batch:
         return self._inputs(examples) | {"labels": padded([e.labels for e in examples], IGNORED)}
 
-    @staticmethod
-    def _tokens(forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _tokens(self, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         """Token losses and their mask, both batch x (length - 1)."""
-        logits, targets = forward(batch)[:, :-1].float(), batch["labels"][:, 1:]
+        targets = batch["labels"][:, 1:]
+        if self.config.model.loss_chunk is not None:
+            return forward(with_targets(batch))[:, :-1], targets != IGNORED
+        logits = forward(batch)[:, :-1].float()
         losses = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED
         )
