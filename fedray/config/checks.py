@@ -240,6 +240,11 @@ def _memory(config: Config, method: Method) -> None:
             f"model.checkpointing cannot be: worker.batch_clients {config.worker.batch_clients} replaces layers for "
             "the time of one pass, and a second one would see others; leave one out"
         )
+    if config.data.group_by_length and by_example:
+        raise ValueError(
+            "data.group_by_length cannot be: privacy.unit example draws each example by itself, whatever its length "
+            "(its micro-batches are put in order of their lengths anyway); leave it out"
+        )
     if config.model.loss_chunk is not None:
         reasons = {
             "a classifier has no logits by token": TASKS[config.model.task].model == "classification",

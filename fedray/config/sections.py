@@ -198,6 +198,8 @@ class DataSection(Section):
     completion: str | None = Field(None, description=COMPLETION)
     max_length: int = Field(256, ge=2)
     """Longest sequence in tokens."""
+    group_by_length: bool = False
+    """Batches of sequences of similar lengths: less padding; each is still taken once an epoch."""
     partition: Literal["iid", "dirichlet", "pathological", "shards", "quantity", "column"] = "iid"
     """How examples are dealt to clients: alike; shares of each `label` from a Dirichlet distribution; few labels each;
     shards of the examples in order of their labels; many to one and few to another; by a column. The built-in corpus

@@ -36,6 +36,7 @@ from fedray.training.engine import StepEngine, make_engine
 from fedray.training.generation import Evaluated
 from fedray.training.memory import OutOfMemory, out_of_memory, out_of_memory_on
 from fedray.training.model import load_model, load_tokenizer
+from fedray.training.sampling import sample
 
 if TYPE_CHECKING:
     from fedray.privacy.dpsgd import SampleHooks
@@ -65,18 +66,6 @@ def learning_rate(config: FederationSection, round: int, step: int) -> float:
         return config.lr * (position + 1) / warm
     left = (total - position) / max(1, total - warm)
     return config.lr * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[config.schedule]
-
-
-def sample(examples: int, batch: int, step: int, *seed: str | int) -> list[int]:
-    """Indices of the batch at a step counted over the whole run: a fresh permutation every epoch, and no state."""
-    orders: dict[int, Tensor] = {}
-    picked = []
-    for position in range(step * batch, (step + 1) * batch):
-        epoch, offset = divmod(position, examples)
-        if epoch not in orders:
-            orders[epoch] = torch.randperm(examples, generator=seeding.generator(*seed, "epoch", epoch))
-        picked.append(int(orders[epoch][offset]))
-    return picked
 
 
 def _picked(private: Private, step: int, examples: int) -> list[int]:
@@ -247,9 +236,9 @@ class LocalTrainer:
     def micro_batches(self, config: FederationSection, client: str, round: int, step: int) -> list[list[Example]]:
         """The examples of a client's local step, as they are in memory at once."""
         examples = self.examples("train", client)
-        picked = sample(
-            len(examples), config.batch_size, round * config.local_steps + step, self.config.seed, "data", client
-        )
+        lengths = [len(e.input_ids) for e in examples] if self.config.data.group_by_length else None
+        step += round * config.local_steps
+        picked = sample(len(examples), config.batch_size, step, self.config.seed, "data", client, lengths=lengths)
         size = config.micro_batch
         if config.accumulate > 1:  # micro-batches of similar lengths: less padding, the same examples in the batch
             picked.sort(key=lambda i: len(examples[i].input_ids))

@@ -15,7 +15,8 @@ from fedray.lowrank import LowRank
 from fedray.methods import View
 from fedray.training import local
 from fedray.training import model as models
-from fedray.training.local import learning_rate, sample
+from fedray.training.local import learning_rate
+from fedray.training.sampling import sample
 
 
 # The options do not know the task: every one with a decoder, two with a classifier.
@@ -150,6 +151,25 @@ def test_sampling_visits_every_example_once_an_epoch_and_needs_no_state():
     assert sample(14, 4, 5, 0, "data", "a") == drawn[20:24]
     assert sample(14, 4, 5, 0, "data", "b") != drawn[20:24]
     assert len(sample(3, 8, 0, 1)) == 8  # fewer examples than a batch: they repeat
+
+
+@pytest.mark.parametrize("examples, batch", [(203, 4), (64, 8), (3, 8), (5, 5)])
+def test_batches_of_similar_lengths_take_each_example_once_an_epoch(examples, batch):
+    lengths = torch.randint(1, 200, (examples,), generator=torch.Generator().manual_seed(0)).tolist()
+    steps = -(-3 * examples // batch)
+    drawn = [sample(examples, batch, step, 0, "a", lengths=lengths) for step in range(steps)]
+    flat = [i for each in drawn for i in each]
+    for epoch in range(3):
+        assert sorted(flat[epoch * examples : (epoch + 1) * examples]) == list(range(examples))
+    assert drawn[1] == sample(examples, batch, 1, 0, "a", lengths=lengths)
+
+    def padding(batches):
+        return sum(max(lengths[i] for i in each) * len(each) - sum(lengths[i] for i in each) for each in batches)
+
+    if examples > 10 * batch:
+        assert padding(drawn) < 0.3 * padding([sample(examples, batch, step, 0, "a") for step in range(steps)])
+        starts = [lengths[each[0]] for each in drawn[: examples // batch]]
+        assert starts != sorted(starts)  # the batches themselves are mixed
 
 
 def test_batches_of_similar_length_hold_the_same_examples(make_config, monkeypatch):

@@ -118,6 +118,8 @@ def test_products_in_bfloat16_are_near_and_what_trains_stays_fp32(make_config, c
 def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="model.compute bfloat16 cannot be: privacy.unit example clips gradients"):
         from_dict({"model": {"compute": "bfloat16"}, "privacy": DP})
+    with pytest.raises(ConfigError, match="data.group_by_length cannot be: privacy.unit example"):
+        from_dict({"data": {"group_by_length": True}, "privacy": DP})
     with pytest.raises(ConfigError, match="model.loss_chunk cannot be: a classifier has no logits by token"):
         from_dict({"model": {"loss_chunk": 8, "task": "classification", "path": "p"}, "data": {"source": "s"}})
     with pytest.raises(ConfigError, match="model.loss_chunk cannot be: worker.zero_stage 3"):
