@@ -30,8 +30,8 @@ KEYS = {
     ),
     "data": (
         "source subset train_split test_split validation_split evaluate_on held_out text text_pair label "
-        "completion input template system choices key judge max_length group_by_length partition alpha labels_per_client "
-        "shards_per_client column limit test_limit client_held_out"
+        "completion input template system choices key judge max_length group_by_length partition alpha "
+        "labels_per_client shards_per_client column limit test_limit client_held_out"
     ),
     "generation": "max_new_tokens temperature top_p",
     "federation": (

@@ -192,9 +192,9 @@ class DataSection(Section):
     text: str | None = None
     """Column with the text (default: text, sentence, content or question, whichever is there)."""
     text_pair: str | None = None
-    """Column with a second text (classification of pairs)."""
+    """Column with a second text (classification and regression of pairs)."""
     label: str = "label"
-    """Column with the class (classification)."""
+    """Column with the class (classification) or the number (regression)."""
     completion: str | None = Field(None, description=COMPLETION)
     max_length: int = Field(256, ge=2)
     """Longest sequence in tokens."""

@@ -30,7 +30,7 @@ def card(
 ) -> str:
     """In Markdown, with the hub's own header. `records`: of the run's rounds (`rounds.jsonl`); `result`: the round
     that is exported; `statement`: `privacy.json`; `lost`: by a smaller rank."""
-    base, labelled = public_name(config.model.path), TASKS[config.model.task].labelled
+    base, labelled = public_name(config.model.path), TASKS[config.model.task].model == "classification"
     data = ModelCardData(
         base_model=base if is_hub_id(config.model.path) else None,
         library_name="transformers" if format == "merged" else "peft",

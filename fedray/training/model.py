@@ -46,7 +46,8 @@ def resolve(path: str) -> str:
 def read_model_config(config: Config, classes: int = 0) -> PretrainedConfig:
     """The transformers config of the model (or of a shipped shape). Raises ConfigError when there is none."""
     path = config.model.path
-    options = {"num_labels": classes} if TASKS[config.model.task].labelled and classes else {}
+    outputs = TASKS[config.model.task].outputs(classes)
+    options = {} if outputs is None else {"num_labels": outputs}
     shape = SHAPES / f"{path}.json"
     try:
         read: PretrainedConfig = AutoConfig.from_pretrained(str(shape) if shape.is_file() else resolve(path), **options)
@@ -120,12 +121,21 @@ def load_base(config: Config, classes: int = 0) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     torch.manual_seed(seeding.derive(config.seed, "heads"))
-    model: PreTrainedModel = _CLASSES[TASKS[config.model.task].model].from_pretrained(
-        resolve(config.model.path),
-        config=read_model_config(config, classes),
-        dtype=getattr(torch, config.model.dtype),
-        attn_implementation=config.model.attention,
-    )
+    read = read_model_config(config, classes)
+    try:
+        model: PreTrainedModel = _CLASSES[TASKS[config.model.task].model].from_pretrained(
+            resolve(config.model.path),
+            config=read,
+            dtype=getattr(torch, config.model.dtype),
+            attn_implementation=config.model.attention,
+        )
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ConfigError(
+            f"model.path '{config.model.path}' has weights of other shapes than its config says or the task needs "
+            f"(a head of {read.num_labels} outputs?): give the model before it was fine-tuned"
+        ) from error
     # The head of a decoder reads the last token that is no padding: model and tokenizer must mean the same token.
     model.config.pad_token_id = load_tokenizer(config).pad_token_id
     return model

@@ -14,7 +14,7 @@ CASES = [
     (
         "causal-lm",
         {"text_pair": "other"},
-        "data.text_pair belongs to classification; for causal-lm give data.completion",
+        "data.text_pair belongs to classification and regression; for causal-lm give data.completion",
     ),
     (
         "classification",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the config stands above: it is checked by what is declared 
 #: Module and class of each task. A new one is its file and a line here.
 _CLASSES = (
     "classification.Classification",
+    "regression.Regression",
     "causal_lm.CausalLM",
     "instruction.Instruction",
     "math.Math",

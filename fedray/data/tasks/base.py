@@ -108,6 +108,12 @@ class Task(ABC):
                 raise ValueError(f"data.{option} belongs to {known}; for {cls.name} give data.{cls.target}")
 
     @classmethod
+    def outputs(cls, classes: int) -> int | None:
+        """How many numbers the model's head gives, of a run with so many classes (0: not known); None: as the model's
+        own config says."""
+        return classes if cls.labelled and classes else None
+
+    @classmethod
     def speaks(cls, data: DataSection) -> bool:
         """Whether its metrics are of what the model says (`generation`)."""
         return False

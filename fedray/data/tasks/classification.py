@@ -16,39 +16,56 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class Classification(Task):
-    """One class a text (or pair of texts). Metrics: accuracy, macro F1, Matthews correlation, mean loss."""
+#: What `data.text_pair` is.
+TEXT_PAIR = "Column with a second text (classification and regression of pairs)."
 
-    name = "classification"
-    model = "classification"
-    metric = "accuracy"
-    reported: ClassVar[dict[str, bool]] = {"accuracy": True, "f1": True, "mcc": True, "loss": False}
-    higher_is_better = True
-    target = "label"
-    labelled = True
-    options: ClassVar[dict[str, str]] = {"text_pair": "Column with a second text (classification of pairs)."}
-    takes_builtin = False
 
-    def encode(self, examples: Dataset) -> list[Example]:
-        config, data = self.config.data, self.data
-        index = {value: i for i, value in enumerate(data.classes)}
-        texts = [list(examples[data.text])]
+class SequenceTask(Task, stated=False):
+    """Something about a text, or a pair of texts, as a whole; a step's loss is the mean over these."""
+
+    def _texts(self, examples: Dataset) -> list[list[int]]:
+        """Their tokens, cut to `data.max_length`."""
+        config = self.config.data
+        texts = [list(examples[self.data.text])]
         if config.text_pair:
             texts.append(list(examples[require_column(examples, config.text_pair, "data.text_pair")]))
-        encoded = self.tokenizer(*texts, truncation=True, max_length=config.max_length)
-        labels, groups = list(examples[config.label]), self._groups(examples)
-        return [
-            Example(ids, [index[y]], 1.0, g) for ids, y, g in zip(encoded["input_ids"], labels, groups, strict=True)
-        ]
-
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        return self._inputs(examples) | {"labels": torch.tensor([e.labels[0] for e in examples])}
+        ids: list[list[int]] = self.tokenizer(*texts, truncation=True, max_length=config.max_length)["input_ids"]
+        return ids
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         return self.losses(forward, batch).mean()
 
     def counted(self, batch: Batch) -> int:
         return len(batch["labels"])
+
+
+class Classification(SequenceTask):
+    """One class a text (or pair of texts). Metrics: accuracy, macro F1, F1 of the second of two classes (GLUE's of MRPC
+    and QQP; 0 where there are more), Matthews correlation, mean loss."""
+
+    name = "classification"
+    model = "classification"
+    metric = "accuracy"
+    reported: ClassVar[dict[str, bool]] = {
+        "accuracy": True,
+        "f1": True,
+        "f1_binary": True,
+        "mcc": True,
+        "loss": False,
+    }
+    higher_is_better = True
+    target = "label"
+    labelled = True
+    options: ClassVar[dict[str, str]] = {"text_pair": TEXT_PAIR}
+    takes_builtin = False
+
+    def encode(self, examples: Dataset) -> list[Example]:
+        index = {value: i for i, value in enumerate(self.data.classes)}
+        rows = zip(self._texts(examples), examples[self.config.data.label], self._groups(examples), strict=True)
+        return [Example(ids, [index[label]], 1.0, group) for ids, label, group in rows]
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return self._inputs(examples) | {"labels": torch.tensor([e.labels[0] for e in examples])}
 
     def losses(self, forward: Forward, batch: Batch) -> Tensor:
         return torch.nn.functional.cross_entropy(forward(batch).float(), batch["labels"], reduction="none")
@@ -71,6 +88,7 @@ class Classification(Task):
             "f1": float(
                 f1_score(labels, guesses, average="macro", labels=range(len(self.data.classes)), zero_division=0)
             ),
+            "f1_binary": float(f1_score(labels, guesses, zero_division=0)) if len(self.data.classes) == 2 else 0.0,
             "mcc": float(matthews_corrcoef(labels, guesses)),
             "loss": math.fsum(s["loss"] for s in statistics) / len(statistics),
         }
