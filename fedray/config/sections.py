@@ -215,7 +215,7 @@ class DataSection(Section):
     limit: int | None = Field(None, ge=1)
     """Use only this many training examples, drawn by the seed."""
     test_limit: int | None = Field(None, ge=1)
-    """Evaluate on only this many held-out examples, drawn by the seed."""
+    """Evaluate on only this many held-out examples (nlg: inputs, with all their references), drawn by the seed."""
     client_held_out: float = Field(0.0, ge=0, lt=1)
     """Share of each client's own examples kept for evaluation on the client; 0 evaluates at the coordinator's side
     only."""

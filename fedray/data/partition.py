@@ -58,7 +58,7 @@ def load_data(config: Config, reads: Sequence[str] = ()) -> FederatedData:
         _check(config, part, text, where)
     classes = _classes(config, train, test)
     if config.data.test_limit is not None:
-        test = _draw(test, config.data.test_limit, config.seed, "test")
+        test = _draw_held_out(config, test, text)
     train, held_out = _keep_some(config, train)
     return FederatedData(clients, train, held_out, test, text, _group(config, test), classes)
 
@@ -178,6 +178,15 @@ def public_data(config: Config, data: FederatedData) -> Dataset:
 
 def _draw(examples: Dataset, count: int, seed: int, purpose: str) -> Dataset:
     return examples.shuffle(seed=derive(seed, purpose) % 2**32).select(range(min(count, len(examples))))
+
+
+def _draw_held_out(config: Config, test: Dataset, text: str) -> Dataset:
+    """`data.test_limit` of the held-out examples; where a task takes the rows of one text as one, of the texts."""
+    limit = config.data.test_limit or len(test)
+    if not TASKS[config.model.task].joins_rows:
+        return _draw(test, limit, config.seed, "test")
+    drawn = set(_draw(Dataset.from_dict({text: test.unique(text)}), limit, config.seed, "test")[text])
+    return test.select([i for i, row in enumerate(test[text]) if row in drawn])
 
 
 def _deal(config: Config, examples: Dataset) -> dict[str, Dataset]:

@@ -329,6 +329,17 @@ def test_held_out_rows_of_one_input_are_one_question_with_all_references(tmp_pat
     assert [json.loads(example.about) for example in examples] == [["one", "two"], ["three"]]
 
 
+def test_a_limit_of_held_out_inputs_leaves_each_its_references(tmp_path):
+    for part, count in (("train", 2), ("test", 6)):
+        rows = [{"mr": f"an x{i}", "ref": f"{word} {i}"} for word in ("one", "two") for i in range(count)]
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = {"path": str(tmp_path), "task": "nlg"}
+    data = {"source": str(tmp_path), "text": "mr", "completion": "ref", "template": "plain", "test_limit": 4}
+    config = from_dict({"model": model, "data": data, "federation": {"clients": 2}})
+    test = load_data(config).test
+    assert len(test) == 8 and len(set(test["mr"])) == 4
+
+
 def test_scores_are_those_of_the_libraries():
     import sacrebleu
     from nltk.translate.nist_score import corpus_nist

@@ -78,6 +78,9 @@ class Task(ABC):
     takes_builtin: ClassVar[bool]
     """Whether it runs on the built-in model and corpus."""
 
+    joins_rows: ClassVar[bool] = False
+    """Whether held-out rows of one text are one example (several references)."""
+
     _STATED: ClassVar[tuple[str, ...]] = (
         *("name", "model", "metric", "higher_is_better", "reported"),
         *("target", "labelled", "options", "takes_builtin"),

@@ -43,6 +43,7 @@ class NLG(Generating):
     labelled = False
     options: ClassVar[dict[str, str]] = COLUMNS | WORDS
     takes_builtin = False
+    joins_rows = True
 
     @classmethod
     def check(cls, config: Config, tasks: Mapping[str, type[Task]]) -> None:
