@@ -18,7 +18,7 @@ from fedray.registers import load
 
 #: The keys of config.yaml by section, whatever the method.
 KEYS = {
-    "model": "path task dtype compute attention checkpointing loss_chunk dropout",
+    "model": "path task dtype quantise base_rank compute attention checkpointing loss_chunk dropout",
     "adapter": (
         "kind rank alpha rslora scale cores subspace subspace_examples subspace_source "
         "subspace_oversample subspace_passes dropout targets heads"

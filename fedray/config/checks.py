@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -245,6 +246,12 @@ def _memory(config: Config, method: Method) -> None:
             "data.group_by_length cannot be: privacy.unit example draws each example by itself, whatever its length "
             "(its micro-batches are put in order of their lengths anyway); leave it out"
         )
+    if config.model.quantise is not None:
+        reasons = {
+            "it needs bitsandbytes, which fedray[quantised] installs": importlib.util.find_spec("bitsandbytes") is None,
+            "worker.zero_stage 3 partitions the base's weights": config.worker.zero_stage == 3,
+        }
+        _refuse(f"model.quantise {config.model.quantise}", reasons, "leave one out")
     if config.model.loss_chunk is not None:
         reasons = {
             "a classifier has no logits by token": TASKS[config.model.task].model == "classification",

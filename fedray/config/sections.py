@@ -69,6 +69,11 @@ class ModelSection(Section):
     """What the model is trained for."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the frozen base; adapters and heads are always fp32."""
+    quantise: Literal["nf4", "int8"] | None = None
+    """Keep the frozen base in so many bits (fedray[quantised]; default: in `dtype`). What a method writes into the base
+    stays beside it, as factors of at most `base_rank`."""
+    base_rank: int = Field(128, ge=1)
+    """quantise: highest rank of the base update that is kept in a layer; what is cut off is reported as store_error."""
     compute: Literal["bfloat16"] | None = None
     """Multiply matrices of the base and the adapters in this dtype (autocast; default: each in its own); what trains
     stays fp32."""

@@ -77,7 +77,8 @@ def public_name(path: str) -> str:
 def _facts(config: Config, result: int) -> Iterable[tuple[str, str]]:
     data, federation = config.data, config.federation
     split = f"{data.partition}" + (f", alpha {data.alpha:g}" if data.partition in ("dirichlet", "quantity") else "")
-    yield "base model", f"`{public_name(config.model.path)}`, {config.model.dtype}"
+    bits = f", quantised to {config.model.quantise}" if config.model.quantise else ""
+    yield "base model", f"`{public_name(config.model.path)}`, {config.model.dtype}{bits}"
     yield "task", config.model.task
     yield "data", f"`{public_name(data.source)}`" + (f", {data.subset}" if data.subset else "")
     yield "clients", f"{len(config.clients) if config.siloed else federation.clients}, data by {split}"

@@ -15,6 +15,7 @@ from peft import LoraConfig
 
 from fedray.adapters import attach
 from fedray.adapters.export import Learned, Lost, merge, write_capped, write_lora, write_peft
+from fedray.adapters.quantised import dequantise, quantise
 from fedray.config.sections import Config
 from fedray.errors import ConfigError
 from fedray.federation import checkpoint as checkpoints
@@ -84,6 +85,9 @@ def _write_view(config: Config, state: State, view: View, out: Path, form: Form,
     learned = Learned(state.spec.adapter, state.spec.layers, view.tensors, view.base, state.heads)
     if form.format == "merged":
         model = load_base(config, classes)
+        if config.model.quantise is not None:  # what it learned belongs to the weights that the bits mean
+            quantise(model, config.model.quantise)
+            dequantise(model)
         merge(model, learned)
         model.save_pretrained(out)
         load_tokenizer(config).save_pretrained(out)

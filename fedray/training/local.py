@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fedray import seeding
 from fedray.adapters import attach
 from fedray.adapters.base import Adapter, Layer
+from fedray.adapters.quantised import BaseUpdates, weight_of
 from fedray.config.sections import Config, FederationSection
 from fedray.data.encoded import Encoded, encode
 from fedray.data.partition import FederatedData, load_data, public_data
@@ -108,7 +109,11 @@ class LocalTrainer:
         self._mode: bool | None = None  # of all modules: a model comes with some in the one and some in the other
         self._hooks: SampleHooks | None = None
         self._engine_for: tuple[str, ...] = ()
-        self._base = attach.BaseWeights(self.model, self._gathered)
+        self._base = (
+            attach.BaseWeights(self.model, self._gathered)
+            if config.model.quantise is None
+            else BaseUpdates(attach.base_layers(self.model), config.model.base_rank)
+        )
         self._base_key: Any = None
         self._base_lost = 0.0
         self._encoded: dict[tuple[str, str], Encoded] = {}
@@ -129,7 +134,7 @@ class LocalTrainer:
         started: dict[str, Tensor] = {}
         for layer in self.layers:
             module = bases[layer.name]
-            weight = module.get_parameter("weight").detach().float().cpu()
+            weight = weight_of(module)
             weight = weight.T if weight.shape != (layer.m, layer.n) or getattr(module, "nf", None) else weight
             started |= {f"{layer.name}.{f}": t for f, t in adapter.start(layer, weight, self.config.seed).items()}
         return started

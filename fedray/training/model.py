@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedray import seeding
 from fedray.adapters.attach import attach
+from fedray.adapters.quantised import quantise
 from fedray.config.sections import BUILTIN, Config
 from fedray.data.builtin import BASE_MODEL
 from fedray.data.tasks import TASKS
@@ -145,6 +146,8 @@ def load_model(config: Config, classes: int = 0) -> PeftModel:
     """The base model with its adapter attached, and passes as `model.compute` and `model.checkpointing` have them."""
     model = load_base(config, classes)
     model.config.use_cache = False
+    if config.model.quantise is not None:
+        quantise(model, config.model.quantise)
     if config.model.loss_chunk is not None:
         chunk_losses(model, config.model.loss_chunk)
     if config.model.checkpointing:
