@@ -110,7 +110,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("DeepSpeed", "datasets", "transformers"):
+    for name in ("DeepSpeed", "bitsandbytes", "datasets", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

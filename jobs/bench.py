@@ -5,6 +5,7 @@
     python jobs/bench.py cohorts        # an aggregation's cost a client with 10, 100 and 1,000 of them
     python jobs/bench.py overhead       # what a trivial client costs; --peer-python PATH: beside Flower, pfl-research
     python jobs/bench.py step           # a DeepSpeed client step against the same loop in plain PyTorch
+    python jobs/bench.py memory         # a step's memory in each setting of the model, against a plain PEFT loop
     python jobs/bench.py abba           # ABBA's memory and step against LoRA's at equal parameters, and LoHa's
     python jobs/bench.py privacy        # a DP-SGD step against the plain step
     python jobs/bench.py secure         # a client's bytes and time in secure sums of 50, 100 and 200, a third dropping
@@ -25,6 +26,7 @@ from benches.abba import abba
 from benches.aggregation import aggregation
 from benches.cohorts import cohorts
 from benches.overhead import overhead
+from benches.passes import memory
 from benches.privacy import private
 from benches.secure_sums import secure
 from benches.sharing import sharing
@@ -62,6 +64,7 @@ BENCHES: dict[str, Callable[[Console, argparse.Namespace, list[str]], None]] = {
     "cohorts": lambda console, args, _: cohorts(console),
     "overhead": lambda console, args, _: overhead(console, args.peer_python, args.clients or 100),
     "step": lambda console, args, _: step(console, args.rounds),
+    "memory": lambda console, args, _: memory(console),
     "abba": lambda console, args, _: abba(console, args.rounds),
     "privacy": lambda console, args, _: private(console, args.rounds),
     "secure": lambda console, args, _: secure(console),

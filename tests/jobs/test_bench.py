@@ -9,6 +9,7 @@ sys.path.insert(0, str(ROOT / "jobs"))
 import bench
 import pytest
 from benches import secure_sums
+from benches.passes import Shape
 from rich.console import Console
 
 from fedray.errors import ConfigError
@@ -31,6 +32,18 @@ def test_the_cohorts_benchmark_runs(capsys):
 def test_the_step_benchmark_runs(capsys):
     bench.step(Console(width=140), rounds=2)
     assert "DeepSpeed, ZeRO 0" in capsys.readouterr().out
+
+
+def test_the_memory_benchmark_runs_and_its_settings_keep_less(capsys):
+    """Bytes are counted, not timed: the same on every machine."""
+    shape = Shape(hidden=64, inner=128, blocks=2, heads=2, vocabulary=2000, length=64)
+    bench.memory(Console(width=160), turns=1, shape=shape)
+    rows = [[cell.strip() for cell in line.split("│")[1:]] for line in capsys.readouterr().out.splitlines()]
+    peaks = {row[0]: float(row[2]) for row in rows if len(row) > 6}
+    assert peaks["plain"] <= 1.02 * peaks["PEFT, plain"]
+    assert peaks["checkpointing"] <= 1.02 * peaks["PEFT, checkpointing"] < 0.8 * peaks["plain"]
+    assert peaks["loss_chunk 128"] < 0.7 * peaks["plain"]
+    assert peaks["checkpointing, loss_chunk 128"] < 0.55 * peaks["checkpointing"]
 
 
 @pytest.mark.slow
