@@ -54,7 +54,8 @@ class MethodCost:
 
 @dataclass(frozen=True)
 class Memory:
-    """A worker's memory in bytes; `activations` is an estimate (for transformers)."""
+    """A worker's memory in bytes; `activations` is an estimate (for transformers), and `base` of a quantised model
+    counts its layers without adapters as whole."""
 
     base: int
     adapter_and_optimizer: int
@@ -181,10 +182,12 @@ def _memory(config: Config, spec: Spec, outline: Outline) -> Memory:
     speaks = TASKS[config.model.task].model == "causal-lm"
     at_once = min(tokens, config.model.loss_chunk or tokens)
     logits = 2 * 4 * at_once * outline.vocabulary if speaks else 0
+    adapted = sum(layer.m * layer.n for layer in spec.layers)
+    bits = {None: 0.0, "nf4": width - 0.516, "int8": width - 1}[config.model.quantise]  # others are quantised too
     return Memory(
-        base=width * outline.base,
+        base=round(width * outline.base - bits * adapted),
         # fp32: value, gradient, and two moments; factors at rest: their value
         adapter_and_optimizer=16 * (moving + outline.heads) + 4 * (spec.size() - moving),
         activations=width * tokens * _kept(config, outline) + logits,
-        host_copy_of_moved_layers=width * sum(layer.m * layer.n for layer in spec.layers) if method.moves_base else 0,
+        host_copy_of_moved_layers=width * adapted if method.moves_base and config.model.quantise is None else 0,
     )

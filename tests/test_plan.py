@@ -6,12 +6,12 @@ import pytest
 from support import PAIRS, ROOT
 
 from fedray.cli import main
-from fedray.config.read import read_config
+from fedray.config.read import from_dict, read_config
 from fedray.federation.prepare import prepare
 from fedray.federation.run import execute
 from fedray.methods import METHODS
 from fedray.plan import plan
-from fedray.training.outline import shape_names
+from fedray.training.outline import make_outline, shape_names
 
 
 def costs(flags: str, cohort: int):
@@ -156,3 +156,16 @@ def test_other_commands(make_config, capsys, tmp_path):
     assert main(["rnu"]) == 2 and "unknown command 'rnu'" in capsys.readouterr().err
     assert main(["run", "--help"]) == 0 and "--federation.local_steps" in capsys.readouterr().out
     assert main([]) == 0 and main(["--version"]) == 0
+
+
+def test_a_quantised_base_takes_fewer_bytes():
+    sizes = {kind: plan(_of_shape(kind)).memory for kind in (None, "nf4", "int8")}
+    adapted = sum(layer.m * layer.n for layer in make_outline(_of_shape(None)).layers)
+    assert sizes[None].base - sizes["int8"].base == adapted
+    assert sizes[None].base - sizes["nf4"].base == pytest.approx((2 - 0.516) * adapted, rel=1e-6)
+    assert sizes["nf4"].host_copy_of_moved_layers == 0 < sizes[None].host_copy_of_moved_layers
+
+
+def _of_shape(kind):
+    model = {"path": "llama-3.2-1b", "dtype": "bfloat16", "quantise": kind}
+    return from_dict({"model": model, "method": {"name": "fedex"}, "federation": {"clients": 3}})
