@@ -43,6 +43,7 @@ alike: one table, one picture
                   [--section.key value ...]                     many runs under Ray Tune: tables, \
 Pareto fronts, what mattered, best.yaml
   fedray evaluate RUN_DIR [--json]                              held-out metrics of a run's last state
+                  [--tasks arc_easy,... [--limit N] [--tasks-from DIR]]  or lm-evaluation-harness's, of its adapter
   fedray report   RUN_DIR                                       write report.html again, of an \
 unfinished run too; or a sweep's tables and pictures
   fedray forget   RUN_DIR                                       remove this machine's noise keys of \
@@ -330,9 +331,12 @@ def _sweep(argv: list[str], console: Console) -> int:
 def _evaluate(argv: list[str], console: Console) -> int:
     from fedray.federation.results import evaluate
 
-    as_json, names = _json_asked(argv)
+    as_json, rest = _json_asked(argv)
+    flags, names = split(rest, lambda name: name in ("tasks", "tasks-from", "limit"))
     if len(names) != 1:
         raise ConfigError("fedray evaluate takes one run directory")
+    if flags:
+        return _harness(Path(names[0]), flags, as_json, console)
     result = evaluate(Path(names[0]))
     if as_json:
         print(json.dumps(result, indent=2))
@@ -340,6 +344,24 @@ def _evaluate(argv: list[str], console: Console) -> int:
     console.print(f"after round {result['round']}: {_metrics(result['metrics'])}")
     for group, metrics in result["groups"].items():
         console.print(f"  {group}: {_metrics(metrics)}")
+    return 0
+
+
+def _harness(folder: Path, flags: dict[str, str], as_json: bool, console: Console) -> int:
+    from fedray.federation.harness import harness
+
+    limit = flags.get("limit")
+    if "tasks" not in flags or not (limit is None or limit.isdecimal()):
+        raise ConfigError(
+            "fedray evaluate RUN_DIR --tasks arc_easy,boolq takes --limit N and --tasks-from DIR beside it"
+        )
+    include = Path(flags["tasks-from"]) if "tasks-from" in flags else None
+    result = harness(folder, flags["tasks"].split(","), int(limit) if limit else None, include)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return 0
+    for task, metrics in result.items():
+        console.print(f"{task}: {_metrics(metrics)}", soft_wrap=True)
     return 0
 
 
