@@ -111,8 +111,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("DeepSpeed", "bitsandbytes", "datasets", "transformers"):
+    for name in ("DeepSpeed", "bitsandbytes", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors are raised too, and told in one sentence
 
 
 def _help(console: Console) -> None:

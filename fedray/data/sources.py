@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset
 
 from fedray.config.sections import BUILTIN, DataSection
@@ -92,9 +94,26 @@ def _read(file: Path) -> Dataset:
         options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
     options["cache_dir"] = str(_copies())
     try:
-        return load_dataset(_LOADERS[file.suffix], data_files=str(file), split="train", **options)
+        read: Dataset = load_dataset(_LOADERS[file.suffix], data_files=str(file), split="train", **options)
+        _check_text(str(file), {"train": read})
+        return read
+    except ConfigError:
+        raise
     except Exception as error:  # the readers below raise their own many kinds
         raise ConfigError(f"data source '{file}' cannot be read: {_first_line(error)}") from error
+
+
+def _check_text(source: str, splits: Mapping[str, Dataset]) -> None:
+    """Raises ConfigError for text that is no UTF-8, which some readers let through. Reads every byte once."""
+    for split, dataset in splits.items():
+        for name, column in zip(dataset.data.table.column_names, dataset.data.table.columns, strict=True):
+            try:
+                column.validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise ConfigError(
+                    f"data source '{source}' cannot be read: column '{name}' of {split} holds text that is no UTF-8: "
+                    "write the file anew in UTF-8 (iconv -f latin1 -t utf-8)"
+                ) from error
 
 
 def _copies() -> Path:
@@ -108,7 +127,11 @@ def _copies() -> Path:
 
 def _from_hub(name: str, subset: str | None) -> DatasetDict:
     try:
-        return load_dataset(name, subset)
+        read: DatasetDict = load_dataset(name, subset)
+        _check_text(name, read)
+        return read
+    except ConfigError:
+        raise
     except Exception as error:  # hub, network and reader errors alike
         raise ConfigError(
             f"data source '{name}' is neither a file nor a folder, and the hub did not give it: {_first_line(error)}"

@@ -258,3 +258,15 @@ def test_a_kept_file_is_found_by_a_tokenizer_that_has_cut_texts_and_by_one_that_
     for rows in reversed(data.train.values()):
         encode(fresh, rows, str(tmp_path / "c"))
     assert len(list((tmp_path / "c").iterdir())) == 3
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_text_that_is_no_utf_8_is_one_sentence(suffix, tmp_path, make_config):
+    rows = {
+        "jsonl": b"".join(b'{"text": "caf\xe9 %d", "label": %d}\n' % (i, i % 2) for i in range(20)),
+        "csv": b"text,label\n" + b"".join(b"caf\xe9 %d,%d\n" % (i, i % 2) for i in range(20)),
+    }
+    source = tmp_path / f"latin.{suffix}"
+    source.write_bytes(rows[suffix])
+    with pytest.raises(ConfigError, match=r"latin.* cannot be read: .*(no UTF-8|utf-8)"):
+        load_data(make_config(data={"source": str(source)}))
