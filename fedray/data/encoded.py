@@ -20,13 +20,13 @@ from safetensors.numpy import save_file
 from fedray.data.owned import owned_folder
 from fedray.data.tasks import Example, Task
 
-_ARRAYS = ("ids", "id_ends", "labels", "label_ends", "sizes", "groups", "abouts", "about_ends")
+_ARRAYS = ("ids", "id_ends", "labels", "label_ends", "sizes", "groups", "abouts", "about_ends", "cuts")
 
 
 class Encoded(Sequence[Example]):
     """Examples, made when they are asked for. `arrays`: ids and labels (int32) and what is said about each (UTF-8) one
-    after the other with where each example ends (int64), sizes (fp64), and the number of each one's group among
-    `names` (int32, -1: none)."""
+    after the other with where each example ends (int64), sizes (fp64), the number of each one's group among
+    `names` (int32, -1: none), and whether it was cut."""
 
     def __init__(self, arrays: dict[str, np.ndarray], names: Sequence[str], order: np.ndarray | None = None):
         self._arrays, self._names = arrays, list(names)
@@ -42,7 +42,8 @@ class Encoded(Sequence[Example]):
         sizes = np.array([e.size for e in examples], np.float64)
         groups = np.array([number[e.group] for e in examples], np.int32)
         abouts, about_ends = _flat([e.about.encode() for e in examples], np.uint8)
-        arrays = (ids, id_ends, labels, label_ends, sizes, groups, abouts, about_ends)
+        cuts = np.array([e.cut for e in examples], np.uint8)
+        arrays = (ids, id_ends, labels, label_ends, sizes, groups, abouts, about_ends, cuts)
         return cls(dict(zip(_ARRAYS, arrays, strict=True)), names)
 
     def __len__(self) -> int:
@@ -71,7 +72,13 @@ class Encoded(Sequence[Example]):
             float(self._arrays["sizes"][i]),
             self._names[group] if group >= 0 else None,
             row("abouts", self._arrays["about_ends"]).tobytes().decode(),
+            bool(self._arrays["cuts"][i]),
         )
+
+    @property
+    def cut(self) -> int:
+        """How many of them `data.max_length` left something out of."""
+        return int(self._arrays["cuts"][self._order].sum())
 
     def by_length(self) -> Encoded:
         """The same examples, the shortest first; equal ones in their order."""

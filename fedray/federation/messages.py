@@ -65,7 +65,8 @@ class Trained:
     """What a client's round gives beside its update; no data, only sizes and means. In a private run neither:
     `examples` is 0, `train_loss` None, `seconds` 0. `base_lost`: what the base's dtype could not hold of the base
     update (Frobenius norm). `nbytes`: of the update. `key_is_fixed`: whether its noise key is one that a test has
-    fixed. `lost`, `meant`: squared norms of what rounding took from the update on its way, and of the whole."""
+    fixed. `lost`, `meant`: squared norms of what rounding took from the update on its way, and of the whole.
+    `shortened`: rows that `data.max_length` cut, 0 in a private run."""
 
     client: str
     examples: int
@@ -76,6 +77,7 @@ class Trained:
     key_is_fixed: bool = False
     lost: float = 0.0
     meant: float = 0.0
+    shortened: int = 0
 
 
 @dataclass(frozen=True)

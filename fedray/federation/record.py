@@ -35,9 +35,10 @@ class RoundRecord:
     are of all clients together; `ideal_norm` is the errors' denominator.
 
     `cohort` is None where it is a secret. `standard_error`: of `aggregation_error` and `exactness`, where they are
-    estimates. `wire_error`: what rounding took from the updates on their way; where it is None, nothing. `arrivals`:
-    each update's client and the version that it started from, of rounds that wait for nobody in particular. `clip`:
-    the round's and the next one's, of client-level privacy. `stopped`: why no round may follow.
+    estimates. `wire_error`: what rounding took from the updates on their way; where it is None, nothing. `shortened`:
+    by client, rows that `data.max_length` cut. `arrivals`: each update's client and the version that it started from,
+    of rounds that wait for nobody in particular. `clip`: the round's and the next one's, of client-level privacy.
+    `stopped`: why no round may follow.
     """
 
     round: int
@@ -53,6 +54,7 @@ class RoundRecord:
     epsilon: dict[str, float] | None = None
     standard_error: tuple[float, float] | None = None
     wire_error: float | None = None
+    shortened: dict[str, int] = field(default_factory=dict)
     arrivals: list[tuple[str, int]] | None = None
     clip: tuple[float, float] | None = None
     stopped: str | None = None
@@ -72,6 +74,8 @@ class RoundRecord:
             values["standard_error"] = dict(zip(("aggregation_error", "exactness"), self.standard_error, strict=True))
         if self.wire_error is not None:
             values["wire_error"] = self.wire_error
+        if self.shortened:
+            values["shortened"] = self.shortened
         if self.arrivals is not None:
             values["arrivals"] = [list(arrival) for arrival in self.arrivals]
         if self.clip is not None:
@@ -85,4 +89,4 @@ class RoundRecord:
         return values | {"seconds": dict(self.seconds)}
 
 
-_APART = {"evaluation", "standard_error", "wire_error", "arrivals", "clip", "stopped", "seconds"}
+_APART = {"evaluation", "standard_error", "wire_error", "shortened", "arrivals", "clip", "stopped", "seconds"}

@@ -40,6 +40,11 @@ class Attendance:
         return [o.report for o in self.outcomes if isinstance(o.report, Trained)]
 
     @property
+    def shortened(self) -> dict[str, int]:
+        """By client, rows that do not train whole."""
+        return {r.client: r.shortened for r in self.reports if r.shortened}
+
+    @property
     def train_loss(self) -> float | None:
         """The mean of the losses that were told, by examples."""
         losses = [r.train_loss * r.examples for r in self.reports if r.train_loss is not None]
@@ -197,6 +202,7 @@ def described(
         ideal_norm=diagnostics.ideal_norm,
         standard_error=diagnostics.standard_error,
         wire_error=attendance.wire_error,
+        shortened=attendance.shortened,
     )
 
 

@@ -261,11 +261,12 @@ def flaw_of_report(report: Any, packet: Packet, tells: bool) -> str | None:
         return "what it said of its work is no report"
     if type(report.nbytes) is not int or report.nbytes != packet.nbytes:
         return f"it sent {packet.nbytes:,} bytes and said something else"
-    if not tells and (report.examples != 0 or getattr(report, "train_loss", None) is not None):
+    said = (report.examples, getattr(report, "shortened", 0))
+    if not tells and (any(said) or getattr(report, "train_loss", None) is not None):
         return "it told of its data, which clients of this run keep to themselves"
     # Where it may tell of its loss, it tells of its size too.
     least = 1 if isinstance(report, Trained) and report.train_loss is not None else 0
-    if type(report.examples) is not int or not least <= report.examples < 2**53:
+    if any(type(n) is not int or not 0 <= n < 2**53 for n in said) or report.examples < least:
         return "it said that it has a number of examples that nobody has"
     if isinstance(report, Trained) and not _are_numbers(report):
         return "its loss or its times are no numbers"

@@ -51,6 +51,7 @@ class ConsoleListener:
             transient=True,
         )
         self._task: Any = None
+        self._told: set[str] = set()  # of which clients it was said that rows are cut
         self.metric = ""
         self.metric_key = ""
 
@@ -88,6 +89,13 @@ class ConsoleListener:
     def round(self, record: dict[str, Any]) -> None:
         self.progress_bar.console.print(self._round(record), soft_wrap=True)
         self.progress_bar.update(self._task, description="evaluating", completed=0)
+        for client, rows in (record.get("shortened") or {}).items():
+            if client not in self._told:
+                self._told.add(client)
+                self.note(
+                    f"{client}: {rows} of its rows do not train whole: data.max_length cuts them; raise it, or "
+                    "split them"
+                )
         if (record.get("store_error") or 0.0) > 1e-3:
             self.note(
                 f"the base's dtype lost {record['store_error']:.1%} of the base update's size: "

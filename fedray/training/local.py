@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 @dataclass
 class LocalResult:
     """What local training gives: the trained tensors (fp32, CPU), the number of examples held, the mean loss (None
-    where it is private)."""
+    where it is private). `shortened`: rows that `data.max_length` cut, or left nothing of."""
 
     tensors: dict[str, Tensor]
     examples: int
@@ -55,6 +55,7 @@ class LocalResult:
     base_lost: float = 0.0
     """Frobenius norm of the part of the base update that the weights' dtype could not hold."""
     seconds: float = 0.0
+    shortened: int = 0
 
 
 def learning_rate(config: FederationSection, round: int, step: int) -> float:
@@ -205,7 +206,13 @@ class LocalTrainer:
         if not losses:  # outside of the handler, whose traceback holds the step's tensors
             raise self._out_of_memory(view, config, client)
         loss = math.fsum(losses) / len(losses)
-        return LocalResult(engine.read(), len(examples), loss, kept_of(), self._base_lost, time.monotonic() - started)
+        seconds, shortened = time.monotonic() - started, self.shortened(client)
+        return LocalResult(engine.read(), len(examples), loss, kept_of(), self._base_lost, seconds, shortened)
+
+    def shortened(self, client: str) -> int:
+        """How many of a client's rows do not train whole: `data.max_length` cut them, or left nothing of them."""
+        examples, rows = self.examples("train", client), len(self.data.train[client])
+        return examples.cut + (0 if self.task.cuts(self.config.data) else rows - len(examples))
 
     @property
     def _own_stream(self) -> tuple[int, ...]:

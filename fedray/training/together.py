@@ -72,7 +72,7 @@ def _train_alike(
     done: dict[str, LocalResult | Exception] = {}
     for client, tensors, loss in zip(clients, together.read(), losses, strict=True):
         examples = len(trainer.examples("train", client))
-        done[client] = LocalResult(tensors, examples, loss, {}, trainer.base_lost, seconds)
+        done[client] = LocalResult(tensors, examples, loss, {}, trainer.base_lost, seconds, trainer.shortened(client))
     return done | failed
 
 

@@ -1,5 +1,6 @@
 """Sources, partitions and tasks."""
 
+import io
 import json
 import math
 from collections import Counter
@@ -7,12 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
+from support import rounds, run
+from transformers import AutoModel, AutoTokenizer
 
 from fedray.config.read import read_config
 from fedray.data import builtin
 from fedray.data.partition import load_data
 from fedray.data.tasks import IGNORED, TASKS
 from fedray.errors import ConfigError
+from fedray.report.console import ConsoleListener
 from fedray.training.model import load_tokenizer
 
 
@@ -258,6 +263,44 @@ def test_a_kept_file_is_found_by_a_tokenizer_that_has_cut_texts_and_by_one_that_
     for rows in reversed(data.train.values()):
         encode(fresh, rows, str(tmp_path / "c"))
     assert len(list((tmp_path / "c").iterdir())) == 3
+
+
+@pytest.mark.parametrize("task", ["classification", "regression", "causal-lm", "instruction"])
+def test_rows_that_are_cut_are_counted_and_told(task, tmp_path, make_config, tiny):
+    """Row 3 has 100,000 characters and is cut; of two clients one has it."""
+    label = {"classification": "label", "regression": "label"}.get(task, "completion")
+    rows = [{"text": "a cat sat " * 10_000 if i == 3 else f"text {i}", label: i % 2} for i in range(20)]
+    if label == "completion":
+        rows = [{**row, "completion": "yes" if row["completion"] else "no"} for row in rows]
+    source = tmp_path / "long.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kind = "bert" if label == "label" else "llama"
+    given = {
+        "model": {"path": str(tiny / kind), "task": task},
+        "federation": {"clients": 2, "rounds": 1, "local_steps": 1},
+    }
+    data = {"source": str(source), "max_length": 48} | ({"completion": "completion"} if label == "completion" else {})
+    if task == "instruction":
+        data |= {"template": "plain"}
+    if task == "regression":
+        given["model"]["path"] = str(_headless(tiny, tmp_path))
+    config = make_config(**given, data=data)
+    folder = run(config)
+    cut = load_data(config)
+    whose = [c for c, part in cut.train.items() if any(len(text) > 1000 for text in part["text"])]
+    (record,) = rounds(folder)
+    assert record.get("shortened", {}) == dict.fromkeys(whose, 1)
+    lines = Console(record=True, width=200, file=io.StringIO())
+    told = ConsoleListener(lines)
+    told.metric_key, told._task = TASKS[task].metric, told.progress_bar.add_task("round")
+    told.round(record)
+    assert all(f"{c}: 1 of its rows do not train whole" in lines.export_text() for c in whose)
+
+
+def _headless(tiny, folder):
+    AutoModel.from_pretrained(tiny / "bert").save_pretrained(folder / "headless")
+    AutoTokenizer.from_pretrained(tiny / "bert").save_pretrained(folder / "headless")
+    return folder / "headless"
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])

@@ -33,13 +33,15 @@ IGNORED = -100
 @dataclass(frozen=True)
 class Example:
     """One training or test sequence. `size`: what a mean is taken over (bytes, or 1). `group`: reported apart.
-    `about`: what its metrics need beside the tokens, as the task writes it."""
+    `about`: what its metrics need beside the tokens, as the task writes it. `cut`: `data.max_length` left some of it
+    out."""
 
     input_ids: list[int]
     labels: list[int]
     size: float = 1.0
     group: str | None = None
     about: str = ""
+    cut: bool = False
 
 
 class Model(Protocol):

@@ -62,10 +62,12 @@ class CausalLM(TokenTask):
         length, end = self.config.data.max_length, self.tokenizer.eos_token_id
         answer = self._ids(completion) + ([end] if end is not None else [])
         # A prompt that is too long loses its beginning, never the answer.
-        question = self._ids(prompt)[-max(0, length - len(answer)) :] if len(answer) < length else []
+        asked = self._ids(prompt)
+        question = asked[-max(0, length - len(answer)) :] if len(answer) < length else []
         ids, labels = (question + answer)[:length], ([IGNORED] * len(question) + answer)[:length]
         kept = sum(y != IGNORED for y in labels) / len(answer) if answer else 0.0  # an answer that is too long is cut
-        return [Example(ids, labels, kept * len(completion.encode()), group)] if len(ids) > 1 else []
+        whole = len(ids) == len(asked) + len(answer)
+        return [Example(ids, labels, kept * len(completion.encode()), group, cut=not whole)] if len(ids) > 1 else []
 
     def statistics(self, model: Model, examples: Sequence[Example], batch: Batch) -> list[Statistics]:
         found = super().statistics(model, examples, batch)

@@ -23,14 +23,19 @@ TEXT_PAIR = "Column with a second text (classification and regression of pairs).
 class SequenceTask(Task, stated=False):
     """Something about a text, or a pair of texts, as a whole; a step's loss is the mean over these."""
 
-    def _texts(self, examples: Dataset) -> list[list[int]]:
-        """Their tokens, cut to `data.max_length`."""
+    def _texts(self, examples: Dataset) -> list[tuple[list[int], bool]]:
+        """Their tokens, cut to `data.max_length`, and whether that left some out."""
         config = self.config.data
         texts = [list(examples[self.data.text])]
         if config.text_pair:
             texts.append(list(examples[require_column(examples, config.text_pair, "data.text_pair")]))
-        ids: list[list[int]] = self.tokenizer(*texts, truncation=True, max_length=config.max_length)["input_ids"]
-        return ids
+        rows = [(ids, False) for ids in self.tokenizer(*texts)["input_ids"]]
+        if long := [i for i, (ids, _) in enumerate(rows) if len(ids) > config.max_length]:
+            parts = [[text[i] for i in long] for text in texts]
+            short = self.tokenizer(*parts, truncation=True, max_length=config.max_length)["input_ids"]
+            for i, ids in zip(long, short, strict=True):
+                rows[i] = ids, True
+        return rows
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         return self.losses(forward, batch).mean()
@@ -62,7 +67,7 @@ class Classification(SequenceTask):
     def encode(self, examples: Dataset) -> list[Example]:
         index = {value: i for i, value in enumerate(self.data.classes)}
         rows = zip(self._texts(examples), examples[self.config.data.label], self._groups(examples), strict=True)
-        return [Example(ids, [index[label]], 1.0, group) for ids, label, group in rows]
+        return [Example(ids, [index[label]], 1.0, group, cut=cut) for (ids, cut), label, group in rows]
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         return self._inputs(examples) | {"labels": torch.tensor([e.labels[0] for e in examples])}

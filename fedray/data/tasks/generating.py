@@ -57,7 +57,9 @@ class Generating(Conversations, stated=False):
                     f"row {i + 1} of the held-out data asks in {asked} tokens, and data.max_length is {self._length}: "
                     "raise it, or leave the row out"
                 )
-            encoded.append(Example(ids[: self._length], labels[: self._length], 1.0, group, reference))
+            encoded.append(
+                Example(ids[: self._length], labels[: self._length], 1.0, group, reference, len(ids) > self._length)
+            )
         return encoded
 
     def statistics(self, model: Model, examples: Sequence[Example], batch: Batch) -> list[Statistics]:

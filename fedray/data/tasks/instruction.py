@@ -54,9 +54,10 @@ class Conversations(TokenTask, stated=False):
     def encode(self, examples: Dataset) -> list[Example]:
         encoded = []
         for messages, group in zip(self._conversations(examples), self._groups(examples), strict=True):
-            ids, labels = cut(*self._written(messages), self._length)
+            whole, all_labels = self._written(messages)
+            ids, labels = cut(whole, all_labels, self._length)
             if any(y != IGNORED for y in labels[1:]):  # a token of an answer is left to be predicted
-                encoded.append(Example(ids, labels, 1.0, group))
+                encoded.append(Example(ids, labels, 1.0, group, cut=len(ids) < len(whole)))
         return encoded
 
     def _written(self, messages: list[Message]) -> tuple[list[int], list[int]]:

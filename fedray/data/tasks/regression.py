@@ -56,7 +56,7 @@ class Regression(SequenceTask):
 
     def encode(self, examples: Dataset) -> list[Example]:
         rows = zip(self._texts(examples), self._numbers(examples), self._groups(examples), strict=True)
-        return [Example(ids, [], 1.0, group, repr(number)) for ids, number, group in rows]
+        return [Example(ids, [], 1.0, group, repr(number), cut) for (ids, cut), number, group in rows]
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         return self._inputs(examples) | {"labels": torch.tensor([float(e.about) for e in examples])}

@@ -366,7 +366,9 @@ class PlainSide:
         return self.sealer.seal(client, self.changed(client, round, view, trained, orders), orders, round)
 
     def report(self, client: str, result: Any, nbytes: int, private: Private | None) -> Trained:
-        return Trained(client, result.examples, result.loss, result.base_lost, result.seconds, nbytes)
+        return Trained(
+            client, result.examples, result.loss, result.base_lost, result.seconds, nbytes, shortened=result.shortened
+        )
 
     def respond(self, client: str, question: Question, kept: Packet | None) -> tuple[Packet | None, Answered]:
         self.check_question(client, question)
