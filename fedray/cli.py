@@ -385,7 +385,8 @@ def _export(argv: list[str], console: Console) -> int:
     out, most = Path(places[1]), flags.get("max-rank")
     if most is not None and not most.isdecimal():
         raise ConfigError(f"--max-rank '{most}' is no rank: give 1 or more")
-    for sentence in export(Path(places[0]), out, Form(flags.get("format", "peft"), int(most) if most else None)):
+    form = Form(flags.get("format", "peft"), int(most) if most else None, public="push" in flags)
+    for sentence in export(Path(places[0]), out, form):
         console.print(sentence, soft_wrap=True)
     console.print(f"written to {places[1]}")
     if "push" in flags:

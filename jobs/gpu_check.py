@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from benches.measure import MIB, device_here, median_ratio, peak_bytes, table, timed_once
-from benches.passes import Shape, config_of, ours, peft_loop, trainer_of, write_model
+from benches.passes import Shape, Step, config_of, ours, peft_loop, trainer_of, write_model
 from rich.console import Console
 from torch import Tensor
 
@@ -40,15 +40,15 @@ from fedray.training.together import train_together
 LLAMA_1B = Shape(2048, 8192, 16, 32, 128_256, length=512, batch=8, dtype="bfloat16", config={"head_dim": 64})
 TINY = Shape(hidden=64, inner=128, blocks=2, heads=2, vocabulary=400, length=32, batch=2, rank=4)
 #: What is measured: sections of the config, and the setting of PEFT's loop that each is held against.
-MEASURED: dict[str, tuple[dict[str, dict[str, Any]], bool]] = {
-    "lora": ({}, False),
-    "lora-sb": ({"adapter": {"kind": "lora-sb", "alpha": None}, "method": {"name": "fed-sb"}}, False),
-    "abba": ({"adapter": {"kind": "abba", "alpha": None}}, False),
-    "lora, compute bfloat16": ({"model": {"compute": "bfloat16"}}, False),
-    "lora, checkpointing": ({"model": {"checkpointing": True}}, True),
-    "lora, loss_chunk 1024": ({"model": {"loss_chunk": 1024}}, False),
-    "lora, checkpointing, loss_chunk 1024": ({"model": {"checkpointing": True, "loss_chunk": 1024}}, True),
-    "lora over nf4": ({"model": {"quantise": "nf4"}}, False),
+MEASURED: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
+    "lora": ({}, "plain"),
+    "lora-sb": ({"adapter": {"kind": "lora-sb", "alpha": None}, "method": {"name": "fed-sb"}}, "plain"),
+    "abba": ({"adapter": {"kind": "abba", "alpha": None}}, "plain"),
+    "lora, compute bfloat16": ({"model": {"compute": "bfloat16"}}, "bfloat16"),
+    "lora, checkpointing": ({"model": {"checkpointing": True}}, "checkpointing"),
+    "lora, loss_chunk 1024": ({"model": {"loss_chunk": 1024}}, "plain"),
+    "lora, checkpointing, loss_chunk 1024": ({"model": {"checkpointing": True, "loss_chunk": 1024}}, "checkpointing"),
+    "lora over nf4": ({"model": {"quantise": "nf4"}}, "nf4"),
 }
 DP = {"noise": 1.0, "delta": 1e-5, "clip": 1.0}
 CLIENTS_TOGETHER = 4
@@ -82,7 +82,7 @@ def correctness(console: Console, root: Path, device: str) -> int:
     root.mkdir()
     write_model(root, TINY)
     failed = 0
-    for make in (_steps, _aggregate, _base_in_bf16, _settings, _quantised, _together, _clipped, _ranks):
+    for make in (_steps, _in_bf16, _aggregate, _base_in_bf16, _settings, _quantised, _together, _clipped, _ranks):
         for what, found, bound in make(root, device):
             failed += not found <= bound
             console.print(f"{'right' if found <= bound else 'WRONG'}: {what}: {found:.2g} (at most {bound:g})")
@@ -108,6 +108,19 @@ def _steps(root: Path, device: str) -> Iterator[Check]:
             _gap(_trained(config, device), _trained(config, "cpu")),
             2e-4,
         )
+
+
+def _in_bf16(root: Path, device: str) -> Iterator[Check]:
+    """Two steps over a base in bf16 and of products in bf16, against fp32 on the CPU: how far the trained factors are
+    from those, relative to how far these moved."""
+    common = {"federation": {"local_steps": 2, "lr": 1e-3}}
+    plain = config_of(root, TINY, **common)
+    exact, start = _trained(plain, "cpu"), trainer_of(plain, "cpu")[1].tensors
+    moved = sum((exact[n] - start[n]).square().sum().item() for n in exact) ** 0.5
+    for name, keys in (("dtype", {"dtype": "bfloat16"}), ("compute", {"compute": "bfloat16"})):
+        got = _trained(config_of(root, TINY, model=keys, **common), device)
+        gone = sum((exact[n] - got[n]).square().sum().item() for n in exact) ** 0.5
+        yield f"two steps with {name} bfloat16 against fp32's, relative to the way they went", gone / moved, 0.5
 
 
 def _aggregate(root: Path, device: str) -> Iterator[Check]:
@@ -249,25 +262,26 @@ def speed(console: Console, root: Path, device: str, shape: Shape, card: str, tu
     shown = table(
         f"{card}: a step of {shape.batch} x {shape.length} tokens, {shape.blocks} blocks of {shape.hidden}, "
         f"vocabulary {shape.vocabulary:,}, {shape.dtype}",
-        ("what", "tokens a second", "times PEFT's", "GiB at the peak", "times PEFT's"),
+        ("what", "tokens a second", "times PEFT's", "GiB standing", "and at the peak", "times PEFT's"),
     )
-    rows: dict[str, tuple[Callable[[], object], bool, int]] = {}
-    for name, (sections, checkpointing) in MEASURED.items():
+    rows: dict[str, tuple[Callable[[], Step], str, int]] = {}
+    for name, (sections, setting) in MEASURED.items():
         if "nf4" in name and importlib.util.find_spec("bitsandbytes") is None:
             continue
         config = config_of(root, shape, **sections)
-        rows[name] = lambda config=config: ours(config, device), checkpointing, tokens
-    rows["lora, DP"] = lambda: private(config_of(root, shape, privacy=DP), device), False, tokens
+        rows[name] = lambda config=config: ours(config, device), setting, tokens
+    rows["lora, DP's passes"] = lambda: private(config_of(root, shape, privacy=DP), device), "plain", tokens
     many = f"lora, {CLIENTS_TOGETHER} clients together"
-    rows[many] = lambda: together(base, device), False, CLIENTS_TOGETHER * tokens
-    for name, (make, checkpointing, count) in rows.items():
-        steps = {"ours": make(), "PEFT": peft_loop(base, device, checkpointing)}
+    rows[many] = lambda: together(base, device), "plain", CLIENTS_TOGETHER * tokens
+    for name, (make, setting, count) in rows.items():
+        steps = {"ours": make(), "PEFT": peft_loop(base, device, setting)}
         seconds, peaks = measured(steps, device, turns)
         ratio = median_ratio(seconds["PEFT"], seconds["ours"]) * count / tokens
         shown.add_row(
             name,
             f"{count / statistics.median(seconds['ours']):,.0f}",
             f"{ratio:.3f}",
+            f"{steps['ours'].standing / MIB / 1024:.2f}",
             f"{peaks['ours'] / MIB / 1024:.2f}",
             f"{peaks['ours'] / max(1, peaks['PEFT']):.3f}",
         )
@@ -277,9 +291,7 @@ def speed(console: Console, root: Path, device: str, shape: Shape, card: str, tu
     console.print(shown)
 
 
-def measured(
-    steps: dict[str, Callable[[], object]], device: str, turns: int
-) -> tuple[dict[str, list[float]], dict[str, int]]:
+def measured(steps: dict[str, Step], device: str, turns: int) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of each turn, and bytes at the peak of a step beyond what stood."""
     for step in steps.values():
         step()
@@ -291,8 +303,9 @@ def measured(
     return seconds, peaks
 
 
-def private(config: Config, device: str) -> Callable[[], object]:
-    """The passes of a private step: gradients by sequence, clipped and summed, without its noise."""
+def private(config: Config, device: str) -> Step:
+    """The passes of a private step, which are nearly all of it: gradients by sequence, clipped and summed; no noise, no
+    optimizer."""
     trainer, view = trainer_of(config, device)
     trainer._load(view, config.federation, None, None)
     examples = trainer.examples("train", "client-0")
@@ -304,10 +317,10 @@ def private(config: Config, device: str) -> Callable[[], object]:
         clipped_sum(trainer._engine, trainer._hooks, [trainer.batch(batch)], trainer.task.losses, 1.0)
 
     trainer.set_mode(training=True)
-    return step
+    return Step(step, trainer.model)
 
 
-def together(config: Config, device: str) -> Callable[[], object]:
+def together(config: Config, device: str) -> Step:
     """A step of several clients in one pass."""
     from fedray.training.together import Together
 
@@ -329,7 +342,7 @@ def together(config: Config, device: str) -> Callable[[], object]:
         with clients.attached():
             clients.step([[batch] * CLIENTS_TOGETHER], 1e-3)
 
-    return step
+    return Step(step, trainer.model)
 
 
 if __name__ == "__main__":

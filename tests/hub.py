@@ -108,7 +108,16 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, kind, name, _revision=None):
         if (files := self._repository(kind, name)) is not None:
             siblings = [{"rfilename": path} for path in files]
-            self._json({"id": name, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0})
+            self._json(
+                {
+                    "id": name,
+                    "sha": COMMIT,
+                    "siblings": siblings,
+                    "tags": [],
+                    "downloads": 0,
+                    "private": f"{kind}/{name}" in self.server.private,
+                }
+            )
 
     def tree(self, kind, name, _revision, folder):
         if (files := self._repository(kind, name)) is not None:
@@ -161,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         which = f"models/{name}"
         known = which in self.server.repositories
         self.server.repositories.setdefault(which, {})
-        if asked.get("private") or asked.get("visibility") == "private":
+        if not known and (asked.get("private") or asked.get("visibility") == "private"):
             self.server.private.add(which)
         self._json({"url": f"{self.server.address}/{name}", "id": name}, 409 if known else 200)
 

@@ -7,7 +7,7 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,12 +75,12 @@ class _Product(torch.autograd.Function):
         return slope @ ctx.layer.dense().to(slope.dtype), None
 
 
-def quantise(model: Any, kind: str) -> None:
-    """Every linear layer of a plain model but those that make its outputs (`lm_head`, a classifier), in place, one by
-    one."""
+def quantise(model: Any, kind: str, heads: Sequence[str] = ()) -> None:
+    """Every linear layer of a plain model but those that make its outputs (`lm_head`, a classifier), and those that
+    train whole (`heads`, their names' ends), in place, one by one."""
     for module in list(model.get_submodule(model.base_model_prefix).modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and name not in heads:
                 setattr(module, name, QuantisedLinear(child, kind))
 
 
@@ -115,13 +115,19 @@ class BaseUpdates:
         rank cut off."""
         lost = 0.0
         for name, layer in self._layers.items():
-            total = totals.get(name)
-            if total is not None and total.k > self._rank:
-                kept = total.compress(self._rank)
+            if (total := totals.get(name)) is None:
+                layer.update = None
+                continue
+            kept = bounded(total, self._rank)
+            if kept is not total:
                 lost += (total.to(torch.float64) - kept.to(torch.float64)).norm() ** 2
-                total = kept
-            layer.update = None if total is None else total.to(layer.weight.device, torch.float32)
+            layer.update = kept.to(layer.weight.device, torch.float32)
         return lost**0.5
+
+
+def bounded(update: LowRank, rank: int) -> LowRank:
+    """What is kept of a base update: itself, or its best approximation of that rank."""
+    return update if update.k <= rank else update.compress(rank)
 
 
 def weight_of(layer: nn.Module) -> Tensor:

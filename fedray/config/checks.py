@@ -249,13 +249,13 @@ def _memory(config: Config, method: Method) -> None:
     if config.model.quantise is not None:
         reasons = {
             "it needs bitsandbytes, which fedray[quantised] installs": importlib.util.find_spec("bitsandbytes") is None,
-            "worker.zero_stage 3 partitions the base's weights": config.worker.zero_stage == 3,
+            "worker.zero_stage 3 partitions the base's weights": 3 in _stages(config),
         }
         _refuse(f"model.quantise {config.model.quantise}", reasons, "leave one out")
     if config.model.loss_chunk is not None:
         reasons = {
             "a classifier has no logits by token": TASKS[config.model.task].model == "classification",
-            "worker.zero_stage 3 has a part of the layer that makes the logits": config.worker.zero_stage == 3,
+            "worker.zero_stage 3 has a part of the layer that makes the logits": 3 in _stages(config),
         }
         _refuse("model.loss_chunk", reasons, "leave it out")
 
@@ -294,12 +294,16 @@ def _ranks(config: Config, method: Method) -> None:
         raise ValueError("worker.ranks and workers of some clients' own need engine ray: inline is one process")
 
 
+def _stages(config: Config) -> list[int]:
+    """Of ZeRO, of the workers and of every client that has its own."""
+    return [config.worker.zero_stage, *(config.worker_of(name).zero_stage for name in config.clients)]
+
+
 def _offload(config: Config, method: Method) -> None:
     """DeepSpeed offloads what ZeRO partitions."""
     worker = config.worker
     least = {"none": 0, "optimizer": 1, "all": 3}[worker.offload]
-    stages = [worker.zero_stage, *(config.worker_of(name).zero_stage for name in config.clients)]
-    if min(stages) < least:
+    if min(_stages(config)) < least:
         raise ValueError(f"worker.offload {worker.offload} needs worker.zero_stage {least} or more for every client")
     if worker.offload != "none" and worker.backend != "deepspeed":
         raise ValueError("worker.offload is DeepSpeed's: use worker.backend deepspeed, or leave it out")

@@ -76,14 +76,19 @@ class Encoded(Sequence[Example]):
         )
 
     @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each (int64)."""
+        lengths: np.ndarray = np.diff(self._arrays["id_ends"], prepend=0)[self._order]
+        return lengths
+
+    @property
     def cut(self) -> int:
         """How many of them `data.max_length` left something out of."""
         return int(self._arrays["cuts"][self._order].sum())
 
     def by_length(self) -> Encoded:
         """The same examples, the shortest first; equal ones in their order."""
-        lengths = np.diff(self._arrays["id_ends"], prepend=0)[self._order]
-        return Encoded(self._arrays, self._names, self._order[np.argsort(lengths, kind="stable")])
+        return Encoded(self._arrays, self._names, self._order[np.argsort(self.lengths, kind="stable")])
 
     def digest(self) -> bytes:
         """32 bytes that other sequences or labels do not have."""

@@ -181,12 +181,15 @@ def _draw(examples: Dataset, count: int, seed: int, purpose: str) -> Dataset:
 
 
 def _draw_held_out(config: Config, test: Dataset, text: str) -> Dataset:
-    """`data.test_limit` of the held-out examples; where a task takes the rows of one text as one, of the texts."""
+    """`data.test_limit` of the held-out examples; where a task takes the rows of one question as one, of the
+    questions."""
     limit = config.data.test_limit or len(test)
-    if not TASKS[config.model.task].joins_rows:
+    questions = TASKS[config.model.task].questions(config.data, test, text)
+    if questions is None:
         return _draw(test, limit, config.seed, "test")
-    drawn = set(_draw(Dataset.from_dict({text: test.unique(text)}), limit, config.seed, "test")[text])
-    return test.select([i for i, row in enumerate(test[text]) if row in drawn])
+    each = Dataset.from_dict({"question": list(dict.fromkeys(questions))})
+    drawn = set(_draw(each, limit, config.seed, "test")["question"])
+    return test.select([i for i, question in enumerate(questions) if question in drawn])
 
 
 def _deal(config: Config, examples: Dataset) -> dict[str, Dataset]:

@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import LoraConfig
 
 from fedray.adapters import attach
 from fedray.adapters.export import Learned, Lost, merge, write_capped, write_lora, write_peft
-from fedray.adapters.quantised import dequantise, quantise
+from fedray.adapters.quantised import bounded, dequantise, quantise
 from fedray.config.sections import Config
 from fedray.errors import ConfigError
 from fedray.federation import checkpoint as checkpoints
-from fedray.federation.card import card
+from fedray.federation.card import About, card, public_name
 from fedray.federation.results import classes_of, load_checkpoint, read_rounds, read_run_config, views
 from fedray.methods import State, View
 from fedray.training.model import load_base, load_tokenizer, resolve, skeleton
@@ -30,10 +31,12 @@ FORMATS = ("lora", "peft", "merged")
 @dataclass(frozen=True)
 class Form:
     """How a result is written: `lora` (the trained factors), `peft` (with the base update), `merged` (a whole model);
-    `max_rank` (peft): as the best adapter of at most that rank, the same in all layers."""
+    `max_rank` (peft): as the best adapter of at most that rank, the same in all layers. `public`: for others to read,
+    with no path of this machine."""
 
     format: str = "peft"
     max_rank: int | None = None
+    public: bool = False
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what is no form."""
@@ -62,15 +65,16 @@ def write(
 ) -> list[str]:
     """`export` for a checkpoint at hand of the run directory `run`; a folder for each client where clients have models
     of their own."""
-    rounds, said = read_rounds(run), []
-    path = run / "privacy.json"
+    path, said = run / "privacy.json", []
+    if config.privacy.on and not path.is_file():
+        raise ConfigError(f"'{run}' lacks the privacy.json of a private run: nothing could be said of its guarantee")
     statement: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    about = About(config, read_rounds(run), checkpoint.state.round, statement, form.format, classes)
     for client, view in views(config, checkpoint).items():
         place = out if client is None else out / folder_name(client)
         lost = _write_view(config, checkpoint.state, view, place, form, classes)
-        said += [lost.sentence] if lost else []
-        text = card(config, rounds, checkpoint.state.round, statement, form.format, lost)
-        (place / "README.md").write_text(text, encoding="utf-8")
+        said += [lost.sentence if client is None else f"{client}: {lost.sentence}"] if lost else []
+        (place / "README.md").write_text(card(about, lost), encoding="utf-8")
     return said
 
 
@@ -82,11 +86,14 @@ def folder_name(client: str) -> str:
 
 
 def _write_view(config: Config, state: State, view: View, out: Path, form: Form, classes: int) -> Lost | None:
-    learned = Learned(state.spec.adapter, state.spec.layers, view.tensors, view.base, state.heads)
+    base = view.base
+    if config.model.quantise is not None:  # what was measured has no more of the update than is kept beside the bits
+        base = {name: bounded(view.base[name], config.model.base_rank) for name in view.base}
+    learned = Learned(state.spec.adapter, state.spec.layers, view.tensors, base, state.heads)
     if form.format == "merged":
         model = load_base(config, classes)
         if config.model.quantise is not None:  # what it learned belongs to the weights that the bits mean
-            quantise(model, config.model.quantise)
+            quantise(model, config.model.quantise, config.adapter.heads)
             dequantise(model)
         merge(model, learned)
         model.save_pretrained(out)
@@ -95,7 +102,8 @@ def _write_view(config: Config, state: State, view: View, out: Path, form: Form,
     peft_config = skeleton(config, classes or 2).peft_config[attach.ADAPTER]
     if not isinstance(peft_config, LoraConfig):
         raise TypeError(f"adapter '{config.adapter.kind}' is no LoRA to PEFT, but {type(peft_config).__name__}")
-    peft_config.base_model_name_or_path = resolve(config.model.path)
+    path = config.model.path
+    peft_config.base_model_name_or_path = public_name(path) if form.public else resolve(path)
     if form.format == "lora":
         write_lora(out, learned, peft_config)
         return None
@@ -109,18 +117,28 @@ def push(out: Path, repository: str, private: bool) -> str:
     """Send an export to a repository of the hub (of `HF_ENDPOINT`, with the token of `HF_TOKEN` or of `hf auth login`),
     which is made where it is not there. The address of its page.
 
-    Raises ConfigError where the hub refuses or is not there.
+    Raises ConfigError for several models at once, where the hub refuses or is not there, and for a repository that is
+    there and public where it is to be private.
     """
+    if not any((out / name).is_file() for name in ("adapter_config.json", "config.json")):
+        raise ConfigError(
+            f"'{out}' holds a model for each client: push each by itself: hf upload OWNER/NAME {out}/CLIENT"
+        )
     api = HfApi()
     try:
         api.create_repo(repository, private=private or None, exist_ok=True)
+        if private and not api.repo_info(repository).private:  # `private` is not heard for one that was there
+            raise ConfigError(
+                f"'{out}' is written and was not sent: {repository} is there and public; make it private, or push "
+                "without --private"
+            )
         api.upload_folder(folder_path=out, repo_id=repository, commit_message="An export of a fedray run")
     except HFValidationError as error:
         raise ConfigError(f"--push '{repository}' is no name of a repository: write OWNER/NAME") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         words = " ".join(str(error).split())
         raise ConfigError(
             f"'{out}' is written, but {api.endpoint} did not take it: {words}; set HF_TOKEN to a token that may write "
-            f"to {repository}"
+            f"to {repository}, and go on by: hf upload {repository} {out}"
         ) from error
     return f"{api.endpoint}/{repository}"

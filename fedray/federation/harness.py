@@ -48,7 +48,7 @@ def harness(
             raise ConfigError("this run's clients have models of their own: export it, and measure each")
         base = load_base(config)
         if config.model.quantise is not None:
-            quantise(base, config.model.quantise)
+            quantise(base, config.model.quantise, config.adapter.heads)
         model = PeftModel.from_pretrained(base, Path(place) / "adapter").to(device).eval()
         asked = HFLM(pretrained=model, tokenizer=load_tokenizer(config), batch_size=8, device=device)
         found = simple_evaluate(asked, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)

@@ -248,7 +248,7 @@ class LocalTrainer:
     def micro_batches(self, config: FederationSection, client: str, round: int, step: int) -> list[list[Example]]:
         """The examples of a client's local step, as they are in memory at once."""
         examples = self.examples("train", client)
-        lengths = [len(e.input_ids) for e in examples] if self.config.data.group_by_length else None
+        lengths = examples.lengths if self.config.data.group_by_length else None
         step += round * config.local_steps
         picked = sample(len(examples), config.batch_size, step, self.config.seed, "data", client, lengths=lengths)
         size = config.micro_batch

@@ -147,7 +147,7 @@ def load_model(config: Config, classes: int = 0) -> PeftModel:
     model = load_base(config, classes)
     model.config.use_cache = False
     if config.model.quantise is not None:
-        quantise(model, config.model.quantise)
+        quantise(model, config.model.quantise, config.adapter.heads)
     if config.model.loss_chunk is not None:
         chunk_losses(model, config.model.loss_chunk)
     if config.model.checkpointing:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benches.measure import MIB, device_here, median_ratio, peak_bytes, table, threads, timed_once
+from benches.measure import MIB, device_here, median_ratio, peak_bytes, standing_bytes, table, threads, timed_once
 from fedray.config.build import make_method, make_spec
 from fedray.config.read import from_dict
 from fedray.config.sections import Config
@@ -26,9 +26,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "checkpointing": ({"checkpointing": True}, "checkpointing"),
     "loss_chunk 128": ({"loss_chunk": 128}, "plain"),
     "checkpointing, loss_chunk 128": ({"checkpointing": True, "loss_chunk": 128}, "checkpointing"),
-    "compute bfloat16": ({"compute": "bfloat16"}, "plain"),
-    "quantise nf4": ({"quantise": "nf4"}, "plain"),
+    "compute bfloat16": ({"compute": "bfloat16"}, "bfloat16"),
+    "quantise nf4": ({"quantise": "nf4"}, "nf4"),
 }
+#: PEFT's loop as people write it: whole; with gradient checkpointing; under autocast; over transformers' 4 bits.
+PEFT = ("plain", "checkpointing", "bfloat16", "nf4")
 
 
 @dataclass(frozen=True)
@@ -97,24 +99,45 @@ def trainer_of(config: Config, device: str) -> tuple[LocalTrainer, Any]:
     return trainer, method.view(state.spec, state, None)
 
 
-def ours(config: Config, device: str) -> Callable[[], object]:
+def ours(config: Config, device: str) -> Step:
     """One step of a client, its batch at hand."""
     trainer, view = trainer_of(config, device)
     engine = trainer._load(view, config.federation, None, None)
     trainer.set_mode(training=True)
     examples = trainer.examples("train", "client-0")
     batch = trainer.batch([examples[i] for i in range(config.federation.batch_size)])
-    return lambda: engine.step([batch], trainer.task.loss, 1e-3)
+    return Step(lambda: engine.step([batch], trainer.task.loss, 1e-3), trainer.model)
 
 
-def peft_loop(config: Config, device: str, checkpointing: bool) -> Callable[[], object]:
+@dataclass(frozen=True)
+class Step:
+    """A step, and the model that it steps on."""
+
+    take: Callable[[], object]
+    model: torch.nn.Module
+
+    def __call__(self) -> None:
+        self.take()
+
+    @property
+    def standing(self) -> int:
+        """Bytes between steps: parameters, and gradient and moments of those that train."""
+        return standing_bytes(self.model)
+
+
+def peft_loop(config: Config, device: str, setting: str = "plain") -> Step:
     """One step of what people write with PEFT and PyTorch: the same adapters, batch, optimizer and dtypes."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=getattr(torch, config.model.dtype))
+    options: dict[str, Any] = {"dtype": getattr(torch, config.model.dtype)}
+    if setting == "nf4":
+        bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        bits.bnb_4bit_compute_dtype = options["dtype"]
+        options |= {"quantization_config": bits, "device_map": device}
+    base = AutoModelForCausalLM.from_pretrained(config.model.path, **options)
     base.config.use_cache = False
-    if checkpointing:
+    if setting == "checkpointing":
         base.gradient_checkpointing_enable({"use_reentrant": False})
     section = config.adapter
     lora = LoraConfig(r=section.rank, lora_alpha=section.alpha, target_modules=list(TARGETS), task_type="CAUSAL_LM")
@@ -125,12 +148,13 @@ def peft_loop(config: Config, device: str, checkpointing: bool) -> Callable[[], 
     batch = trainer.batch([examples[i] for i in range(config.federation.batch_size)])
 
     def step() -> None:
-        loss = model(**batch).loss
+        with torch.autocast(device, torch.bfloat16, enabled=setting == "bfloat16"):
+            loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return Step(step, model)
 
 
 def saved_bytes(step: Callable[[], object]) -> int:
@@ -150,7 +174,8 @@ def saved_bytes(step: Callable[[], object]) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step takes: MiB kept for the backward pass, MiB at the peak beyond what stood, seconds of each turn."""
+    """What a step takes: MiB kept for the backward pass, MiB at the peak beyond what stands between steps, seconds of
+    each turn."""
 
     saved: float
     peak: float
@@ -179,17 +204,23 @@ def memory(
         root = Path(folder)
         write_model(root, shape)
         plain = config_of(root, shape)
-        steps = {f"PEFT, {name}": peft_loop(plain, device, name != "plain") for name in ("plain", "checkpointing")}
+        steps = {f"PEFT, {name}": peft_loop(plain, device, name) for name in PEFT}
         steps |= {name: ours(config_of(root, shape, model=SETTINGS[name][0]), device) for name in names}
+        standing = {name: step.standing / MIB for name, step in steps.items()}
         found = costs(steps, device, turns)
     shown = table(
         f"a step of {shape.batch} x {shape.length} tokens, vocabulary {shape.vocabulary:,}, {shape.blocks} blocks of "
         f"{shape.hidden}, {shape.dtype} ({threads()}, {turns} turns)",
-        ("setting", "MiB saved", "MiB at the peak", "s", "against", "peak", "time"),
+        ("setting", "MiB standing", "saved", "at the peak", "s", "against", "peak", "time"),
     )
     for name, cost in found.items():
         other = f"PEFT, {SETTINGS[name][1]}" if name in SETTINGS else "PEFT, plain"
         ratios = cost.peak / found[other].peak, median_ratio(cost.seconds, found[other].seconds)
-        numbers = (f"{cost.saved:.1f}", f"{cost.peak:.1f}", f"{statistics.median(cost.seconds):.3f}")
+        numbers = (
+            f"{standing[name]:.1f}",
+            f"{cost.saved:.1f}",
+            f"{cost.peak:.1f}",
+            f"{statistics.median(cost.seconds):.3f}",
+        )
         shown.add_row(name, *numbers, other, *(f"{ratio:.3f}" for ratio in ratios))
     console.print(shown)

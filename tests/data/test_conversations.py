@@ -340,6 +340,15 @@ def test_a_limit_of_held_out_inputs_leaves_each_its_references(tmp_path):
     assert len(test) == 8 and len(set(test["mr"])) == 4
 
 
+def test_a_limit_of_held_out_questions_looks_at_all_that_is_asked():
+    nlg = TASKS["nlg"]
+    section = from_dict({"model": {"task": "nlg", "path": "p"}, "data": {"source": "s"}}).data
+    rows = [{"text": "write", "input": f"of {i // 2}", "output": str(i)} for i in range(6)]
+    assert len(set(nlg.questions(section, Dataset.from_list(rows), "text"))) == 3
+    turns = [[{"role": "user", "content": f"of {i // 2}"}, {"role": "assistant", "content": str(i)}] for i in range(6)]
+    assert len(set(nlg.questions(section, Dataset.from_dict({"messages": turns}), "messages"))) == 3
+
+
 def test_scores_are_those_of_the_libraries():
     import sacrebleu
     from nltk.translate.nist_score import corpus_nist

@@ -50,7 +50,8 @@ def test_numbers_are_learned(make_config, pairs, headless):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["metric"] == "pearson"
     records = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    assert records[-1]["metrics"]["loss"] < 6.0  # the numbers' mean square is 9.2, and their variance 2.9
+    # A constant guess has correlation 0; the numbers' mean square is 9.2, and their variance 2.9.
+    assert records[-1]["metrics"]["pearson"] > 0.3 and records[-1]["metrics"]["loss"] < 6.0
     assert "AutoModelForSequenceClassification" in (folder / "adapter" / "README.md").read_text()
 
 

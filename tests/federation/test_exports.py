@@ -3,17 +3,21 @@
 import json
 import math
 import re
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from hub import TOKEN, fedray, serving
+from huggingface_hub import HfApi
 from peft import PeftModel
-from support import options, run
+from support import options, run, trainer_and_view
 from transformers import AutoModelForCausalLM
 
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError
 from fedray.federation import exports, results
+from fedray.federation.card import About, _at_most, card, is_hub_id
 from fedray.federation.exports import Form, export
 
 INPUTS = {"input_ids": torch.randint(3, 200, (3, 11), generator=torch.Generator().manual_seed(5))}
@@ -106,12 +110,82 @@ def test_an_export_goes_to_the_hub_and_comes_back(fedex, tmp_path):
             p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()
         }
         assert hub.private == {"models/org/notes-lora"} and len(hub.commits) == 1
-        words[1] = str(tmp_path / "again")
+        secret = str(Path(config_of(folder).model.path).parent).encode()
+        assert not any(secret in data for data in there.values())  # no path of this machine
+        hub.repositories["models/org/open"] = {}
+        words[1], words[5] = str(tmp_path / "open"), "org/open"
+        said, code = fedray("export", hub, tmp_path / "home", *words, HF_TOKEN=TOKEN)
+        assert code == 2 and "org/open is there and public" in said and not hub.repositories["models/org/open"]
+        words[1], words[5] = str(tmp_path / "again"), "org/notes-lora"
         said, code = fedray("export", hub, tmp_path / "home", *words, HF_TOKEN="another")
         assert code == 2 and "set HF_TOKEN to a token that may write" in said and "Traceback" not in said
         assert (tmp_path / "again" / "adapter_config.json").is_file()
 
 
-def test_no_name_of_a_repository(tmp_path):
+def test_what_cannot_be_pushed(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="a model for each client"):
+        exports.push(tmp_path, "a/b", private=False)
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(exports, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token=TOKEN))
+    with pytest.raises(ConfigError, match="did not take it: .*go on by: hf upload a/b"):
+        exports.push(tmp_path, "a/b", private=False)
     with pytest.raises(ConfigError, match="write OWNER/NAME"):
         exports.push(tmp_path, "a/b/c", private=False)
+
+
+def config_of(folder):
+    return results.read_run_config(folder)
+
+
+def about(config, folder, **changes):
+    given = {"records": results.read_rounds(folder), "result": 3, "statement": None, "format": "peft"} | changes
+    return About(config, **given)
+
+
+def test_a_card_of_a_round_without_metrics_says_so(fedex):
+    config, folder = fedex
+    unmeasured = [{**r, "metrics": None} for r in results.read_rounds(folder)]
+    text = card(about(config, folder, records=unmeasured))
+    assert "was not measured on held-out examples" in text and "exactness, largest of all rounds" in text
+
+
+def test_a_card_keeps_clients_names_and_paths_at_home(make_config, fedex):
+    config = make_config(adapter={"rank": {"St Mary": 4, "Ward 7": 2}, "alpha": 8}, **SOURCES)
+    text = card(about(config, fedex[1]))
+    assert "rank 2, 4" in text and "| clients | 2, data by" in text
+    assert not any(name in text for name in ("Mary", "Ward", "secret"))
+    assert not is_hub_id("patients/oncology-smith.csv") and is_hub_id("org/notes") and is_hub_id("gpt2")
+
+
+SOURCES = {
+    "clients": {name: {"source": f"/data/secret/{i}.jsonl"} for i, name in enumerate(("St Mary", "Ward 7"))},
+    "federation": {"rounds": 3},
+    "method": {"name": "flexlora"},
+}
+
+
+ROUNDED = [(2.98149, "2.982"), (3.0, "3"), (1e-6, "1e-06"), (0.99999, "1"), (7.999, "7.999")]
+
+
+@pytest.mark.parametrize("number, said", ROUNDED)
+def test_a_guarantee_is_never_stated_smaller(number, said):
+    assert _at_most(number) == said and float(said) >= number
+
+
+@pytest.mark.parametrize("given", [{"task": "classification"}, {"model__quantise": "nf4", "model__base_rank": 1}])
+def test_what_the_card_says_to_load_it_gives_the_measured_model(given, make_config):
+    """Also of a base in 4 bits whose update the rank has cut."""
+    config = make_config(method__name="fedex", **given)
+    folder = run(config)
+    classes = results.classes_of(config)
+    text = (folder / "adapter" / "README.md").read_text()
+    code = re.search("```python\\n(.*?)\\n```", text, re.DOTALL)[1]
+    name = Path(config.model.path).name
+    place = {}
+    exec(code.replace(f'"{name}"', f'"{config.model.path}"').replace("PATH", str(folder / "adapter")), place)
+    trainer, _ = trainer_and_view(config)
+    expected = trainer.logits(results.global_view(config, results.load_state(folder, config, classes)), INPUTS)
+    # In training mode, where nothing is drawn: out of it bitsandbytes repacks layers, and fails on narrow ones.
+    model = place["model"].train(config.model.quantise is not None)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**INPUTS).logits, expected, rtol=1e-4, atol=1e-4)

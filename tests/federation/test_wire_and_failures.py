@@ -10,7 +10,7 @@ from fedray.errors import ConfigError
 from fedray.federation import checkpoint
 from fedray.federation.failures import Action, ClientState, after_client, after_round, needed_of
 from fedray.federation.placement import place
-from fedray.federation.wire import Packet, decode, encode, pack, unpack
+from fedray.federation.wire import Packet, UnpackOnce, decode, encode, pack, unpack
 from fedray.methods import FedEx, Increment, Spec, Update
 from fedray.methods.fra import FRAFFA, FlexLoRA
 
@@ -29,6 +29,15 @@ def played(method, rounds=2):
         ]
         state, _ = method.aggregate(state, updates)
     return state
+
+
+def test_clients_that_train_together_share_what_is_unpacked_and_no_dictionary():
+    packet = pack({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)})
+    once = UnpackOnce()
+    one, other, changed = once(packet.again()), once(packet.again()), once(pack({"a": torch.zeros(2, 3)}))
+    assert all(one[n].data_ptr() == other[n].data_ptr() for n in one) and one is not other
+    same = unpack(packet)
+    assert all(torch.equal(one[n], same[n]) for n in same) and changed.keys() == {"a"}
 
 
 def test_pack_is_one_vector_of_exactly_the_numbers_and_unpack_gives_them_back():

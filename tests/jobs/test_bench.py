@@ -39,7 +39,8 @@ def test_the_memory_benchmark_runs_and_its_settings_keep_less(capsys):
     shape = Shape(hidden=64, inner=128, blocks=2, heads=2, vocabulary=2000, length=64)
     bench.memory(Console(width=160), turns=1, shape=shape)
     rows = [[cell.strip() for cell in line.split("│")[1:]] for line in capsys.readouterr().out.splitlines()]
-    peaks = {row[0]: float(row[2]) for row in rows if len(row) > 6}
+    standing, _, peaks = ({row[0]: float(row[i]) for row in rows if len(row) > 7} for i in (1, 2, 3))
+    assert standing["plain"] == standing["PEFT, plain"] > 1.2 * standing["quantise nf4"]
     assert peaks["plain"] <= 1.02 * peaks["PEFT, plain"]
     assert peaks["checkpointing"] <= 1.02 * peaks["PEFT, checkpointing"] < 0.8 * peaks["plain"]
     assert peaks["loss_chunk 128"] < 0.7 * peaks["plain"]

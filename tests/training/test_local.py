@@ -4,6 +4,7 @@ import gc
 import weakref
 from itertools import pairwise
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -155,7 +156,7 @@ def test_sampling_visits_every_example_once_an_epoch_and_needs_no_state():
 
 @pytest.mark.parametrize("examples, batch", [(203, 4), (64, 8), (3, 8), (5, 5)])
 def test_batches_of_similar_lengths_take_each_example_once_an_epoch(examples, batch):
-    lengths = torch.randint(1, 200, (examples,), generator=torch.Generator().manual_seed(0)).tolist()
+    lengths = np.random.default_rng(0).integers(1, 200, examples)
     steps = -(-3 * examples // batch)
     drawn = [sample(examples, batch, step, 0, "a", lengths=lengths) for step in range(steps)]
     flat = [i for each in drawn for i in each]

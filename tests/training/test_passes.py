@@ -74,6 +74,8 @@ def test_a_model_that_does_more_with_its_logits_is_refused():
     capped = Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=0.5))
     with pytest.raises(ConfigError, match="gemma2 does more with its logits"):
         chunk_losses(capped, 4)
+    with pytest.raises(ConfigError, match="gemma2 does more with its logits"):  # which small logits would not show
+        chunk_losses(Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=30.0)), 4)
     chunk_losses(Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=None)), 4)
 
 
@@ -122,7 +124,9 @@ def test_what_cannot_be_is_refused():
         from_dict({"data": {"group_by_length": True}, "privacy": DP})
     with pytest.raises(ConfigError, match="model.loss_chunk cannot be: a classifier has no logits by token"):
         from_dict({"model": {"loss_chunk": 8, "task": "classification", "path": "p"}, "data": {"source": "s"}})
-    with pytest.raises(ConfigError, match="model.loss_chunk cannot be: worker.zero_stage 3"):
-        from_dict({"model": {"loss_chunk": 8}, "worker": {"zero_stage": 3}})
+    for own in ({"worker": {"zero_stage": 3}}, {"clients": {"client-0": {"zero_stage": 3}}}):
+        for model in ({"loss_chunk": 8}, {"quantise": "nf4"}):
+            with pytest.raises(ConfigError, match=r"model\.\w+( nf4)? cannot be: worker.zero_stage 3"):
+                from_dict({"model": model, **own})
     with pytest.raises(ConfigError, match="model.checkpointing cannot be: worker.batch_clients 4 replaces layers"):
         from_dict({"model": {"checkpointing": True}, "worker": {"batch_clients": 4, "backend": "torch"}})

@@ -163,8 +163,19 @@ def test_what_the_rank_cuts_off_is_reported(make_config):
     ids=["DP", "checkpointing", "bf16", "DeepSpeed", "lora-sb from the weights"],
 )
 def test_it_trains_with(more, make_config):
-    folder = run(make_config(model__quantise="nf4", federation__rounds=1, **more))
-    assert all(torch.isfinite(t).all() for t in final_tensors(folder).values())
+    """Each factor that trains moves, and about as far as over the whole base."""
+    given = {"federation__rounds": 1, "method__name": "ffa"} | more
+    found, whole = (final_tensors(run(make_config(model__quantise=q, **given))) for q in ("nf4", None))
+    trains = ".sb_R" if "adapter__kind" in more else ".lora_B"
+    moved = [n for n in found if n.endswith(trains)]
+    assert moved and all(torch.isfinite(t).all() for t in found.values())
+    for name in moved:
+        assert 0.2 < found[name].norm() / whole[name].norm() < 5
+
+
+def test_layers_that_train_whole_stay_whole(make_config):
+    folder = run(make_config(model__quantise="nf4", federation__rounds=1, adapter={"heads": "up_proj", "rank": 2}))
+    assert any("up_proj" in name for name in final_tensors(folder))
 
 
 def test_clients_together_over_a_quantised_base(make_config):

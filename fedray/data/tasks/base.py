@@ -80,9 +80,6 @@ class Task(ABC):
     takes_builtin: ClassVar[bool]
     """Whether it runs on the built-in model and corpus."""
 
-    joins_rows: ClassVar[bool] = False
-    """Whether held-out rows of one text are one example (several references)."""
-
     _STATED: ClassVar[tuple[str, ...]] = (
         *("name", "model", "metric", "higher_is_better", "reported"),
         *("target", "labelled", "options", "takes_builtin"),
@@ -127,6 +124,12 @@ class Task(ABC):
     def ends(self) -> tuple[int, ...]:
         """Tokens that end what the model says."""
         return () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
+
+    @classmethod
+    def questions(cls, data: DataSection, examples: Dataset, text: str) -> list[str] | None:
+        """What each held-out row asks, where rows that ask the same are one example (several references); None: each
+        row is its own. `text`: the column of texts."""
+        return None
 
     @classmethod
     def cuts(cls, data: DataSection) -> bool:

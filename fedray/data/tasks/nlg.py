@@ -15,7 +15,7 @@ from fedray.data.tasks.instruction import COLUMNS, WORDS
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedray.config.sections import Config
+    from fedray.config.sections import Config, DataSection
 
 #: The modules of the extra `fedray[nlg]`.
 _NEEDED = ("sacrebleu", "nltk", "rouge_score", "pycocoevalcap")
@@ -43,7 +43,13 @@ class NLG(Generating):
     labelled = False
     options: ClassVar[dict[str, str]] = COLUMNS | WORDS
     takes_builtin = False
-    joins_rows = True
+
+    @classmethod
+    def questions(cls, data: DataSection, examples: Dataset, text: str) -> list[str] | None:
+        about = data.input or ("input" if "input" in examples.column_names and text != "input" else None)
+        inputs = examples[about] if about in examples.column_names else [None] * len(examples)
+        asked = [value[:-1] if isinstance(value, list) else value for value in examples[text]]
+        return [json.dumps(both) for both in zip(asked, inputs, strict=True)]
 
     @classmethod
     def check(cls, config: Config, tasks: Mapping[str, type[Task]]) -> None:
