@@ -55,7 +55,7 @@ line of privacy.identities
 beside the one that is claimed
   fedray threats                                                who learns what, in each mode
   fedray schema                                                 the config's JSON schema, for editors
-  fedray export   RUN_DIR OUT --format lora|peft|merged         write its result, with a card, for others to load
+  fedray export   RUN_DIR OUT --format lora|peft|merged|gguf    write its result, with a card, for others to load
                   [--max-rank Q] [--push OWNER/NAME [--private]]  at one rank (vLLM, llama.cpp); to the hub
   fedray run --help                                             every key, its default and what it means
 """

@@ -84,13 +84,21 @@ def write_peft(folder: Path, learned: Learned, peft_config: LoraConfig) -> None:
 
 
 def write_capped(folder: Path, learned: Learned, peft_config: LoraConfig, rank: int) -> Lost:
-    """The best plain LoRA of at most `rank` (Eckart-Young, layer by layer), of one rank in all layers and nothing
-    beside it, as vLLM and llama.cpp's converter take it; what it leaves out. Raises ConfigError for trained heads,
-    which such an adapter has no place for. O((m + n) k^2) a layer."""
+    """`capped` as an adapter of PEFT's, as vLLM and llama.cpp's converter take it; what it leaves out. Raises
+    ConfigError as `capped`."""
+    pairs, lost = capped(learned, rank)
+    _write(folder, learned, pairs, _at_scale_one(peft_config, pairs))
+    return lost
+
+
+def capped(learned: Learned, rank: int | None) -> tuple[dict[str, LowRank], Lost]:
+    """The best plain LoRA of at most `rank` (Eckart-Young, layer by layer; None: of the rank it has), of one rank in
+    all layers and nothing beside it, in fp64; and what it leaves out. Raises ConfigError for trained heads, which such
+    an adapter has no place for. O((m + n) k^2) a layer."""
     if learned.heads:
         raise ConfigError(
             f"this run trained {', '.join(learned.heads)} beside the adapter, which an adapter of one rank has no "
-            "place for: leave --max-rank out, or write --format merged"
+            "place for: write --format merged, or --format peft without --max-rank"
         )
     changes = {layer.name: learned.change(layer).to(torch.float64) for layer in learned.layers}
     best = {name: change.compress(rank) for name, change in changes.items()}
@@ -98,10 +106,10 @@ def write_capped(folder: Path, learned: Learned, peft_config: LoraConfig, rank: 
     lost = {name: (changes[name] - matrix).norm() for name, matrix in best.items()}
     one = max(matrix.k for matrix in best.values())
     padded = {n: LowRank(pad_to(m.B, (m.shape[0], one)), pad_to(m.A, (one, m.shape[1]))) for n, m in best.items()}
-    _write(folder, learned, padded, _at_scale_one(peft_config, padded))
     relative = {name: lost[name] / (norms[name] or 1.0) for name in lost}
     worst = max(relative, key=relative.__getitem__)
-    return Lost(one, math.hypot(*lost.values()) / (math.hypot(*norms.values()) or 1.0), worst, relative[worst])
+    whole = math.hypot(*lost.values()) / (math.hypot(*norms.values()) or 1.0)
+    return padded, Lost(one, whole, worst, relative[worst])
 
 
 def _at_scale_one(peft_config: LoraConfig, pairs: Mapping[str, LowRank]) -> LoraConfig:

@@ -60,7 +60,7 @@ def card(about: About, lost: Lost | None = None) -> str:
         "## Privacy",
         *(_private(statement) if statement else [_NOT_PRIVATE]),
         "## To load it",
-        f"```python\n{loading(about)}\n```",
+        f"```{'bash' if about.format == 'gguf' else 'python'}\n{loading(about)}\n```",
         *([f"This adapter was cut to serve: {lost.sentence}."] if lost else []),
         f"Versions: fedray {fedray.__version__}, " + ", ".join(f"{p} {version(p)}" for p in _PACKAGES) + ".",
     ]
@@ -163,8 +163,11 @@ def _at_most(number: float) -> str:
 
 
 def loading(about: About) -> str:
-    """Python that loads the export, from the folder `PATH`, over the base that it was trained on."""
+    """What loads the export, from the folder `PATH`, over the base that it was trained on: Python, or a command."""
     config, merged = about.config, about.format == "merged"
+    if about.format == "gguf":
+        converted = "# llama.cpp, with the base model converted by its own convert_hf_to_gguf.py"
+        return f"{converted}\nllama-cli -m BASE.gguf --lora PATH/adapter.gguf"
     sequences = TASKS[config.model.task].model == "classification"
     auto = f"AutoModelFor{'SequenceClassification' if sequences else 'CausalLM'}"
     if merged:

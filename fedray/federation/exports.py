@@ -15,7 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import LoraConfig
 
 from fedray.adapters import attach
-from fedray.adapters.export import Learned, Lost, merge, write_capped, write_lora, write_peft
+from fedray.adapters.export import Learned, Lost, capped, merge, write_capped, write_lora, write_peft
+from fedray.adapters.gguf import check_gguf, write_gguf
 from fedray.adapters.quantised import bounded, dequantise, quantise
 from fedray.config.sections import Config
 from fedray.errors import ConfigError
@@ -23,16 +24,16 @@ from fedray.federation import checkpoint as checkpoints
 from fedray.federation.card import About, card, public_name
 from fedray.federation.results import classes_of, load_checkpoint, read_rounds, read_run_config, views
 from fedray.methods import State, View
-from fedray.training.model import load_base, load_tokenizer, resolve, skeleton
+from fedray.training.model import load_base, load_tokenizer, read_model_config, resolve, skeleton
 
-FORMATS = ("lora", "peft", "merged")
+FORMATS = ("lora", "peft", "merged", "gguf")
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a result is written: `lora` (the trained factors), `peft` (with the base update), `merged` (a whole model);
-    `max_rank` (peft): as the best adapter of at most that rank, the same in all layers. `public`: for others to read,
-    with no path of this machine."""
+    """How a result is written: `lora` (the trained factors), `peft` (with the base update), `merged` (a whole model),
+    `gguf` (an adapter for llama.cpp). `max_rank` (peft, gguf): as the best adapter of at most that rank, the same in
+    all layers. `public`: for others to read, with no path of this machine."""
 
     format: str = "peft"
     max_rank: int | None = None
@@ -42,8 +43,8 @@ class Form:
         """Raises ConfigError for what is no form."""
         if self.format not in FORMATS:
             raise ConfigError(f"--format '{self.format}' is not known: choose {', '.join(FORMATS)}")
-        if self.max_rank is not None and self.format != "peft":
-            raise ConfigError(f"--max-rank cuts an adapter to a rank: write --format peft, not {self.format}")
+        if self.max_rank is not None and self.format not in ("peft", "gguf"):
+            raise ConfigError(f"--max-rank cuts an adapter to a rank: write --format peft or gguf, not {self.format}")
         if self.max_rank is not None and self.max_rank < 1:
             raise ConfigError(f"--max-rank {self.max_rank} is no rank: give 1 or more")
 
@@ -99,6 +100,13 @@ def _write_view(config: Config, state: State, view: View, out: Path, form: Form,
         model.save_pretrained(out)
         load_tokenizer(config).save_pretrained(out)
         return None
+    if form.format == "gguf":
+        model_config = read_model_config(config)
+        check_gguf(model_config)
+        pairs, lost = capped(learned, form.max_rank)
+        out.mkdir(parents=True, exist_ok=True)
+        write_gguf(out / "adapter.gguf", pairs, model_config)
+        return lost if form.max_rank is not None else None
     peft_config = skeleton(config, classes or 2).peft_config[attach.ADAPTER]
     if not isinstance(peft_config, LoraConfig):
         raise TypeError(f"adapter '{config.adapter.kind}' is no LoRA to PEFT, but {type(peft_config).__name__}")
@@ -120,7 +128,7 @@ def push(out: Path, repository: str, private: bool) -> str:
     Raises ConfigError for several models at once, where the hub refuses or is not there, and for a repository that is
     there and public where it is to be private.
     """
-    if not any((out / name).is_file() for name in ("adapter_config.json", "config.json")):
+    if not any((out / name).is_file() for name in ("adapter_config.json", "config.json", "adapter.gguf")):
         raise ConfigError(
             f"'{out}' holds a model for each client: push each by itself: hf upload OWNER/NAME {out}/CLIENT"
         )

@@ -6,6 +6,8 @@ import re
 from functools import partial
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from hub import TOKEN, fedray, serving
@@ -13,6 +15,7 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from support import options, run, trainer_and_view
 from transformers import AutoModelForCausalLM
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError
@@ -63,9 +66,36 @@ def test_a_capped_adapter_is_the_best_of_its_rank_and_says_what_it_lost(rank, fe
     assert sentence in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("rank", [None, 3])
+def test_an_adapter_for_llama_cpp_is_the_same_change_of_its_own_layout(rank, fedex, tmp_path):
+    """The oracle is transformers' own reader of GGUF, which brings rows back to the layout of its models."""
+    config, folder = fedex
+    export(folder, tmp_path / "out", Form("gguf", rank))
+    reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {t.name: np.array(t.data) for t in reader.tensors}
+    state, base = results.load_state(folder, config, 0), AutoModelForCausalLM.from_pretrained(config.model.path)
+    one = {a.shape[0] for name, a in tensors.items() if name.endswith("lora_a")}
+    assert fields["general.type"] == "adapter" and fields["adapter.type"] == "lora" and len(one) == 1
+    assert fields["general.architecture"] == "llama" and fields["adapter.lora.alpha"] == one.pop()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, base.config.num_hidden_layers)
+    view = results.global_view(config, state)
+    back = LlamaTensorProcessor(base.config.to_dict())
+    for layer in state.spec.layers:
+        place = f"{names.get_name(layer.name)}.weight"
+        delta = back.process(tensors[f"{place}.lora_b"] @ tensors[f"{place}.lora_a"], place).weights
+        factors = {f: view.tensors[f"{layer.name}.{f}"].double() for f in ("lora_A", "lora_B")}
+        dense = layer.scale * factors["lora_B"] @ factors["lora_A"] + view.base[layer.name].dense().double()
+        if rank is not None:
+            U, S, Vt = torch.linalg.svd(dense)
+            dense = (U[:, :rank] * S[:rank]) @ Vt[:rank]
+        torch.testing.assert_close(torch.tensor(delta).double(), dense, rtol=1e-5, atol=1e-7)
+    assert len(tensors) == 2 * len(state.spec.layers)
+
+
 def test_what_a_capped_adapter_has_no_place_for(make_config, fedex, tmp_path):
     for form in ("lora", "merged"):
-        with pytest.raises(ConfigError, match=f"write --format peft, not {form}"):
+        with pytest.raises(ConfigError, match=f"write --format peft or gguf, not {form}"):
             Form(form, 4)
     with pytest.raises(ConfigError, match="no rank"):
         Form("peft", 0)
