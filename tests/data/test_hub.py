@@ -33,8 +33,9 @@ def test_private_repositories_a_broken_download_and_then_no_network(hub, tmp_pat
     hub.breaks |= {"model.safetensors"}
     said, code = fedray("run", hub, tmp_path / "home", *small(tmp_path / "one"), HF_TOKEN=TOKEN)
     assert code == 0, said
-    asked = [(r, path) for method, path, r in hub.log if method == "GET" and path.endswith("model.safetensors")]
+    asked = [(r, path) for method, path, r in hub.log if method == "GET" and path.startswith("/elsewhere/")]
     assert asked[0][0] is None and asked[1][0].startswith("bytes=") and len(asked) == 2  # it went on where it broke
+    assert hub.tokens_elsewhere == 0
     first = json.loads((tmp_path / "one" / "summary.json").read_text())
 
     hub.shutdown()
