@@ -34,14 +34,17 @@ class TokenTask(Task, stated=False):
 
     def _tokens(self, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         """Token losses and their mask, both batch x (length - 1)."""
-        targets = batch["labels"][:, 1:]
+        mask = batch["labels"][:, 1:] != IGNORED
+        asked = with_targets(batch)
         if self.config.model.loss_chunk is not None:
-            return forward(with_targets(batch))[:, :-1], targets != IGNORED
-        logits = forward(batch)[:, :-1].float()
+            return forward(asked)[:, :-1], mask
+        # The last place predicts nothing, and stays: to leave it out would copy the logits, and classes along any but
+        # the last dimension take half as long again.
+        logits, targets = forward(batch), asked["targets"]
         losses = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED
+            logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORED
         )
-        return losses, targets != IGNORED
+        return losses.view(targets.shape)[:, :-1], mask
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         losses, mask = self._tokens(forward, batch)
