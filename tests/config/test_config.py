@@ -57,7 +57,7 @@ def test_every_key_has_a_line_of_help():
         ("--federation.lr fast", "federation.lr: input should be a valid number"),
         ("--federation.rounds 0", "federation.rounds: input should be greater than or equal to 1"),
         (
-            "--model.task regression",
+            "--model.task translation",
             "model.task: input should be 'causal-lm' or 'choice' or 'classification' or 'instruction'",
         ),
         ("--method.name fedx", "method.name 'fedx' is not known: did you mean fedex?"),
