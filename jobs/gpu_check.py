@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benches.measure import MIB, device_here, median_ratio, peak_bytes, table, timed_once
-from benches.passes import Shape, Step, config_of, ours, peft_loop, trainer_of, write_model
+from benches.measure import MIB, device_here, median_ratio, table
+from benches.passes import Shape, Step, config_of, costs, ours, peft_loop, trainer_of, write_model
 from rich.console import Console
 from torch import Tensor
 
@@ -275,32 +275,21 @@ def speed(console: Console, root: Path, device: str, shape: Shape, card: str, tu
     rows[many] = lambda: together(base, device), "plain", CLIENTS_TOGETHER * tokens
     for name, (make, setting, count) in rows.items():
         steps = {"ours": make(), "PEFT": peft_loop(base, device, setting)}
-        seconds, peaks = measured(steps, device, turns)
-        ratio = median_ratio(seconds["PEFT"], seconds["ours"]) * count / tokens
+        found = costs(steps, device, turns)
+        own, peft = found["ours"], found["PEFT"]
+        ratio = median_ratio(peft.seconds, own.seconds) * count / tokens
         shown.add_row(
             name,
-            f"{count / statistics.median(seconds['ours']):,.0f}",
+            f"{count / statistics.median(own.seconds):,.0f}",
             f"{ratio:.3f}",
             f"{steps['ours'].standing / MIB / 1024:.2f}",
-            f"{peaks['ours'] / MIB / 1024:.2f}",
-            f"{peaks['ours'] / max(1, peaks['PEFT']):.3f}",
+            f"{own.peak / 1024:.2f}",
+            f"{own.peak / peft.peak:.3f}",
         )
         del steps
         if device == "cuda":
             torch.cuda.empty_cache()
     console.print(shown)
-
-
-def measured(steps: dict[str, Step], device: str, turns: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each turn, and bytes at the peak of a step beyond what stood."""
-    for step in steps.values():
-        step()
-    peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(turns):
-        for name, step in steps.items():
-            seconds[name].append(timed_once(step, device))
-    return seconds, peaks
 
 
 def private(config: Config, device: str) -> Step:

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import pytest
 import ray
 import torch
 from safetensors.torch import load_file
@@ -273,6 +274,23 @@ class Head:
 
 
 # --- one client's work, without a run -------------------------------------------------------------------------------
+
+
+def stopped_after_two(config, monkeypatch):
+    """Runs it in one process, and interrupts it in its third round; the config that goes on from there."""
+    calls = []
+
+    def dies(self, *args, real=inline.InlinePool.train):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(inline.InlinePool, "train", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    assert len(rounds(Path(config.output.dir))) == 2
+    return config.model_copy(update={"output": config.output.model_copy(update={"resume": True})})
 
 
 def trainer_and_view(config):

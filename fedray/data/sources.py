@@ -95,12 +95,10 @@ def _read(file: Path) -> Dataset:
     options["cache_dir"] = str(_copies())
     try:
         read: Dataset = load_dataset(_LOADERS[file.suffix], data_files=str(file), split="train", **options)
-        _check_text(str(file), {"train": read})
-        return read
-    except ConfigError:
-        raise
     except Exception as error:  # the readers below raise their own many kinds
         raise ConfigError(f"data source '{file}' cannot be read: {_first_line(error)}") from error
+    _check_text(str(file), {"train": read})
+    return read
 
 
 def _check_text(source: str, splits: Mapping[str, Dataset]) -> None:
@@ -128,14 +126,12 @@ def _copies() -> Path:
 def _from_hub(name: str, subset: str | None) -> DatasetDict:
     try:
         read: DatasetDict = load_dataset(name, subset)
-        _check_text(name, read)
-        return read
-    except ConfigError:
-        raise
     except Exception as error:  # hub, network and reader errors alike
         raise ConfigError(
             f"data source '{name}' is neither a file nor a folder, and the hub did not give it: {_first_line(error)}"
         ) from error
+    _check_text(name, read)
+    return read
 
 
 def _first_line(error: BaseException) -> str:

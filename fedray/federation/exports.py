@@ -17,7 +17,7 @@ from peft import LoraConfig
 from fedray.adapters import attach
 from fedray.adapters.export import Learned, Lost, capped, merge, write_capped, write_lora, write_peft
 from fedray.adapters.gguf import check_gguf, write_gguf
-from fedray.adapters.quantised import bounded, dequantise, quantise
+from fedray.adapters.quantised import bounded, dequantise
 from fedray.config.sections import Config
 from fedray.errors import ConfigError
 from fedray.federation import checkpoint as checkpoints
@@ -93,9 +93,7 @@ def _write_view(config: Config, state: State, view: View, out: Path, form: Form,
     learned = Learned(state.spec.adapter, state.spec.layers, view.tensors, base, state.heads)
     if form.format == "merged":
         model = load_base(config, classes)
-        if config.model.quantise is not None:  # what it learned belongs to the weights that the bits mean
-            quantise(model, config.model.quantise, config.adapter.heads)
-            dequantise(model)
+        dequantise(model)  # what it learned belongs to the weights that the bits mean
         merge(model, learned)
         model.save_pretrained(out)
         load_tokenizer(config).save_pretrained(out)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from fedray.adapters.quantised import quantise
 from fedray.data.tasks import TASKS
 from fedray.errors import ConfigError
 from fedray.federation.exports import Form, export
@@ -46,10 +45,7 @@ def harness(
         export(folder, Path(place) / "adapter", Form())
         if not (Path(place) / "adapter" / "adapter_config.json").is_file():
             raise ConfigError("this run's clients have models of their own: export it, and measure each")
-        base = load_base(config)
-        if config.model.quantise is not None:
-            quantise(base, config.model.quantise, config.adapter.heads)
-        model = PeftModel.from_pretrained(base, Path(place) / "adapter").to(device).eval()
+        model = PeftModel.from_pretrained(load_base(config), Path(place) / "adapter").to(device).eval()
         asked = HFLM(pretrained=model, tokenizer=load_tokenizer(config), batch_size=8, device=device)
         found = simple_evaluate(asked, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)
     results: dict[str, Any] = found["results"]

@@ -122,11 +122,11 @@ class Gathering:
     def _sketch(self, block: Sequence[Tensors], weights: Sequence[float]) -> set[str]:
         """Of each layer, the images and the sums of the factors, whose names are returned: one conversion to fp64,
         which costs as much as either, serves both."""
-        names = {layer.name: {f: key(layer, f) for f in self.spec.names} for layer in self.spec.layers}
         for layer in self.spec.layers:
+            names = self._names[layer.name]
             for tensors, weight in zip(block, weights, strict=True):
-                factors = {f: self._in_fp64(f, tensors[name]) for f, name in names[layer.name].items()}
-                for f, name in names[layer.name].items():
+                factors = {f: self._in_fp64(f, tensors[name]) for f, name in names.items()}
+                for f, name in names.items():
                     if name in self._sums:
                         self._sums[name].add_(factors[f], alpha=weight)
                 image = self.spec.adapter.delta(layer, factors).image(self._vectors[: layer.n])
@@ -134,7 +134,16 @@ class Gathering:
                     self._images[layer.name].add_(image, alpha=weight)
                 else:
                     self._images[layer.name] = image.mul_(weight)
-        return {name for of_layer in names.values() for name in of_layer.values()}
+        return self._sketched
+
+    @cached_property
+    def _names(self) -> dict[str, dict[str, str]]:
+        """By layer and factor, the factor's name among an update's."""
+        return {layer.name: {f: key(layer, f) for f in self.spec.names} for layer in self.spec.layers}
+
+    @cached_property
+    def _sketched(self) -> set[str]:
+        return {name for of_layer in self._names.values() for name in of_layer.values()}
 
     def _in_fp64(self, factor: str, tensor: Tensor) -> Tensor:
         """In memory that the next client's is written over, which is why it is still in the cache."""

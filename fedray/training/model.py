@@ -118,7 +118,8 @@ def skeleton(config: Config, classes: int = 2) -> PeftModel:
 
 
 def load_base(config: Config, classes: int = 0) -> PreTrainedModel:
-    """The real base model. A head that the checkpoint lacks is drawn from the run's seed."""
+    """The real base model, in the bits of `model.quantise`. A head that the checkpoint lacks is drawn from the run's
+    seed."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     torch.manual_seed(seeding.derive(config.seed, "heads"))
@@ -139,6 +140,8 @@ def load_base(config: Config, classes: int = 0) -> PreTrainedModel:
         ) from error
     # The head of a decoder reads the last token that is no padding: model and tokenizer must mean the same token.
     model.config.pad_token_id = load_tokenizer(config).pad_token_id
+    if config.model.quantise is not None:
+        quantise(model, config.model.quantise, config.adapter.heads)
     return model
 
 
@@ -146,8 +149,6 @@ def load_model(config: Config, classes: int = 0) -> PeftModel:
     """The base model with its adapter attached, and passes as `model.compute` and `model.checkpointing` have them."""
     model = load_base(config, classes)
     model.config.use_cache = False
-    if config.model.quantise is not None:
-        quantise(model, config.model.quantise, config.adapter.heads)
     if config.model.loss_chunk is not None:
         chunk_losses(model, config.model.loss_chunk)
     if config.model.checkpointing:

@@ -9,13 +9,25 @@ import pytest
 import ray
 import torch
 from peft import PeftModel
-from support import ALL, EXACT, PAIRS, PERSONAL, final_tensors, options, rounds, run, sabotaged, same_bits
+from support import (
+    ALL,
+    EXACT,
+    PAIRS,
+    PERSONAL,
+    final_tensors,
+    options,
+    rounds,
+    run,
+    sabotaged,
+    same_bits,
+    stopped_after_two,
+)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedray.config.build import make_method
 from fedray.data.partition import load_data
 from fedray.errors import ClientError, ConfigError, RoundError
-from fedray.federation import pool_inline, results, worker_ray
+from fedray.federation import results, worker_ray
 from fedray.federation.exports import Form, export, folder_name
 from fedray.federation.worker import Worker
 from fedray.methods import View
@@ -334,24 +346,10 @@ RESUMED = (
 def test_a_resumed_run_ends_in_the_same_bits(make_config, given, monkeypatch):
     given = {**given, "federation__clients": 5, "federation__cohort": 3, "federation__rounds": 4}
     whole = run(make_config(**given))
-    config = make_config(**given)
-    calls = []
-
-    def dies(self, *args, real=pool_inline.InlinePool.train):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(self, *args)
-
-    monkeypatch.setattr(pool_inline.InlinePool, "train", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run(config)
-    assert len(rounds(Path(config.output.dir))) == 2
-    resumed = run(config.model_copy(update={"output": config.output.model_copy(update={"resume": True})}))
+    again = stopped_after_two(make_config(**given), monkeypatch)
+    resumed = run(again)
     same_bits(whole, resumed)
-    assert (
-        run(config.model_copy(update={"output": config.output.model_copy(update={"resume": True})})) == resumed
-    )  # finished: a no-op
+    assert run(again) == resumed  # finished: a no-op
     same_bits(whole, resumed)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from support import final_tensors, options, rounds, run, same_bits, trainer_and_view
+from support import final_tensors, options, rounds, run, same_bits, stopped_after_two, trainer_and_view
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -18,7 +17,7 @@ from fedray.adapters.quantised import QuantisedLinear, dequantise, quantise
 from fedray.config.build import make_method
 from fedray.config.read import from_dict
 from fedray.errors import ConfigError
-from fedray.federation import pool_inline, results
+from fedray.federation import results
 from fedray.federation.exports import Form, export
 from fedray.methods import Update
 from fedray.methods.state import key
@@ -107,20 +106,7 @@ def test_a_run_its_resume_and_its_exports(make_config, monkeypatch, tmp_path):
     assert math.isfinite(rounds(whole)[-1]["metrics"]["loss"])
     assert (json.loads((whole / "summary.json").read_text())["store_error"]) == 0.0  # 18 columns are below base_rank
 
-    broken, calls = make_config(**given), []
-
-    def dies(self, *args, real=pool_inline.InlinePool.train):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(self, *args)
-
-    monkeypatch.setattr(pool_inline.InlinePool, "train", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run(broken)
-    assert len(rounds(Path(broken.output.dir))) == 2
-    resumed = run(broken.model_copy(update={"output": broken.output.model_copy(update={"resume": True})}))
-    same_bits(whole, resumed)
+    same_bits(whole, run(stopped_after_two(make_config(**given), monkeypatch)))
 
     export(whole, tmp_path / "merged", Form("merged"))
     base = AutoModelForCausalLM.from_pretrained(config.model.path)
